@@ -1,0 +1,31 @@
+"""Errors that a user caused and can mend: one line that says what was found, what was expected and what to do."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Its message is the one line that the user sees; no traceback follows."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a `name` that is no entry of a table, with the nearest one that is."""
+    known = list(known)
+    lowered = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
+    return f"unknown {what} {name!r}; did you mean {lowered[close[0]]!r}? (known: {', '.join(known)})"
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main, turning a UserError into one line and exit code 2 (printed by the first process only)."""
+    try:
+        code = main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    sys.exit(code)

@@ -1,0 +1,138 @@
+"""LPIPS perceptual distance (Zhang et al., arXiv 1801.03924): VGG16 features, v0.1 linear heads.
+
+State-dict keys are those of the taming-transformers layout, which the published `vgg.pth` of heads also uses.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.numerics import float32_or_wider
+
+# torchvision VGG16 `features` indices of each slice; a slice ends in relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+SLICES = (range(0, 4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
+CHANNELS = (64, 128, 256, 512, 512)
+EPS = 1e-10
+
+
+class ScalingLayer(nn.Module):
+    """From images in [-1, 1] to ImageNet-normalised ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.shift) / self.scale
+
+
+class VGG16Features(nn.Module):
+    """The five taps of VGG16's convolutions, named by torchvision's layer indices."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        layers = vgg16(weights=None).features
+        for number, indices in enumerate(SLICES, start=1):
+            block = nn.Sequential()
+            for i in indices:
+                block.add_module(str(i), layers[i])
+            setattr(self, f"slice{number}", block)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for block in self.children():
+            x = block(x)
+            features.append(x)
+        return features
+
+
+class LinearHead(nn.Module):
+    """Non-negative weights of a tap's channels. Index 0 was a dropout layer; evaluation has none."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.model = nn.Sequential()
+        self.model.add_module("1", nn.Conv2d(channels, 1, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class LPIPS(nn.Module):
+    """Frozen perceptual distance. In float32 even under autocast: its squares and norms leave half precision's range."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaling_layer = ScalingLayer()
+        self.net = VGG16Features()
+        for i, channels in enumerate(CHANNELS):
+            setattr(self, f"lin{i}", LinearHead(channels))
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor, recon: Tensor) -> Tensor:
+        """Distance of each pair of images (B,3,R,R) in [-1, 1], R at least 16: (B,1,1,1). Gradient reaches `recon` only."""
+        with torch.autocast(image.device.type, enabled=False):
+            with torch.no_grad():
+                targets = [unit(f) for f in self.net(self.scaling_layer(float32_or_wider(image)))]
+            features = [unit(f) for f in self.net(self.scaling_layer(float32_or_wider(recon)))]
+            heads = [getattr(self, f"lin{i}") for i in range(len(CHANNELS))]
+            distances = [
+                head((target - feature).square()).mean((2, 3), keepdim=True)
+                for head, target, feature in zip(heads, targets, features, strict=True)
+            ]
+        return torch.stack(distances).sum(0)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (B,C,h,w) scaled to unit length over channels.
+
+    The clamp changes no value, but makes the square root's gradient 0 instead of NaN where all channels are zero.
+    """
+    norm = features.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
+    return features / (norm + EPS)
+
+
+def load_lpips(vgg_weights: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
+    """LPIPS with trained weights, on the CPU, in eval mode.
+
+    Args:
+        vgg_weights: a `.pt`/`.pth` state dict of torchvision's VGG16 (its `features.*` keys suffice); None takes
+            torchvision's own download of IMAGENET1K_V1.
+        heads: the v0.1 linear heads (`lin0.model.1.weight`, ...); None takes those that the lpips package carries.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or lacks weights that LPIPS needs; the message names the file.
+    """
+    model = LPIPS()
+    if vgg_weights is None:
+        from torchvision.models import VGG16_Weights
+
+        vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    else:
+        vgg = _read(vgg_weights)
+    loaded = {key: value for key, value in _read(heads or packaged_heads()).items() if key.startswith("lin")}
+    for key in model.net.state_dict():
+        source = "features." + key.split(".", 1)[1]
+        if source not in vgg:
+            raise ValueError(f"{vgg_weights}: no weights for {source}; expected a state dict of torchvision's VGG16")
+        loaded["net." + key] = vgg[source]
+    loaded |= {key: value for key, value in model.state_dict().items() if key.startswith("scaling_layer")}
+    model.load_state_dict(loaded)
+    return model.eval()
+
+
+def packaged_heads() -> Path:
+    """The v0.1 VGG heads inside the installed lpips package (md5 d507d7349b931f0638a25a48a722f98a)."""
+    import importlib.util
+
+    return Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1" / "vgg.pth"
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected LPIPS weights there")
+    return torch.load(path, map_location="cpu", weights_only=True)

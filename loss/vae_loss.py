@@ -1,0 +1,134 @@
+"""The autoencoder's loss and the discriminator's: L1 + LPIPS + KL + GAN, as latent diffusion trains its VAEs
+(Rombach et al., arXiv 2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al., 2104.03310).
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.numerics import float32_or_wider
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the loss's terms; the names are the loss YAML's."""
+
+    reconstruction_loss: str = "l1"
+    reconstruction_weight: float = 1.0
+    perceptual_loss: str = "lpips"
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    logvar_init: float = 0.0
+    discriminator_start: int = 0
+    discriminator_factor: float = 1.0
+    discriminator_weight: float = 0.1
+    lecam_regularization_weight: float = 0.0
+    lecam_ema_decay: float = 0.999
+    quantizer_weight: float = 1.0
+
+
+def load_loss_config(path: str) -> VAELossConfig:
+    """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line naming the file, what was found and what was expected.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--loss-cfg-path {path}: no such file") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"--loss-cfg-path {path}: not a readable YAML file ({type(error).__name__})") from None
+    losses = config.get("losses") if isinstance(config, dict) else None
+    if not isinstance(losses, dict):
+        raise ValueError(f"--loss-cfg-path {path}: no section `losses:`")
+    known = {field.name: type(field.default) for field in fields(VAELossConfig)}
+    unknown = sorted(set(losses) - set(known))
+    if unknown:
+        raise ValueError(f"--loss-cfg-path {path}: unknown key losses.{unknown[0]}; known are {', '.join(known)}")
+    for name, value in losses.items():
+        if (known[name] is str) != isinstance(value, str):
+            raise ValueError(f"--loss-cfg-path {path}: losses.{name} is {value!r}, expected {known[name].__name__}")
+    cfg = VAELossConfig(**{name: known[name](value) for name, value in losses.items()})
+    for name, allowed in {"reconstruction_loss": ("l1", "l2"), "perceptual_loss": ("lpips",)}.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(
+                f"--loss-cfg-path {path}: losses.{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}"
+            )
+    mode = (config.get("model") or {}).get("vq_model", {}).get("quantize_mode", "vae")
+    if mode != "vae":
+        raise ValueError(f"--loss-cfg-path {path}: model.vq_model.quantize_mode is {mode!r}; only vae is supported")
+    return cfg
+
+
+def gan_active(cfg: VAELossConfig, step: int) -> bool:
+    """Whether the GAN terms count at 0-based `step`."""
+    return step >= cfg.discriminator_start
+
+
+def vae_loss(
+    image: Tensor, recon: Tensor, kl: Tensor, perceptual: Tensor, logits_fake: Tensor, cfg: VAELossConfig, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The autoencoder's loss and its terms as they enter the sum.
+
+    Args:
+        image, recon: (B,3,R,R) in [-1, 1].
+        kl: (B,) KL divergence of each posterior.
+        perceptual: LPIPS distance of each image, (B,1,1,1).
+        logits_fake: the frozen discriminator's logits on `recon`.
+        cfg: weights.
+        step: 0-based optimiser step; before `discriminator_start` the GAN term is 0.
+
+    Returns:
+        scalar total; reconstruction_loss, perceptual_loss, kl_loss, weighted_gan_loss and gan_loss (unweighted).
+    """
+    image, recon = float32_or_wider(image), float32_or_wider(recon)
+    difference = F.l1_loss(recon, image) if cfg.reconstruction_loss == "l1" else F.mse_loss(recon, image)
+    gan = -float32_or_wider(logits_fake).mean()
+    factor = cfg.discriminator_factor if gan_active(cfg, step) else 0.0
+    terms = {
+        "reconstruction_loss": cfg.reconstruction_weight * difference / math.exp(cfg.logvar_init),
+        "perceptual_loss": cfg.perceptual_weight * float32_or_wider(perceptual).mean(),
+        "kl_loss": cfg.kl_weight * float32_or_wider(kl).mean(),
+        "weighted_gan_loss": cfg.discriminator_weight * factor * gan,
+    }
+    return sum(terms.values()), {**terms, "gan_loss": gan}
+
+
+def discriminator_loss(
+    logits_real: Tensor, logits_fake: Tensor, lecam: Tensor, cfg: VAELossConfig, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hinge loss 0.5·(mean relu(1 - real) + mean relu(1 + fake)) plus LeCam regularisation.
+
+    Args:
+        logits_real, logits_fake: discriminator logits on images and on detached reconstructions.
+        lecam: (2,) running means of the real and the fake logits, see `update_lecam`; read, not changed.
+        cfg: weights.
+        step: 0-based optimiser step; before `discriminator_start` the loss is 0.
+
+    Returns:
+        scalar total; d_loss, logits_real, logits_fake and lecam_loss.
+    """
+    real, fake = float32_or_wider(logits_real), float32_or_wider(logits_fake)
+    hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    lecam_loss = torch.zeros_like(hinge)
+    if cfg.lecam_regularization_weight > 0:
+        lecam_loss = F.relu(real.mean() - lecam[1]).square() + F.relu(lecam[0] - fake.mean()).square()
+        lecam_loss = cfg.lecam_regularization_weight * lecam_loss
+    factor = cfg.discriminator_factor if gan_active(cfg, step) else 0.0
+    total = factor * (hinge + lecam_loss)
+    terms = {"d_loss": total, "logits_real": real.mean(), "logits_fake": fake.mean(), "lecam_loss": lecam_loss}
+    return total, terms
+
+
+@torch.no_grad()
+def update_lecam(lecam: Tensor, mean_real: Tensor, mean_fake: Tensor, decay: float) -> None:
+    """Move the running means (2,) of real and fake logits, in place, towards this step's. After the loss used them."""
+    lecam.lerp_(torch.stack([mean_real, mean_fake]).to(lecam), 1 - decay)

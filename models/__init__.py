@@ -1,0 +1,1 @@
+"""The networks: SiT, the KL autoencoder, the PatchGAN discriminator and the frozen encoders. Nothing here trains."""

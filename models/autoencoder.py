@@ -1,0 +1,249 @@
+"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752): image [-1, 1] <-> latent z.
+
+State-dict keys are those of the CompVis AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.numerics import float32_or_wider
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """One row of the registry: `levels` multiplies `width` level by level, from full resolution down."""
+
+    z_channels: int
+    levels: tuple[int, ...]
+    width: int = 128
+    encoder_blocks: int = 2
+    attention_levels: tuple[int, ...] = ()
+
+    @property
+    def downsampling(self) -> int:
+        """How many times smaller than the image a side of the latent is."""
+        return 2 ** (len(self.levels) - 1)
+
+
+VAE_CONFIGS = {
+    "f8d4": VAEConfig(4, (1, 2, 4, 4)),
+    "f16d32": VAEConfig(32, (1, 1, 2, 2, 4), attention_levels=(4,)),
+    # for images of 32 and 64 pixels, on small machines
+    "f4d4-small": VAEConfig(4, (1, 2, 2), width=64),
+    "f4d8-small": VAEConfig(8, (1, 2, 2), width=64),
+    "f4d4-tiny": VAEConfig(4, (1, 1, 1), width=32, encoder_blocks=1),
+}
+
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian over latents: mean and log-variance, (B,C,h,w) each, float32 or wider."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, (B,C,h,w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std·noise, with N(0,1) `noise` (B,C,h,w)."""
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, I) of each image, (B,): 0.5·sum(mean² + var - 1 - logvar)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum((1, 2, 3))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The autoencoder's one kind of normalisation."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two GroupNorm-swish-convolution stages with a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over positions, with 1x1 convolutions as projections."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded on the right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, with attention after each where the configuration asks for it."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else channels, channels) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+def middle(channels: int) -> nn.ModuleDict:
+    """The bottleneck of encoder and decoder: block, attention, block, applied in this order."""
+    return nn.ModuleDict(
+        {
+            "block_1": ResnetBlock(channels, channels),
+            "attn_1": AttnBlock(channels),
+            "block_2": ResnetBlock(channels, channels),
+        }
+    )
+
+
+class Encoder(nn.Module):
+    """Image (B,3,R,R) -> features (B, 2·z_channels, r, r)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.width * m for m in config.levels]
+        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (previous, width) in enumerate(zip([config.width, *widths], widths, strict=False)):
+            level = Level(previous, width, config.encoder_blocks, i in config.attention_levels)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        for module in self.mid.values():
+            x = module(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, r, r) -> image (B,3,R,R). `up` is indexed by resolution: up.0 is the finest level."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths = [config.width * m for m in config.levels]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList()
+        for i, (width, previous) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
+            level = Level(previous, width, config.encoder_blocks + 1, i in config.attention_levels)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = group_norm(config.width * config.levels[0])
+        self.conv_out = nn.Conv2d(config.width * config.levels[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for module in self.mid.values():
+            x = module(x)
+        for level in reversed(self.up):
+            x = level(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The whole autoencoder; `forward` is the one pass that training needs (and that DistributedDataParallel wraps)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+
+    def encode(self, image: Tensor) -> Posterior:
+        """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""
+        mean, logvar = float32_or_wider(self.quant_conv(self.encoder(image))).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """un-normalised z (B,C,h,w) -> image (B,3,h·f,w·f), float32 or wider, about [-1, 1]."""
+        return float32_or_wider(self.decoder(self.post_quant_conv(z)))
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
+        """Posterior, its sample z made with N(0,1) `noise` (B,C,h,w), and the reconstruction from z."""
+        posterior = self.encode(image)
+        z = posterior.sample(noise)
+        return posterior, z, self.decode(z)
+
+
+def build_vae(name: str) -> AutoencoderKL:
+    """The autoencoder of registry row `name`, freshly initialised."""
+    return AutoencoderKL(VAE_CONFIGS[name])
+
+
+def pixels_to_image(pixels: Tensor) -> Tensor:
+    """uint8 pixels (B,3,R,R) -> float32 image in [-1, 1]: pixels/127.5 - 1. The only place where this is done."""
+    return pixels.float() / 127.5 - 1
+
+
+def image_to_pixels(image: Tensor) -> Tensor:
+    """Image (B,3,R,R) in [-1, 1] -> uint8 pixels, rounded and clamped. The only place where this is done."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

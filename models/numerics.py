@@ -1,0 +1,59 @@
+"""Numerics the networks and losses share: working precision, and batch statistics over every process."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def float32_or_wider(x: Tensor) -> Tensor:
+    """`x` in float32 if it came in half precision, unchanged if it is float32 or float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def distributed_world_size() -> int:
+    """Number of processes that train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Per-channel batch statistics of `x` (B,C,H,W) over the batches of all processes, which must be equally large.
+
+    Returns mean (C,), biased variance (C,) and the number of values behind each. Autograd passes through the
+    reductions, so gradients equal those of one process holding the whole batch. The variance is computed around the
+    global mean rather than from a sum of squares, which would cancel in float32.
+    """
+    from torch.distributed.nn.functional import all_reduce
+
+    world = distributed_world_size()
+    mean = all_reduce(x.mean((0, 2, 3))) / world
+    var = all_reduce((x - mean[:, None, None]).square().mean((0, 2, 3))) / world
+    return mean, var, world * x.numel() // x.shape[1]
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are those of the global batch, on any backend and device.
+
+    torch's SyncBatchNorm has no CPU kernel, and per-process statistics make a result depend on the number of
+    processes. State-dict keys are BatchNorm2d's. Half-precision input is normalised in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (B,C,H,W): by batch statistics, updating the running ones, in training mode; else by those."""
+        wide = float32_or_wider(x)
+        if not self.training or distributed_world_size() == 1:
+            return super().forward(wide).to(x.dtype)
+        mean, var, count = global_moments(wide)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+        normalised = (wide - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
+        if self.affine:
+            normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]
+        return normalised.to(x.dtype)
+
+    def by_running_statistics(self, x: Tensor) -> Tensor:
+        """Normalise `x` (B,C,H,W) by the running statistics and leave them as they are, whatever the module's mode."""
+        wide = float32_or_wider(x)
+        return F.batch_norm(wide, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)

@@ -1,0 +1,277 @@
+"""Photographs -> shards of centre-cropped square images, ready for training.
+
+    python preprocessing.py --imagenet-path /data/imagenet/train --output-path data --resolution 256
+
+The source is a tree with one folder a class (label = index of the sorted top-level folder), or any tree with a
+`dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}. Files that are no readable image are
+counted and listed, never silently dropped. Shards are written by parallel workers, each atomically, so running the same
+command again continues where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from dataset import IMAGE_FORMAT, images_directory
+from errors import UserError, run_script
+
+SHARD_IMAGES = 1024  # 201 MB at 256 px, uncompressed
+
+
+class Source(NamedTuple):
+    """One image to be: its path relative to the tree, and its label."""
+
+    path: str
+    label: int
+
+
+class Skipped(NamedTuple):
+    """One file that gives no image, and why."""
+
+    path: str
+    reason: str
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (Dhariwal & Nichol, arXiv 2105.05233): halve with a box filter while at least twice too large,
+    resize the shorter side to `size` bicubically, cut the middle. `image` is RGB; returns size x size."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` in 8-bit RGB, turned as its EXIF orientation says; transparency is laid on white, 16-bit grey scaled."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray(
+            (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises where it is no whole image."""
+    with Image.open(path) as image:
+        image.load()
+        return np.asarray(center_crop(upright_rgb(image), size)).transpose(2, 0, 1)
+
+
+def list_tree(root: Path) -> list[str]:
+    """Every file below `root` as a relative POSIX path, sorted; symbolic links to folders are followed."""
+    paths = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        relative = Path(folder).relative_to(root)
+        paths += [(relative / name).as_posix() for name in names]
+    return sorted(paths)
+
+
+def read_labels(path: Path) -> dict[str, int]:
+    """The labels of a `dataset.json`.
+
+    Raises:
+        UserError: not JSON, or not of the form {"labels": [[path, label], ...]}.
+    """
+    try:
+        labels = json.loads(path.read_text(encoding="utf8"))["labels"]
+        labels = {str(name): label for name, label in (labels.items() if isinstance(labels, dict) else labels)}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: expected JSON of the form {{"labels": [["path.png", 7], ...]}}') from None
+    for name, label in labels.items():
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise UserError(f"{path}: the label of {name} is {label!r}, expected an integer of at least 0")
+    return labels
+
+
+def list_sources(root: Path) -> tuple[list[Source], list[Skipped], list[str] | None]:
+    """What the tree offers: labelled files, files without a label, and the class names (None with a dataset.json)."""
+    files = list_tree(root)
+    if (root / "dataset.json").is_file():
+        labels = read_labels(root / "dataset.json")
+        files.remove("dataset.json")
+        present = set(files)
+        sources = [Source(path, labels[path]) for path in files if path in labels]
+        skipped = [Skipped(path, "no label in dataset.json") for path in files if path not in labels]
+        skipped += [Skipped(path, "in dataset.json, but no such file") for path in labels if path not in present]
+        return sources, skipped, None
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    index = {name: i for i, name in enumerate(classes)}
+    sources = [Source(path, index[path.split("/")[0]]) for path in files if "/" in path]
+    skipped = [Skipped(path, "not inside a class folder") for path in files if "/" not in path]
+    return sources, skipped, classes
+
+
+def fingerprint(root: Path, sources: Iterable[Source], resolution: int) -> str:
+    """Hash of everything that decides what the shards hold: paths, labels, sizes, times of change, resolution."""
+    digest = hashlib.sha256(f"{IMAGE_FORMAT} {resolution}".encode())
+    for source in sources:
+        status = (root / source.path).stat()
+        digest.update(
+            f"\n{source.path}\t{source.label}\t{status.st_size}\t{status.st_mtime_ns}".encode("utf8", "surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
+    """Decode a shard's images and write it atomically; returns its number. A whole shard of this plan is left as is."""
+    number, sources = job
+    path = directory / shard_name(number)
+    if shard_metadata(path).get("plan") == plan:
+        return number
+    pixels, kept, skipped = [], [], []
+    for source in sources:
+        try:
+            pixels.append(read_image(root / source.path, resolution))
+            kept.append(source)
+        except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
+            skipped.append(Skipped(source.path, " ".join(f"{type(error).__name__}: {error}".split())))
+    tensors = {
+        "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, resolution, resolution), np.uint8),
+        "labels": np.array([source.label for source in kept], dtype=np.int64),
+    }
+    metadata = {"plan": plan, "skipped": json.dumps(skipped), "files": json.dumps([source.path for source in kept])}
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(save(tensors, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return number
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"{number:05d}.safetensors"
+
+
+def shard_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole shard, or {} where there is none or it is cut short."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, "np") as shard:
+            return shard.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def write_index(directory: Path, resolution: int, plan: str, classes: list[str] | None, skipped: list[Skipped]) -> dict:
+    """Collect what the shards hold into index.json and skipped.txt; returns the index."""
+    shards, num_classes = [], len(classes or [])
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "np") as shard:
+            labels = shard.get_tensor("labels")
+            skipped = skipped + [Skipped(*entry) for entry in json.loads(shard.metadata()["skipped"])]
+        shards.append({"file": path.name, "images": len(labels)})
+        num_classes = max(num_classes, int(labels.max(initial=-1)) + 1)
+    index = {
+        "format": IMAGE_FORMAT,
+        "resolution": resolution,
+        "images": sum(shard["images"] for shard in shards),
+        "num_classes": num_classes,
+        "classes": classes,
+        "plan": plan,
+        "skipped": len(skipped),
+        "shards": shards,
+    }
+    replace_text(directory / "skipped.txt", "".join(f"{entry.path}\t{entry.reason}\n" for entry in sorted(skipped)))
+    replace_text(directory / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
+    return index
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf8", errors="surrogateescape")
+    os.replace(temporary, path)
+
+
+def preprocess(root: Path, output: Path, resolution: int, workers: int, max_images: int | None) -> dict:
+    """Turn the tree at `root` into shards in OUTPUT/images; returns the index.
+
+    Raises:
+        UserError: no such tree, nothing in it, or the output holds shards made from something else.
+    """
+    if not root.is_dir():
+        raise UserError(f"--imagenet-path {root}: no such folder")
+    sources, skipped, classes = list_sources(root)
+    sources = sources[:max_images]
+    if not sources:
+        raise UserError(f"--imagenet-path {root}: no images; expected one folder a class, or images and a dataset.json")
+    plan = fingerprint(root, sources, resolution)
+    directory = images_directory(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
+    for path in directory.glob("*.safetensors"):
+        if shard_metadata(path).get("plan", plan) != plan or path.name not in {shard_name(i) for i, _ in jobs}:
+            raise UserError(
+                f"{directory} holds shards of other images or another resolution; delete it, or choose another "
+                "--output-path"
+            )
+    (directory / "index.json").unlink(missing_ok=True)
+    job = partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
+    with multiprocessing.Pool(max(1, min(workers, len(jobs)))) as pool:
+        with tqdm(total=len(sources), unit="image", desc="preprocessing") as bar:
+            for number in pool.imap_unordered(job, jobs):
+                bar.update(len(jobs[number][1]))
+    return write_index(directory, resolution, plan, classes, skipped)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--imagenet-path", type=Path, required=True, help="tree of images: a folder a class, or dataset.json"
+    )
+    parser.add_argument(
+        "--output-path", type=Path, default=Path("data"), help="shards go to its folder images/ (default: data)"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="side of the square images (default: 256)")
+    parser.add_argument("--num-workers", type=int, default=16, help="parallel processes (default: 16)")
+    parser.add_argument("--max-images", type=int, help="use only the first N files in sorted order")
+    args = parser.parse_args(argv)
+    for name in ("resolution", "num_workers", "max_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    return args
+
+
+def main() -> None:
+    """Preprocess and say what came out."""
+    args = parse_args()
+    index = preprocess(args.imagenet_path, args.output_path, args.resolution, args.num_workers, args.max_images)
+    directory = images_directory(args.output_path)
+    print(f"{index['images']} images of {index['num_classes']} classes at {index['resolution']} px in {directory}")
+    if index["skipped"]:
+        listed = [
+            line.split("\t") for line in (directory / "skipped.txt").read_text("utf8", "surrogateescape").splitlines()
+        ]
+        reasons = Counter(reason.split(":")[0] for _, reason in listed)
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        print(f"{index['skipped']} files skipped, listed in {directory / 'skipped.txt'}: {counts}")
+    if index["images"] == 0:
+        raise UserError(f"none of the files below {args.imagenet_path} is a readable image")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,45 @@
+"""The golden values' weights: every tensor is a function of its name and shape, so none are stored."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """The arrays of golden/NAME.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def filled(key: str, shape: tuple[int, ...], prefix: str = "") -> Tensor:
+    """The float32 tensor that belongs to state-dict key `key`."""
+    values = np.random.RandomState(zlib.crc32((prefix + key).encode())).standard_normal(shape)
+    if len(shape) >= 2:
+        values = values / np.sqrt(np.prod(shape[1:]))
+    elif key.endswith("running_var"):
+        values = np.exp(0.1 * values)
+    else:
+        values = 0.1 * values + (1.0 if key.endswith("weight") else 0.0)
+    return torch.tensor(values, dtype=torch.float32).reshape(shape)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, prefix: str = "", keep: tuple[str, ...] = ("pos_embed",)) -> nn.Module:
+    """Fill `module` in place; integer tensors and keys containing a word of `keep` stay as they are."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(word in key for word in keep):
+            tensor.copy_(filled(key, tuple(tensor.shape), prefix))
+    return module
+
+
+def assert_close(actual: Tensor | np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    """|actual - expected| <= tolerance · max|expected|."""
+    actual = actual.detach().double().numpy() if isinstance(actual, Tensor) else np.asarray(actual, dtype=np.float64)
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    error = np.abs(actual - expected).max()
+    assert error <= tolerance * np.abs(expected).max(), f"off by {error / np.abs(expected).max():.2e} of the largest"

@@ -1,0 +1,130 @@
+"""Train a VAE and its discriminator, from scratch or from weights, and write what joint training starts from.
+
+    accelerate launch train_vae.py --exp-name my-vae --vae f8d4 --data-dir data
+
+At the end exps/my-vae/ holds my-vae.pt, my-vae-latents-stats.pt and my-vae-discriminator-ckpt.pt. The losses are latent
+diffusion's (Rombach et al., arXiv 2112.10752).
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from dataset import ImageDataset
+from errors import run_script
+from loss.lpips import load_lpips
+from loss.vae_loss import load_loss_config
+from models.autoencoder import pixels_to_image
+from training import cli
+from training.autoencoding import (
+    VAENets,
+    VAEStepConfig,
+    detached,
+    latent_statistics,
+    update_discriminator,
+    vae_objective,
+)
+from training.checkpoint import TrainingState, vae_files, write_atomically
+from training.distributed import unwrap
+from training.networks import compile_in_place, latent_shape, load_discriminator, load_vae, optimizer_options, use_tf32
+from training.precision import Optimizer, autocast_factory
+from training.previews import evenly_spaced, reconstruction_grid
+from training.randomness import Draws, step_draws
+from training.run import Batch, Run
+
+
+def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> dict[str, Tensor | None]:
+    """One step: VAE update, then discriminator update on the same reconstruction; metrics as in train_repae.py."""
+    image = pixels_to_image(batch.pixels).to(draws.posterior.dtype)
+    with cfg.autocast():
+        posterior, _, recon = nets.vae(image, draws.posterior)
+    loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
+    metrics |= {"vae_loss": loss, "grad_norm_vae": nets.opt_vae.update(loss)}
+    metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
+    return detached(metrics)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_run_flags(parser, max_train_steps=100000)
+    cli.add_data_flags(parser)
+    cli.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
+    cli.add_vae_loss_flags(parser)
+    cli.add_optimisation_flags(parser)
+    return parser.parse_args(argv)
+
+
+def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:
+    """Everything that trains, on this process's device, as the flags say."""
+    torch.manual_seed(args.seed)
+    vae = load_vae(args.vae, args.vae_ckpt)
+    discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    lpips = load_lpips(args.lpips_vgg_ckpt).to(run.device)
+    if args.compile and run.device.type == "cuda":
+        compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net])
+    vae, discriminator = run.prepare(vae), run.prepare(discriminator)
+    options = optimizer_options(args, run.device)
+    nets = VAENets(
+        vae=vae,
+        discriminator=discriminator,
+        lpips=lpips,
+        opt_vae=Optimizer(vae.parameters(), learning_rate=args.vae_learning_rate, **options),
+        opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
+        lecam=torch.zeros(2, device=run.device),
+    )
+    state = TrainingState(
+        networks={"vae": vae, "discriminator": discriminator},
+        optimizers={"opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
+        tensors={"lecam": nets.lecam},
+    )
+    return nets, state
+
+
+def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data: ImageDataset) -> None:
+    """Measure the latents' statistics over all images and write the VAE's three files."""
+    vae, discriminator = unwrap(nets.vae), unwrap(nets.discriminator)
+    statistics = latent_statistics(
+        vae,
+        data,
+        args.batch_size // run.world,
+        args.num_workers,
+        run.accelerator.process_index,
+        run.world,
+        run.device,
+    )
+    if run.is_main:
+        files = vae_files(run.directory / f"{args.exp_name}.pt")
+        write_atomically(vae.state_dict(), files.weights)
+        write_atomically(statistics, files.statistics)
+        write_atomically(discriminator.state_dict(), files.discriminator)
+        run.print("wrote " + ", ".join(str(path) for path in files))
+
+
+def main() -> None:
+    """Parse, build, loop, write."""
+    args = parse_args()
+    use_tf32(args.allow_tf32)
+    data = ImageDataset(args.data_dir, args.resolution)
+    loss = load_loss_config(args.loss_cfg_path)
+    latent = latent_shape(args.vae, args.resolution)
+    run = Run(args)
+    nets, state = build(args, run)
+    run.begin(state)
+    cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
+    shown = evenly_spaced(data, 32)
+
+    for step, batch in run.steps(data):
+        draws = step_draws(args.seed, batch.step, args.batch_size, latent).rows(batch.rows).to(run.device)
+        metrics = vae_step(nets, batch, draws, cfg)
+        run.log({**metrics, **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
+        if run.due(args.sampling_steps) and run.is_main:
+            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown))
+
+    write_vae(args, run, nets, data)
+    run.end()
+
+
+if __name__ == "__main__":
+    run_script(main)

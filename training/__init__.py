@@ -1,0 +1,1 @@
+"""What the training scripts share: command lines, the loop, checkpoints, EMA, precision, randomness."""

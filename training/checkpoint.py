@@ -1,0 +1,195 @@
+"""Checkpoints and weight files: written atomically, checked on load, never unpickling anything but plain data.
+
+A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae, opt_disc,
+args, steps) plus what exact resume needs. A VAE is three files beside each other, see `vae_files`.
+"""
+
+import argparse
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from training.distributed import unwrap
+from training.precision import Optimizer
+from transport import TIME_CONVENTION
+
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def write_atomically(data: object, path: Path) -> None:
+    """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
+    """The plain data of a `.pt` file, on the CPU.
+
+    Published files hold `args` as an argparse.Namespace, which is the one class that is let through; a file that would
+    execute code is refused. The zip's checksums are verified, which torch.load alone does not do.
+
+    Raises:
+        UserError: the file is missing, damaged or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} {path}: not a readable PyTorch file ({reason[:120]})") from error
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict without the `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put before keys."""
+    stripped = {}
+    for key, value in state.items():
+        while key.startswith(PREFIXES) or "._orig_mod." in key:
+            key = key.split(".", 1)[1] if key.startswith(PREFIXES) else key.replace("._orig_mod.", ".")
+        stripped[key] = value
+    return stripped
+
+
+def load_weights(module: nn.Module, state: dict, source: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        UserError: naming the first key that is missing, unexpected or of another shape.
+    """
+    state = strip_prefixes(state)
+    expected = module.state_dict()
+    if missing := [key for key in expected if key not in state]:
+        raise UserError(f"{source}: {len(missing)} weights are missing, first {missing[0]}: another architecture?")
+    if extra := [key for key in state if key not in expected]:
+        raise UserError(f"{source}: {len(extra)} unexpected weights, first {extra[0]}: another architecture?")
+    for key, value in expected.items():
+        if state[key].shape != value.shape:
+            raise UserError(
+                f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}: "
+                "another architecture or size?"
+            )
+    module.load_state_dict(state)
+
+
+class VAEFiles(NamedTuple):
+    """The three files of a VAE."""
+
+    weights: Path
+    statistics: Path
+    discriminator: Path
+
+
+def vae_files(weights: str | Path) -> VAEFiles:
+    """NAME.pt -> itself, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt beside it."""
+    weights = Path(weights)
+    return VAEFiles(
+        weights,
+        weights.with_name(f"{weights.stem}-latents-stats.pt"),
+        weights.with_name(f"{weights.stem}-discriminator-ckpt.pt"),
+    )
+
+
+def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tensor, Tensor]:
+    """latents_scale and latents_bias, (1,C,1,1) float32 each, from the file beside `vae_weights`.
+
+    Raises:
+        UserError: the file is missing or does not fit a latent of `channels` channels.
+    """
+    path = vae_files(vae_weights).statistics
+    if not path.is_file():
+        raise UserError(f"latent statistics {path}: no such file; train_vae.py writes it beside the VAE's weights")
+    stats = read_checkpoint(path, "latent statistics")
+    values = []
+    for key in ("latents_scale", "latents_bias"):
+        value = stats.get(key) if isinstance(stats, dict) else None
+        if not isinstance(value, Tensor) or value.numel() != channels:
+            found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
+            raise UserError(f"latent statistics {path}: {key} is {found}, expected a tensor of {channels} values")
+        values.append(value.float().reshape(1, channels, 1, 1))
+    return values[0], values[1]
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies: 0400000.pt for step 400000."""
+    return directory / f"{step:07d}.pt"
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in `directory`, or None."""
+    paths = [path for path in directory.glob("*.pt") if path.stem.isdigit()]
+    return max(paths, key=lambda path: int(path.stem), default=None)
+
+
+class TrainingState:
+    """Everything that a checkpoint holds, registered once by name: saving and loading are the same list.
+
+    Args:
+        networks: key -> network (wrapped or not); the reference's keys are model, ema, vae, discriminator.
+        optimizers: key -> Optimizer; the reference's keys are opt, opt_vae, opt_disc.
+        tensors: further tensors, restored in place.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        tensors: dict[str, Tensor],
+    ):
+        self.networks = {name: unwrap(network) for name, network in networks.items()}
+        self.optimizers = optimizers
+        self.tensors = tensors
+
+    def to_dict(self, args: dict, step: int) -> dict:
+        """The checkpoint after `step` steps, plain data only; `args` holds every flag by its underscore name."""
+        return {
+            **{name: network.state_dict() for name, network in self.networks.items()},
+            **{name: optimizer.adamw.state_dict() for name, optimizer in self.optimizers.items()},
+            "args": args,
+            "steps": step,
+            "optimizer_extras": {name: optimizer.extra_state() for name, optimizer in self.optimizers.items()},
+            "tensors": self.tensors,
+            "time_convention": TIME_CONVENTION,
+        }
+
+    def restore(self, checkpoint: dict, source: str) -> int:
+        """Load a checkpoint, ours or the reference's, and return its step.
+
+        Raises:
+            UserError: a part is missing or does not fit.
+        """
+        parts = [*self.networks, *self.optimizers, "steps"]
+        if missing := [name for name in parts if name not in checkpoint]:
+            raise UserError(f"{source}: no {', '.join(missing)} inside; this is no checkpoint of this kind of training")
+        for name, network in self.networks.items():
+            load_weights(network, checkpoint[name], f"{source}: {name}")
+        extras = checkpoint.get("optimizer_extras", {})
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(checkpoint[name], extras.get(name))
+        for name, tensor in self.tensors.items():
+            if name in checkpoint.get("tensors", {}):
+                tensor.copy_(checkpoint["tensors"][name])
+        return checkpoint["steps"]

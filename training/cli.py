@@ -1,0 +1,202 @@
+"""Command-line flags of the training scripts, in groups that a script composes. argparse is the only schema.
+
+Names and defaults are the reference's, so that its command lines and args.json files keep their meaning.
+"""
+
+import argparse
+from argparse import BooleanOptionalAction
+from collections.abc import Iterable
+
+from errors import unknown_name
+
+
+def one_of(what: str, known: Iterable[str]):
+    """An argparse type that takes the names of a table and, for any other, names the nearest."""
+    known = list(known)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(unknown_name(what, name, known))
+        return name
+
+    return check
+
+
+def number(kind: type, at_least: float | None = None, above: float | None = None, at_most: float | None = None):
+    """An argparse type: a finite int or float within bounds."""
+
+    def check(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
+        if at_least is not None and not value >= at_least:
+            raise argparse.ArgumentTypeError(f"{text} is too small, expected at least {at_least}")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"{text} is too small, expected more than {above}")
+        if at_most is not None and not value <= at_most:
+            raise argparse.ArgumentTypeError(f"{text} is too large, expected at most {at_most}")
+        return value
+
+    return check
+
+
+def enc_type(text: str) -> str:
+    """An argparse type: names of encoders, joined by commas, or none."""
+    from errors import UserError
+    from models.encoders import encoder_specs
+
+    try:
+        encoder_specs(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--enc-type: ")) from None
+    return text
+
+
+POSITIVE = number(int, at_least=1)
+COUNT = number(int, at_least=0)
+RATE = number(float, above=0)
+WEIGHT = number(float, at_least=0)
+DECAY = number(float, at_least=0, at_most=1)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000) -> None:
+    """Where the run writes, how long it goes, what it logs and how it continues."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--exp-name", required=True, help="the run's folder below --output-dir")
+    group.add_argument("--output-dir", default="exps", help="where runs are kept (default: %(default)s)")
+    group.add_argument(
+        "--logging-dir", default="logs", help="tracker files, below the run's folder (default: %(default)s)"
+    )
+    group.add_argument(
+        "--report-to",
+        default="wandb",
+        choices=("wandb", "tensorboard", "none"),
+        help="tracker beside metrics.jsonl, which is always written (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="decides initial weights, data order and every draw (default: 0)"
+    )
+    group.add_argument(
+        "--max-train-steps", type=POSITIVE, default=max_train_steps, help="optimiser steps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--epochs", type=POSITIVE, default=1400, help="stop after so many, if that is sooner (default: %(default)s)"
+    )
+    group.add_argument(
+        "--checkpointing-steps", type=POSITIVE, default=50000, help="save every N steps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--sampling-steps", type=POSITIVE, default=10000, help="write pictures every N steps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--resume-step", type=COUNT, default=0, help="continue from this step's checkpoint (default: the latest)"
+    )
+    group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
+    group.add_argument("--wandb-history-path", help="accepted for old command lines; has no effect")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Images and how they are read."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", default="data", help="output of preprocessing.py (default: %(default)s)")
+    group.add_argument(
+        "--resolution", type=POSITIVE, default=256, help="side of the images in pixels (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch-size", type=POSITIVE, default=256, help="images a step over all processes (default: %(default)s)"
+    )
+    group.add_argument(
+        "--num-workers", type=COUNT, default=4, help="reading processes a training process (default: %(default)s)"
+    )
+
+
+def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
+    """Precision and the optimisers."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "--mixed-precision", default="fp16", choices=("no", "fp16", "bf16"), help="(default: %(default)s)"
+    )
+    group.add_argument("--allow-tf32", action=BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
+    group.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile the networks on GPUs")
+    group.add_argument(
+        "--gradient-accumulation-steps", type=POSITIVE, default=1, help="micro-batches a step (default: 1)"
+    )
+    group.add_argument("--adam-beta1", type=DECAY, default=0.9, help="(default: %(default)s)")
+    group.add_argument("--adam-beta2", type=DECAY, default=0.999, help="(default: %(default)s)")
+    group.add_argument("--adam-weight-decay", type=WEIGHT, default=0.0, help="(default: %(default)s)")
+    group.add_argument("--adam-epsilon", type=RATE, default=1e-8, help="(default: %(default)s)")
+    group.add_argument(
+        "--max-grad-norm", type=RATE, default=1.0, help="clip gradients to this norm (default: %(default)s)"
+    )
+
+
+def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
+    """The transformer, its diffusion objective and its alignment."""
+    from models.sit import SiT_models
+    from transport import PATH_TYPES, WEIGHTINGS
+
+    group = parser.add_argument_group("transformer")
+    group.add_argument(
+        "--model", default=model, type=one_of("model", SiT_models), help="SiT size and patch (default: %(default)s)"
+    )
+    group.add_argument("--num-classes", type=POSITIVE, default=1000, help="(default: %(default)s)")
+    group.add_argument(
+        "--encoder-depth", type=POSITIVE, default=8, help="block whose tokens are aligned (default: %(default)s)"
+    )
+    group.add_argument("--qk-norm", action=BooleanOptionalAction, default=False, help="LayerNorm on queries and keys")
+    group.add_argument("--fused-attn", action=BooleanOptionalAction, default=True, help="scaled_dot_product_attention")
+    group.add_argument(
+        "--cfg-prob", type=DECAY, default=0.1, help="probability of dropping a label (default: %(default)s)"
+    )
+    group.add_argument("--path-type", default="linear", choices=PATH_TYPES, help="interpolant (default: %(default)s)")
+    group.add_argument(
+        "--prediction", default="v", choices=("v",), help="what the network predicts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--weighting", default="uniform", choices=WEIGHTINGS, help="distribution of t (default: %(default)s)"
+    )
+    group.add_argument("--learning-rate", type=RATE, default=1e-4, help="of the transformer (default: %(default)s)")
+    group.add_argument(
+        "--ema-decay", type=DECAY, default=0.9999, help="of the transformer's average (default: %(default)s)"
+    )
+    group.add_argument(
+        "--enc-type", type=enc_type, default="dinov2-vit-b", help="encoders to align to, or none (default: %(default)s)"
+    )
+    group.add_argument(
+        "--proj-coeff", type=WEIGHT, default=0.5, help="weight of the transformer's alignment (default: %(default)s)"
+    )
+
+
+def add_joint_flags(parser: argparse.ArgumentParser) -> None:
+    """What only joint training has."""
+    group = parser.add_argument_group("joint training")
+    group.add_argument("--bn-momentum", type=DECAY, default=0.1, help="of the latent normaliser (default: %(default)s)")
+    group.add_argument(
+        "--vae-align-proj-coeff", type=WEIGHT, default=1.5, help="weight of the VAE's alignment (default: %(default)s)"
+    )
+
+
+def add_vae_flags(parser: argparse.ArgumentParser, vae: str, vae_ckpt: str | None) -> None:
+    """Which VAE, and its weights."""
+    from models.autoencoder import VAE_CONFIGS
+
+    group = parser.add_argument_group("VAE")
+    group.add_argument(
+        "--vae", default=vae, type=one_of("VAE", VAE_CONFIGS), help="architecture (default: %(default)s)"
+    )
+    group.add_argument(
+        "--vae-ckpt", default=vae_ckpt, help="weights, with their statistics beside (default: %(default)s)"
+    )
+
+
+def add_vae_loss_flags(parser: argparse.ArgumentParser) -> None:
+    """How the VAE and its discriminator are trained."""
+    group = parser.add_argument_group("VAE training")
+    group.add_argument(
+        "--loss-cfg-path", default="configs/l1_lpips_kl_gan.yaml", help="loss weights (default: %(default)s)"
+    )
+    group.add_argument("--disc-pretrained-ckpt", help="discriminator weights (default: fresh)")
+    group.add_argument("--vae-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
+    group.add_argument("--disc-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
+    group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")

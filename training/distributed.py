@@ -1,0 +1,44 @@
+"""The few things that training over several processes needs beyond DistributedDataParallel."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from models.numerics import distributed_world_size
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside a DistributedDataParallel wrapper, or `module` itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def frozen_call(module: nn.Module, *args, **kwargs):
+    """Call the unwrapped `module` with its parameters held constant: gradient passes through to the inputs only."""
+    module = unwrap(module)
+    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return functional_call(module, constants, args, kwargs)
+
+
+@torch.no_grad()
+def mean_over_processes(values: Tensor) -> Tensor:
+    """`values` averaged over all processes; unchanged without a process group."""
+    if distributed_world_size() > 1:
+        dist.all_reduce(values)
+        values /= distributed_world_size()
+    return values
+
+
+@contextmanager
+def gradient_sync(modules: Iterable[nn.Module], sync: bool) -> Iterator[None]:
+    """Within, backward passes of DDP-wrapped `modules` average gradients over processes only if `sync`."""
+    with ExitStack() as stack:
+        if not sync:
+            for module in modules:
+                if isinstance(module, DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+        yield

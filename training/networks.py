@@ -1,0 +1,102 @@
+"""Building the networks that a command line asks for, with their starting weights."""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dataset import ImageDataset
+from errors import UserError
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
+from models.discriminator import PatchDiscriminator
+from models.encoders import encoder_specs
+from models.sit import SiT, SiT_models
+from training.checkpoint import load_weights, read_checkpoint
+
+
+def latent_shape(vae: str, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of registry row `vae`'s latents for images of `resolution` pixels.
+
+    Raises:
+        UserError: the VAE's factor does not divide the resolution.
+    """
+    config = VAE_CONFIGS[vae]
+    if resolution % config.downsampling:
+        raise UserError(f"--resolution {resolution} is no multiple of {config.downsampling}, which --vae {vae} needs")
+    side = resolution // config.downsampling
+    return config.z_channels, side, side
+
+
+def load_vae(name: str, path: str | None) -> AutoencoderKL:
+    """The autoencoder of registry row `name`, fresh or with the weights at `path`."""
+    vae = build_vae(name)
+    if path is not None:
+        load_weights(vae, read_checkpoint(path, "VAE weights"), f"VAE weights {path} for --vae {name}")
+    return vae
+
+
+def load_discriminator(path: str | None) -> PatchDiscriminator:
+    """The discriminator, fresh or with the weights at `path`."""
+    discriminator = PatchDiscriminator()
+    if path is not None:
+        load_weights(discriminator, read_checkpoint(path, "discriminator weights"), f"discriminator weights {path}")
+    return discriminator
+
+
+def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:
+    """A fresh SiT as the flags say, for latents (C,h,w), its normaliser started from a VAE's (scale, bias).
+
+    Raises:
+        UserError: patch size or encoder depth do not fit.
+    """
+    widths = tuple(spec.embed_dim for spec in encoder_specs(args.enc_type).values())
+    try:
+        sit = SiT_models[args.model](
+            input_size=latent[1],
+            in_channels=latent[0],
+            num_classes=args.num_classes,
+            class_dropout_prob=args.cfg_prob,
+            z_dims=widths,
+            encoder_depth=args.encoder_depth,
+            bn_momentum=getattr(args, "bn_momentum", 0.1),
+            qk_norm=args.qk_norm,
+            fused_attn=args.fused_attn,
+        )
+    except ValueError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
+    sit.set_latent_statistics(*statistics)
+    return sit
+
+
+def optimizer_options(args: argparse.Namespace, device: torch.device) -> dict:
+    """What the flags say of every optimiser alike, as keywords of `training.precision.Optimizer`."""
+    return {
+        "device": device,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "epsilon": args.adam_epsilon,
+        "max_grad_norm": args.max_grad_norm,
+        "mixed_precision": args.mixed_precision,
+        "accumulation_steps": args.gradient_accumulation_steps,
+    }
+
+
+def check_labels(data: ImageDataset, num_classes: int) -> None:
+    """Raise a UserError if the images have more classes than the transformer."""
+    if data.index["num_classes"] > num_classes:
+        raise UserError(
+            f"{data.directory} has labels up to {data.index['num_classes'] - 1}, but --num-classes is {num_classes}"
+        )
+
+
+def compile_in_place(modules: Iterable[nn.Module], **options) -> None:
+    """torch.compile every module in place: state-dict keys stay, and each call site below it is compiled."""
+    for module in modules:
+        module.compile(**options)
+
+
+def use_tf32(allow: bool) -> None:
+    """Let GPUs round float32 matrix products and convolutions to TF32, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow

@@ -1,0 +1,96 @@
+"""Mixed precision and the one way in which an optimiser is stepped.
+
+Forward passes run under autocast; parameters, optimiser states and every loss stay in float32. float16 gradients need
+loss scaling, with a scaler per optimiser: the three losses of the joint step overflow at different scales.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
+    """A function giving a fresh autocast context for `mixed_precision` (no, fp16, bf16).
+
+    One context a pass: autocast caches the cast weights, and a cast cached without gradients would serve a later pass
+    that needs them.
+    """
+    dtype = AUTOCAST_DTYPES[mixed_precision]
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class Optimizer:
+    """AdamW over `parameters`, with gradient clipping, accumulation and (for float16) loss scaling.
+
+    A step whose gradient is not finite is skipped on the device, without asking the host; `skipped` counts them.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        device: torch.device,
+        learning_rate: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        epsilon: float = 1e-8,
+        max_grad_norm: float = 1.0,
+        mixed_precision: str = "no",
+        accumulation_steps: int = 1,
+    ):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision == "fp16")
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        self.accumulated = 0
+        self.skipped = torch.zeros((), device=device)
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        """Backward; at the last micro-batch also unscale, clip and step.
+
+        Returns the gradient norm before clipping (a scalar on the device), or None before the last micro-batch.
+        """
+        self.scaler.scale(loss / self.accumulation_steps).backward()
+        self.accumulated = (self.accumulated + 1) % self.accumulation_steps
+        if self.accumulated:
+            return None
+        self.scaler.unscale_(self.adamw)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm, foreach=True)
+        not_finite = (~norm.isfinite()).float()
+        self.skipped += not_finite
+        if self.scaler.is_enabled():
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+        else:
+            # the fused kernel leaves parameters and moments as they are where this is 1
+            self.adamw.grad_scale, self.adamw.found_inf = None, not_finite
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def health(self, name: str) -> dict[str, Tensor]:
+        """Loss scale and number of skipped steps, for the log, with `name` in their keys; empty unless float16 is on."""
+        if not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.scale(torch.ones_like(self.skipped))
+        return {f"loss_scale_{name}": scale, f"skipped_{name}": self.skipped.clone()}
+
+    def extra_state(self) -> dict:
+        """What exact resume needs beside AdamW's own state dict."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped.item()}
+
+    def load_state_dict(self, adamw: dict, extra: dict | None = None) -> None:
+        """Restore AdamW's state (the reference's too, which is not fused) and, if given, `extra_state`."""
+        self.adamw.load_state_dict(adamw)
+        for group in self.adamw.param_groups:
+            group["fused"], group["foreach"] = True, None
+        if extra:
+            self.scaler.load_state_dict(extra["scaler"])
+            self.skipped.fill_(extra["skipped"])

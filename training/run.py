@@ -1,0 +1,341 @@
+"""One training run: its folder, processes, trackers and loop.
+
+`for step, batch in run.steps(data):` owns reading, resuming, logging intervals, saving, signals and progress; what a step
+does stays in the script, where it is read.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from errors import UserError
+from training.checkpoint import TrainingState, checkpoint_path, latest_checkpoint, read_checkpoint, write_atomically
+from training.distributed import gradient_sync, mean_over_processes
+from training.randomness import BatchOrder, Rows
+
+LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
+EXIT_INTERRUPTED = 75
+# the flags that a continued run may change; every other one would make it another run
+FREE_FLAGS = {
+    *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
+    *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
+    *("num_workers", "compile"),
+}
+
+
+class Batch(NamedTuple):
+    """What one process trains on at one micro-batch."""
+
+    pixels: Tensor  # (B,3,R,R) uint8
+    labels: Tensor  # (B,) int64
+    step: int  # 0-based optimiser step
+    rows: Rows  # which rows of the global batch these are
+
+
+class Run:
+    """A training run in OUTPUT_DIR/EXP_NAME, on one process or many.
+
+    Attributes:
+        accelerator: accelerate's launch, device and process group.
+        device: where this process computes.
+        directory: the run's folder.
+        step: optimiser steps begun, this one included.
+
+    Raises:
+        UserError: the batch cannot be divided over processes and micro-batches.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+        self.args = args
+        self.directory = Path(args.output_dir) / args.exp_name
+        self.checkpoints = self.directory / "checkpoints"
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # precision is training/precision.py's
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.directory), logging_dir=str(self.directory / args.logging_dir)
+            ),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device = self.accelerator.device
+        self.world = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        share = self.world * args.gradient_accumulation_steps
+        if args.batch_size % share:
+            raise UserError(
+                f"--batch-size {args.batch_size} (over all processes) is no multiple of {self.world} processes x "
+                f"{args.gradient_accumulation_steps} accumulation steps"
+            )
+        self.print(
+            f"batch: {args.batch_size} images a step = {self.world} processes x {args.gradient_accumulation_steps} "
+            f"accumulation steps x {args.batch_size // share}, on {self.device.type}, precision {args.mixed_precision}"
+        )
+        self.step = 0
+        self.step_complete = False
+        self.state: TrainingState | None = None
+        self.wrapped: list[nn.Module] = []
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.micro_metrics: list[dict[str, Tensor]] = []
+        self.signal: int | None = None
+
+    def print(self, text: str) -> None:
+        """Print on the first process, above any progress bar."""
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """`module` on this process's device and, with several processes, wrapped to average gradients over them."""
+        module = self.accelerator.prepare_model(module)
+        self.wrapped.append(module)
+        return module
+
+    def begin(self, state: TrainingState) -> None:
+        """Take charge of `state`: restore it from the run's checkpoint if there is one, and open log and trackers.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged, of other networks or made with other flags.
+        """
+        self.state = state
+        path = self._checkpoint_to_continue()
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            refuse_changed_flags(checkpoint, vars(self.args), path)
+            self.step = state.restore(checkpoint, str(path))
+            self.print(f"continuing after step {self.step} from {path}")
+        if self.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "args.json").write_text(json.dumps(vars(self.args), indent=4) + "\n")
+            truncate_log(self.directory / "metrics.jsonl", self.step)
+        self._open_trackers()
+
+    def _checkpoint_to_continue(self) -> Path | None:
+        own, elsewhere = latest_checkpoint(self.checkpoints), self.args.continue_train_exp_dir
+        if own is not None and not self.args.resume_step:
+            return own
+        folder = self.checkpoints if elsewhere is None else Path(elsewhere) / "checkpoints"
+        if self.args.resume_step:
+            if checkpoint_path(self.checkpoints, self.args.resume_step).is_file():
+                folder = self.checkpoints
+            return checkpoint_path(folder, self.args.resume_step)
+        if elsewhere is not None and latest_checkpoint(folder) is None:
+            raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
+        return latest_checkpoint(folder)
+
+    def _open_trackers(self) -> None:
+        if self.args.report_to == "none":
+            return
+        options = {}
+        if self.args.report_to == "wandb" and self.is_main:
+            identity = self.directory / "wandb-id.txt"
+            if not identity.exists():
+                identity.write_text(os.urandom(4).hex())
+            options = {
+                "name": self.args.exp_name,
+                "id": identity.read_text(),
+                "resume": "allow",
+                "dir": str(self.directory),
+            }
+        try:
+            plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
+            self.accelerator.init_trackers("repa-e", config=plain, init_kwargs={self.args.report_to: options})
+        except Exception as error:  # no network, no login, no package: a tracker never stops a run
+            self.accelerator.trackers = []
+            reason = " ".join(str(error).split())[:200]
+            self.print(
+                f"warning: {self.args.report_to} is not available ({reason}); metrics.jsonl is written all the same"
+            )
+
+    def steps(self, data) -> Iterator[tuple[int, Batch]]:
+        """Yield (1-based step, batch) to the end of training, once per micro-batch.
+
+        `data` is a map-style dataset of (pixels, label). After each step this logs, saves and obeys signals: SIGTERM or
+        SIGINT saves a checkpoint at the next step boundary and exits with code 75.
+
+        Raises:
+            UserError: fewer images than a batch, or a loss that is not finite.
+        """
+        from tqdm import tqdm
+
+        args = self.args
+        if len(data) < args.batch_size:
+            raise UserError(f"{args.data_dir} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
+        last = min(args.max_train_steps, args.epochs * (len(data) // args.batch_size))
+        order = BatchOrder(
+            len(data),
+            args.batch_size,
+            args.seed,
+            self.step,
+            last,
+            self.accelerator.process_index,
+            self.world,
+            args.gradient_accumulation_steps,
+        )
+        batches = iter(self._loader(data, order))
+        bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main)
+        previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
+        self.clock = time.monotonic()
+        try:
+            for step in range(self.step, last):
+                self.step = step + 1
+                for micro in range(args.gradient_accumulation_steps):
+                    pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in next(batches))
+                    self.step_complete = micro == args.gradient_accumulation_steps - 1
+                    with gradient_sync(self.wrapped, sync=self.step_complete):
+                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro))
+                self._finish_step(bar, last)
+        finally:
+            bar.close()
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+
+    def end(self) -> None:
+        """Close trackers and process group."""
+        self.accelerator.end_training()
+
+    def _loader(self, data, order: BatchOrder):
+        from torch.utils.data import DataLoader
+
+        return DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=self.args.num_workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+
+    def due(self, interval: int) -> bool:
+        """Whether something done every `interval` steps is due at the end of this step."""
+        return self.step_complete and self.step % interval == 0
+
+    def log(self, metrics: dict[str, Tensor | None]) -> None:
+        """Keep a micro-batch's metrics (scalars on the device, None where there is none yet) without waiting for them."""
+        self.micro_metrics.append(metrics)
+        if self.step_complete:
+            values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
+            self.pending.append((self.step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
+            self.micro_metrics = []
+
+    def _finish_step(self, bar, last: int) -> None:
+        bar.update()
+        stop = self._agree_to_stop(last)
+        save = stop or self.step == last or self.due(self.args.checkpointing_steps)
+        if save or self.due(LOG_INTERVAL):
+            latest = self._write_log()
+            bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[:4]}, refresh=False)
+        if save and self.is_main:
+            write_atomically(
+                self.state.to_dict(vars(self.args), self.step), checkpoint_path(self.checkpoints, self.step)
+            )
+        if stop:
+            self.print(f"stopped by signal {self.signal} after step {self.step}; the same command continues from there")
+            self.end()
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def _on_signal(self, kind: int, frame: object) -> None:
+        self.signal = kind
+
+    def _agree_to_stop(self, last: int) -> bool:
+        if self.world == 1:
+            return self.signal is not None and self.step < last
+        if self.step == last or not self.due(LOG_INTERVAL):
+            return False
+        flag = torch.tensor([self.signal or 0], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.signal = int(flag) or None
+        return self.signal is not None
+
+    def _write_log(self) -> dict[str, float]:
+        """One reduction over processes for all pending steps; returns the last step's metrics."""
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack([metrics[name].double() for name in names]) for _, metrics in self.pending])
+        rows = mean_over_processes(values.to(torch.float32 if self.device.type == "mps" else torch.float64)).tolist()
+        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
+        speed = len(rows) * self.args.batch_size / elapsed
+        records = [
+            {"step": step, **dict(zip(names, row, strict=True)), "images_per_second": speed}
+            for (step, _), row in zip(self.pending, rows, strict=True)
+        ]
+        self.pending = []
+        if self.is_main:
+            with open(self.directory / "metrics.jsonl", "a", encoding="utf8") as file:
+                file.writelines(json.dumps(finite_or_null(record)) + "\n" for record in records)
+        for record in records:
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        for record in records:
+            self._check(record)
+        return {name: records[-1][name] for name in names}
+
+    def _check(self, record: dict[str, float]) -> None:
+        """Stop at a loss that is not finite; with loss scaling, gradients may overflow, but not for ever."""
+        scaled = self.args.mixed_precision == "fp16"
+        for name, value in record.items():
+            bad = not math.isfinite(value) and not (scaled and name.startswith("grad_norm"))
+            if bad or (name.startswith("loss_scale") and value < 1):
+                good = latest_checkpoint(self.checkpoints)
+                raise UserError(
+                    f"step {record['step']}: {name} is {value}; training stopped. Last good checkpoint: {good or 'none'}. "
+                    "Try --mixed-precision bf16 or no, or a lower learning rate"
+                )
+
+    def save_image(self, name: str, grid: Tensor) -> None:
+        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step, and give it to the trackers."""
+        from PIL import Image
+
+        folder = self.directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        array = grid.permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(array).save(folder / f"{self.step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({name: array[None]}, step=self.step)
+
+
+def refuse_changed_flags(checkpoint: dict, flags: dict, path: Path) -> None:
+    """Raise a UserError if the checkpoint's run had other flags than `flags`, but for those that may change."""
+    before = checkpoint.get("args") or {}
+    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    changed = [name for name in flags if name in before and name not in FREE_FLAGS and before[name] != flags[name]]
+    if changed:
+        what = ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {flags[name]}" for name in changed)
+        raise UserError(f"{path} was made with other flags ({what}); use the same ones, or another --exp-name")
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the records of metrics.jsonl after `step`: they will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # the line that a crash cut short
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf8")
+    os.replace(temporary, path)
+
+
+def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+
+def ignore_signals(_: int) -> None:
+    """Data workers leave signals to the training process, which finishes its step first and then ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
