@@ -146,7 +146,8 @@ def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, reso
         except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
             skipped.append(Skipped(source.path, " ".join(f"{type(error).__name__}: {error}".split())))
     tensors = {
-        "pixels": np.stack(pixels) if pixels else np.zeros((0, 3, resolution, resolution), np.uint8),
+        # safetensors writes the memory as it lies, whatever its strides
+        "pixels": np.ascontiguousarray(np.reshape(pixels, (-1, 3, resolution, resolution)), dtype=np.uint8),
         "labels": np.array([source.label for source in kept], dtype=np.int64),
     }
     metadata = {"plan": plan, "skipped": json.dumps(skipped), "files": json.dumps([source.path for source in kept])}

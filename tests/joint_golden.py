@@ -27,13 +27,15 @@ def golden_lpips() -> LPIPS:
     return lpips
 
 
-def golden_nets(vae: str = "f8d4", sit: str = "SiT-S/2", depth: int = 4, **optimizer) -> JointNets:
+def golden_nets(
+    vae: str = "f8d4", sit: str = "SiT-S/2", depth: int = 4, z_dims: tuple[int, ...] = (48,), **optimizer
+) -> JointNets:
     """The networks of the golden joint step; other rows of the registries make smaller ones."""
     vae = fill(build_vae(vae))
     discriminator = fill(PatchDiscriminator(), "discriminator.")
     size = 32 // vae.config.downsampling
     sit = SiT_models[sit](
-        input_size=size, in_channels=vae.config.z_channels, num_classes=10, z_dims=(48,), encoder_depth=depth
+        input_size=size, in_channels=vae.config.z_channels, num_classes=10, z_dims=z_dims, encoder_depth=depth
     )
     fill(sit)
     device = torch.device("cpu")

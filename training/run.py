@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from training.distributed import gradient_sync, mean_over_processes
 from training.randomness import BatchOrder, Rows
 
 LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
+BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
 # the flags that a continued run may change; every other one would make it another run
 FREE_FLAGS = {
@@ -186,7 +188,7 @@ class Run:
             args.gradient_accumulation_steps,
         )
         batches = iter(self._loader(data, order))
-        bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main)
+        bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.clock = time.monotonic()
         try:

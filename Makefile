@@ -1,0 +1,31 @@
+# Two commands on a fresh machine: `make demo` runs the whole method small, `make test` passes the tests.
+# Each makes its own virtual environment first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/python demo/run.py
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: $(PYTHON) is older than 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps -r requirements-demo.txt
+	@touch $@
+
+clean:
+	rm -rf exps/demo* data-demo pretrained/demo

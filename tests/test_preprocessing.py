@@ -1,0 +1,188 @@
+"""From a tree of image files to shards: every file becomes a row or is listed, whatever it holds."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import preprocessing
+from dataset import ImageDataset
+from errors import UserError
+from images import CLASSES, make_tree, photo
+from preprocessing import preprocess
+
+
+def rows(data) -> list[tuple[np.ndarray, int]]:
+    dataset = ImageDataset(data)
+    return [(dataset[i][0].numpy(), dataset[i][1]) for i in range(len(dataset))]
+
+
+def expected_row(image: Image.Image, size: int = 32) -> np.ndarray:
+    return np.asarray(preprocessing.center_crop(image.convert("RGB"), size)).transpose(2, 0, 1)
+
+
+def test_class_folders(tmp_path):
+    tree = make_tree(tmp_path / "tree", 3)
+    index = preprocess(tree, tmp_path / "data", 32, 2, None)
+    assert (index["images"], index["num_classes"], index["skipped"]) == (9, 3, 0)
+    assert index["classes"] == list(CLASSES)
+    for i, (pixels, label) in enumerate(rows(tmp_path / "data")):
+        assert label == i // 3
+        np.testing.assert_array_equal(pixels, expected_row(photo(100 * (i // 3) + i % 3)))
+
+
+def test_labels_of_dataset_json_win_over_folders(tmp_path):
+    tree = make_tree(tmp_path / "tree", 2)
+    labels = [["ape/0.png", 7], ["bee/1.png", 2], ["cat/9.png", 1]]
+    (tree / "dataset.json").write_text(json.dumps({"labels": labels}))
+    index = preprocess(tree, tmp_path / "data", 32, 1, None)
+    assert [label for _, label in rows(tmp_path / "data")] == [7, 2]
+    assert (index["num_classes"], index["classes"]) == (8, None)
+    skipped = (tmp_path / "data/images/skipped.txt").read_text()
+    assert index["skipped"] == 5
+    assert "cat/9.png\tin dataset.json, but no such file" in skipped
+    assert skipped.count("no label in dataset.json") == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"labels": null}', '{"labels": [["a.png", -1]]}', '{"labels": [["a.png", "x"]]}'])
+def test_unusable_dataset_json_is_one_clear_error(tmp_path, content):
+    tree = make_tree(tmp_path / "tree", 1)
+    (tree / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match="dataset.json.*expected"):
+        preprocess(tree, tmp_path / "data", 32, 1, None)
+
+
+def save_kinds(folder) -> dict[str, Image.Image]:
+    """Files of every kind that photo collections hold, and the RGB picture that each stands for."""
+    base = photo(5)
+    grey = base.convert("L")
+    expected = {}
+    grey.save(folder / "grey.png")
+    expected["grey.png"] = grey
+    cmyk = base.convert("CMYK")
+    cmyk.save(folder / "cmyk.jpg", quality=100)
+    expected["cmyk.jpg"] = Image.open(folder / "cmyk.jpg").convert("RGB")
+    alpha = base.copy()
+    alpha.putalpha(0)
+    alpha.save(folder / "transparent.png")
+    expected["transparent.png"] = Image.new("RGB", base.size, "white")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
+    base.save(folder / "turned.png", exif=exif)
+    expected["turned.png"] = base.transpose(Image.Transpose.ROTATE_270)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    deep.save(folder / "sixteen-bit.png")
+    expected["sixteen-bit.png"] = grey
+    base.convert("P").save(folder / "palette.gif")
+    expected["palette.gif"] = Image.open(folder / "palette.gif").convert("RGB")
+    return expected
+
+
+def test_every_kind_of_image_becomes_the_rgb_it_shows(tmp_path):
+    (tmp_path / "tree/only").mkdir(parents=True)
+    expected = save_kinds(tmp_path / "tree/only")
+    index = preprocess(tmp_path / "tree", tmp_path / "data", 32, 1, None)
+    assert index["skipped"] == 0
+    for name, (pixels, _) in zip(sorted(expected), rows(tmp_path / "data"), strict=True):
+        np.testing.assert_array_equal(pixels, expected_row(expected[name]), err_msg=name)
+
+
+def test_broken_files_are_counted_and_listed(tmp_path):
+    tree = make_tree(tmp_path / "tree", 2)
+    whole = (tree / "ape/0.png").read_bytes()
+    (tree / "ape/cut.png").write_bytes(whole[: len(whole) // 2])
+    photo(1, 640, 480).save(tree / "bee/cut.jpg")
+    (tree / "bee/cut.jpg").write_bytes((tree / "bee/cut.jpg").read_bytes()[:3000])
+    (tree / "bee/empty.jpg").write_bytes(b"")
+    (tree / "cat/notes.txt").write_text("no picture")
+    (tree / "stray.png").write_bytes(whole)
+    index = preprocess(tree, tmp_path / "data", 32, 2, None)
+    assert (index["images"], index["skipped"]) == (6, 5)
+    listed = dict(line.split("\t") for line in (tmp_path / "data/images/skipped.txt").read_text().splitlines())
+    assert set(listed) == {"ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "stray.png"}
+    assert listed["stray.png"] == "not inside a class folder"
+    assert all(listed.values())
+
+
+def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 2)
+    tree = make_tree(tmp_path / "tree", 3)
+    preprocess(tree, tmp_path / "one", 32, 1, None)
+    preprocess(tree, tmp_path / "three", 32, 3, None)
+    for (a, la), (b, lb) in zip(rows(tmp_path / "one"), rows(tmp_path / "three"), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert la == lb
+    shards = sorted((tmp_path / "one/images").glob("*.safetensors"))
+    assert len(shards) == 5
+    whole = shards[1].read_bytes()
+    shards[0].unlink()  # as if interrupted before it was written
+    shards[1].write_bytes(whole[: len(whole) // 2])  # cut short
+    untouched = shards[2].stat().st_mtime_ns
+    (tmp_path / "one/images/index.json").unlink()
+    preprocess(tree, tmp_path / "one", 32, 1, None)
+    assert shards[2].stat().st_mtime_ns == untouched
+    assert len(rows(tmp_path / "one")) == 9
+    np.testing.assert_array_equal(rows(tmp_path / "one")[0][0], rows(tmp_path / "three")[0][0])
+
+
+def test_other_images_in_the_output_are_refused(tmp_path):
+    tree = make_tree(tmp_path / "tree", 1)
+    preprocess(tree, tmp_path / "data", 32, 1, None)
+    with pytest.raises(UserError, match="another resolution; delete it"):
+        preprocess(tree, tmp_path / "data", 16, 1, None)
+    assert len(rows(tmp_path / "data")) == 3
+    photo(77).save(tree / "ape/new.png")
+    with pytest.raises(UserError, match="other images"):
+        preprocess(tree, tmp_path / "data", 32, 1, None)
+
+
+def test_max_images_takes_the_first_in_sorted_order(tmp_path):
+    index = preprocess(make_tree(tmp_path / "tree", 3), tmp_path / "data", 32, 1, 4)
+    assert index["images"] == 4
+    assert [label for _, label in rows(tmp_path / "data")] == [0, 0, 0, 1]
+
+
+def test_command_line_says_what_it_did_and_what_is_wrong(tmp_path):
+    tree = make_tree(tmp_path / "tree with ü", 1)
+    (tree / "ape/bad.png").write_bytes(b"bad")
+    command = [sys.executable, "preprocessing.py", "--output-path", tmp_path / "data", "--resolution", "32"]
+    done = subprocess.run([*command, "--imagenet-path", tree, "--num-workers", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 images of 3 classes at 32 px" in done.stdout
+    assert "1 files skipped" in done.stdout
+    for folder, message in ((tmp_path / "none", "no such folder"), (tmp_path / "data/images", "no images")):
+        failed = subprocess.run([*command, "--imagenet-path", folder], capture_output=True, text=True)
+        assert failed.returncode == 2
+        assert message in failed.stderr
+        assert failed.stderr.count("\n") == 1
+
+
+def loaded(data, context: str, workers: int) -> torch.Tensor:
+    dataset = ImageDataset(data)
+    dataset[0]  # opens a shard before the workers start
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=workers, multiprocessing_context=context)
+    return torch.cat([pixels for pixels, _ in loader])
+
+
+@pytest.mark.parametrize(("context", "workers"), [("fork", 1), ("fork", 3), ("spawn", 2)])
+def test_any_number_of_workers_reads_the_same(tmp_path, monkeypatch, context, workers):
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
+    preprocess(make_tree(tmp_path / "tree", 5), tmp_path / "data", 32, 1, None)
+    assert torch.equal(loaded(tmp_path / "data", context, workers), loaded(tmp_path / "data", None, 0))
+
+
+def test_dataset_errors_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="run preprocessing.py"):
+        ImageDataset(tmp_path)
+    preprocess(make_tree(tmp_path / "tree", 1), tmp_path / "data", 32, 1, None)
+    with pytest.raises(UserError, match="32 px, but --resolution is 64"):
+        ImageDataset(tmp_path / "data", 64)
+    with pytest.raises(IndexError):
+        ImageDataset(tmp_path / "data")[3]
+    (tmp_path / "data/images/00000.safetensors").unlink()
+    with pytest.raises(UserError, match="00000.safetensors: no such file"):
+        ImageDataset(tmp_path / "data")
