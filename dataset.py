@@ -1,7 +1,7 @@
 """Preprocessed images, read from the shards that preprocessing.py writes.
 
-Shards are uncompressed safetensors (196 kB an image at 256 px): opening one maps it into memory, so reading any row costs
-one copy, and datasets may be used by any number of workers, forked or spawned.
+Shards are uncompressed safetensors (196 kB an image at 256 px): opening one maps it into memory, so reading any row
+costs one copy, and datasets may be used by any number of workers, forked or spawned.
 """
 
 import json

@@ -231,10 +231,10 @@ def preprocess(root: Path, output: Path, resolution: int, workers: int, max_imag
             )
     (directory / "index.json").unlink(missing_ok=True)
     job = partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
-    with multiprocessing.Pool(max(1, min(workers, len(jobs)))) as pool:
-        with tqdm(total=len(sources), unit="image", desc="preprocessing") as bar:
-            for number in pool.imap_unordered(job, jobs):
-                bar.update(len(jobs[number][1]))
+    bar = tqdm(total=len(sources), unit="image", desc="preprocessing")
+    with bar, multiprocessing.Pool(max(1, min(workers, len(jobs)))) as pool:
+        for number in pool.imap_unordered(job, jobs):
+            bar.update(len(jobs[number][1]))
     return write_index(directory, resolution, plan, classes, skipped)
 
 

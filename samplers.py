@@ -1,7 +1,7 @@
 """From noise to latents: pure functions of `velocity_fn(x, t, y)`.
 
-The state is kept in float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun follow the
-probability-flow ODE, Euler-Maruyama the SDE of the same marginals with diffusion w(t) = 2t (SiT, Ma et al.,
+The state is kept in float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun follow
+the probability-flow ODE, Euler-Maruyama the SDE of the same marginals with diffusion w(t) = 2t (SiT, Ma et al.,
 arXiv 2401.08740). Guidance acts on an interval of times only (Kynkäänniemi et al., 2404.07724).
 """
 

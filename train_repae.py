@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from dataset import ImageDataset
 from errors import run_script
 from loss.alignment import alignment_loss
-from loss.lpips import load_lpips
-from loss.vae_loss import load_loss_config
 from models.autoencoder import pixels_to_image
 from models.encoders import load_encoders
 from models.sit import SiT
@@ -32,6 +30,7 @@ from training.networks import (
     compile_in_place,
     latent_shape,
     load_discriminator,
+    load_lpips,
     load_vae,
     optimizer_options,
     use_tf32,
@@ -80,8 +79,8 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     with cfg.autocast():
         posterior, z, recon = nets.vae(image, draws.posterior)
 
-    # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by the
-    #    running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
+    # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by
+    # the    running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
     if zs:
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
@@ -165,7 +164,7 @@ def main() -> None:
     use_tf32(args.allow_tf32)
     data = ImageDataset(args.data_dir, args.resolution)
     check_labels(data, args.num_classes)
-    loss = load_loss_config(args.loss_cfg_path)
+    loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)
     run.begin(state)
@@ -182,7 +181,7 @@ def main() -> None:
 
     for step, batch in run.steps(data):
         draws = step_draws(
-            args.seed, batch.step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob
+            args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob
         ).rows(batch.rows)
         metrics = repae_step(nets, batch, draws.to(run.device), cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})

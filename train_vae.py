@@ -13,8 +13,6 @@ from torch import Tensor
 
 from dataset import ImageDataset
 from errors import run_script
-from loss.lpips import load_lpips
-from loss.vae_loss import load_loss_config
 from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import (
@@ -27,7 +25,15 @@ from training.autoencoding import (
 )
 from training.checkpoint import TrainingState, vae_files, write_atomically
 from training.distributed import unwrap
-from training.networks import compile_in_place, latent_shape, load_discriminator, load_vae, optimizer_options, use_tf32
+from training.networks import (
+    compile_in_place,
+    latent_shape,
+    load_discriminator,
+    load_lpips,
+    load_vae,
+    optimizer_options,
+    use_tf32,
+)
 from training.precision import Optimizer, autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
 from training.randomness import Draws, step_draws
@@ -107,7 +113,7 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = ImageDataset(args.data_dir, args.resolution)
-    loss = load_loss_config(args.loss_cfg_path)
+    loss = cli.load_loss_config(args.loss_cfg_path)
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
     nets, state = build(args, run)
@@ -116,7 +122,7 @@ def main() -> None:
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):
-        draws = step_draws(args.seed, batch.step, args.batch_size, latent).rows(batch.rows).to(run.device)
+        draws = step_draws(args.seed, step, args.batch_size, latent).rows(batch.rows).to(run.device)
         metrics = vae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:

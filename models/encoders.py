@@ -166,7 +166,7 @@ def load_encoders(enc_type: str, resolution: int, grid: int, device: torch.devic
     for name, spec in specs.items():
         if not spec.any_grid and grid * 16 != resolution:
             raise UserError(
-                f"{name} gives {resolution // 16}x{resolution // 16} tokens at {resolution} px, but the transformer has "
-                f"{grid}x{grid}; choose a patch size that makes them equal"
+                f"{name} gives {resolution // 16}x{resolution // 16} tokens at {resolution} px, but the transformer "
+                f"has {grid}x{grid}; choose a patch size that makes them equal"
             )
     return [spec.build(spec.stride * grid).eval().requires_grad_(False).to(device) for spec in specs.values()]

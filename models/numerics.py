@@ -16,6 +16,24 @@ def distributed_world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduced gradient: every process's loss depends on every process's input."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        """Sum of `x` over all processes."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        """Sum of the gradients of all processes."""
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Per-channel batch statistics of `x` (B,C,H,W) over the batches of all processes, which must be equally large.
 
@@ -23,11 +41,9 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     reductions, so gradients equal those of one process holding the whole batch. The variance is computed around the
     global mean rather than from a sum of squares, which would cancel in float32.
     """
-    from torch.distributed.nn.functional import all_reduce
-
     world = distributed_world_size()
-    mean = all_reduce(x.mean((0, 2, 3))) / world
-    var = all_reduce((x - mean[:, None, None]).square().mean((0, 2, 3))) / world
+    mean = SumOverProcesses.apply(x.mean((0, 2, 3))) / world
+    var = SumOverProcesses.apply((x - mean[:, None, None]).square().mean((0, 2, 3))) / world
     return mean, var, world * x.numel() // x.shape[1]
 
 

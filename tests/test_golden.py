@@ -12,12 +12,13 @@ from golden_weights import GOLDEN, assert_close, fill, golden
 from joint_golden import golden_lpips
 from loss.alignment import alignment_loss
 from loss.lpips import LPIPS
-from loss.vae_loss import VAELossConfig, discriminator_loss, load_loss_config, update_lecam, vae_loss
+from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SIT_SIZES, SiT, SiT_models
 from preprocessing import center_crop
 from samplers import Guidance, sample_ode, sample_sde
+from training.cli import load_loss_config
 from transport import diffusion_loss, interpolate
 
 KEYS = json.loads((GOLDEN / "state_dicts.json").read_text())

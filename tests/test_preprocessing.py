@@ -48,7 +48,9 @@ def test_labels_of_dataset_json_win_over_folders(tmp_path):
     assert skipped.count("no label in dataset.json") == 4
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"labels": null}', '{"labels": [["a.png", -1]]}', '{"labels": [["a.png", "x"]]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"labels": null}', '{"labels": [["a.png", -1]]}', '{"labels": [["a.png", "x"]]}']
+)
 def test_unusable_dataset_json_is_one_clear_error(tmp_path, content):
     tree = make_tree(tmp_path / "tree", 1)
     (tree / "dataset.json").write_text(content)

@@ -38,7 +38,8 @@ class VAEStepConfig:
 def vae_objective(
     nets: VAENets, image: Tensor, posterior: Posterior, recon: Tensor, cfg: VAEStepConfig, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The VAE loss of a reconstruction, with the discriminator frozen (in training mode all the same, as the reference).
+    """The VAE loss of a reconstruction, with the discriminator frozen (in training mode all the same, as the
+    reference).
 
     Returns the scalar to minimise, and its terms with the reconstruction's PSNR in dB.
     """
@@ -69,7 +70,7 @@ def detached(metrics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
 def psnr(image: Tensor, recon: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of a batch of reconstructions, both (B,3,R,R) with range [-1, 1]."""
     with torch.no_grad():
-        return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean())
+        return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
 @torch.no_grad()
@@ -78,8 +79,8 @@ def latent_statistics(
 ) -> dict[str, Tensor]:
     """Scale 1/sqrt(var) and bias mean of the latents of all images, (1,C,1,1) float32 each.
 
-    Moments are those of posterior samples, computed without drawing any: E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]².
-    Each process reads its share of `data`.
+    Moments are those of posterior samples, computed without drawing any: E[z] = E[mean], Var[z] = E[mean² + std²] -
+    E[z]². Each process reads its share of `data`.
     """
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm

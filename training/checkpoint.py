@@ -1,7 +1,7 @@
 """Checkpoints and weight files: written atomically, checked on load, never unpickling anything but plain data.
 
-A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae, opt_disc,
-args, steps) plus what exact resume needs. A VAE is three files beside each other, see `vae_files`.
+A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae,
+opt_disc, args, steps) plus what exact resume needs. A VAE is three files beside each other, see `vae_files`.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without the `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put before keys."""
+    """State dict without the `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put before
+    keys.
+    """
     stripped = {}
     for key, value in state.items():
         while key.startswith(PREFIXES) or "._orig_mod." in key:

@@ -6,8 +6,11 @@ Names and defaults are the reference's, so that its command lines and args.json 
 import argparse
 from argparse import BooleanOptionalAction
 from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 
-from errors import unknown_name
+from errors import UserError, unknown_name
+from loss.vae_loss import VAELossConfig
 
 
 def one_of(what: str, known: Iterable[str]):
@@ -43,7 +46,6 @@ def number(kind: type, at_least: float | None = None, above: float | None = None
 
 def enc_type(text: str) -> str:
     """An argparse type: names of encoders, joined by commas, or none."""
-    from errors import UserError
     from models.encoders import encoder_specs
 
     try:
@@ -200,3 +202,46 @@ def add_vae_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
     group.add_argument("--disc-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
     group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")
+
+
+def load_loss_config(path: str) -> VAELossConfig:
+    """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml.
+
+    Raises:
+        UserError: one line naming the file, what was found and what was expected.
+    """
+    what = f"--loss-cfg-path {path}"
+    config = read_yaml(path, what)
+    losses = config.get("losses")
+    if not isinstance(losses, dict):
+        raise UserError(f"{what}: no section `losses:`")
+    mode = (config.get("model") or {}).get("vq_model", {}).get("quantize_mode", "vae")
+    if mode != "vae":
+        raise UserError(f"{what}: model.vq_model.quantize_mode is {mode!r}; only vae is supported")
+    known = {field.name: type(field.default) for field in fields(VAELossConfig)}
+    for name, value in losses.items():
+        if name not in known:
+            raise UserError(f"{what}: " + unknown_name("key below losses:", name, known))
+        if isinstance(value, bool) or not isinstance(value, str if known[name] is str else (int, float)):
+            raise UserError(f"{what}: losses.{name} is {value!r}, expected {known[name].__name__}")
+    for name, allowed in {"reconstruction_loss": ("l1", "l2"), "perceptual_loss": ("lpips",)}.items():
+        if losses.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{what}: losses.{name} is {losses[name]!r}, expected {' or '.join(allowed)}")
+    return VAELossConfig(**{name: known[name](value) for name, value in losses.items()})
+
+
+def read_yaml(path: str, what: str) -> dict:
+    """The mapping in a YAML file, interpolations resolved; a UserError that begins with `what` if there is none."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not Path(path).is_file():
+        raise UserError(f"{what}: no such file")
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{what}: expected a mapping with a section `losses:`")
+    return config

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dataset import ImageDataset
 from errors import UserError
+from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
 from models.discriminator import PatchDiscriminator
 from models.encoders import encoder_specs
@@ -42,6 +44,35 @@ def load_discriminator(path: str | None) -> PatchDiscriminator:
     if path is not None:
         load_weights(discriminator, read_checkpoint(path, "discriminator weights"), f"discriminator weights {path}")
     return discriminator
+
+
+def load_lpips(vgg_path: str | None) -> LPIPS:
+    """LPIPS with VGG16's trained convolutions from `vgg_path`, or by torchvision's download of IMAGENET1K_V1.
+
+    The v0.1 linear heads are those in the installed lpips package (md5 d507d7349b931f0638a25a48a722f98a).
+
+    Raises:
+        UserError: a file is missing or lacks weights, or the download failed.
+    """
+    import importlib.util
+
+    if vgg_path is None:
+        from torchvision.models import VGG16_Weights
+
+        try:
+            vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(
+                f"could not download VGG16 for LPIPS ({error}); put torchvision's vgg16 weights on this machine and "
+                "name the file by --lpips-vgg-ckpt"
+            ) from error
+    else:
+        vgg = read_checkpoint(vgg_path, "VGG16 weights")
+    package = Path(importlib.util.find_spec("lpips").origin).parent
+    try:
+        return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))
+    except KeyError as error:
+        raise UserError(f"VGG16 weights {vgg_path}: no {error.args[0]}; expected torchvision's state dict") from error
 
 
 def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:

@@ -55,7 +55,7 @@ def step_draws(
     path_type: str = "linear",
     cfg_prob: float = 0.0,
 ) -> Draws:
-    """The draws of 0-based `step` for a global batch of `batch` images with latents (C,h,w)."""
+    """The draws of 1-based `step` for a global batch of `batch` images with latents (C,h,w)."""
     generator = generator_for(seed, "step", step)
     posterior = torch.randn(batch, *latent_shape, generator=generator)
     noise = torch.randn(batch, *latent_shape, generator=generator)

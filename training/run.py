@@ -1,7 +1,7 @@
 """One training run: its folder, processes, trackers and loop.
 
-`for step, batch in run.steps(data):` owns reading, resuming, logging intervals, saving, signals and progress; what a step
-does stays in the script, where it is read.
+`for step, batch in run.steps(data):` owns reading, resuming, logging intervals, saving, signals and progress; what a
+step does stays in the script, where it is read.
 """
 
 import argparse
@@ -65,6 +65,7 @@ class Run:
         self.directory = Path(args.output_dir) / args.exp_name
         self.checkpoints = self.directory / "checkpoints"
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
             mixed_precision="no",  # precision is training/precision.py's
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(
@@ -225,7 +226,9 @@ class Run:
         return self.step_complete and self.step % interval == 0
 
     def log(self, metrics: dict[str, Tensor | None]) -> None:
-        """Keep a micro-batch's metrics (scalars on the device, None where there is none yet) without waiting for them."""
+        """Keep a micro-batch's metrics (scalars on the device, None where there is none yet) without waiting for
+        them.
+        """
         self.micro_metrics.append(metrics)
         if self.step_complete:
             values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
@@ -290,8 +293,8 @@ class Run:
             if bad or (name.startswith("loss_scale") and value < 1):
                 good = latest_checkpoint(self.checkpoints)
                 raise UserError(
-                    f"step {record['step']}: {name} is {value}; training stopped. Last good checkpoint: {good or 'none'}. "
-                    "Try --mixed-precision bf16 or no, or a lower learning rate"
+                    f"step {record['step']}: {name} is {value}; training stopped. "
+                    f"Last good checkpoint: {good or 'none'}. Try bf16 or a lower learning rate"
                 )
 
     def save_image(self, name: str, grid: Tensor) -> None:

@@ -1,0 +1,74 @@
+"""The whole method on 4500 real photographs of 32 pixels, in minutes on two CPU cores: `make demo`.
+
+Runs the real scripts by their real command lines, one after the other. Each continues where it stopped, so an
+interrupted demo goes on when it is started again. The pictures end up in exps/demo/.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from plot_curves import plot_curves
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "exps" / "demo"
+COMMON = """--output-dir exps --data-dir data-demo/train --resolution 32 --batch-size 32 --num-workers 1 --report-to
+none --mixed-precision bf16 --vae f4d4-small --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"""
+STAGES = {
+    "photographs: sheets in the repository -> a folder a class": "demo/cifar10.py unpack data-demo/cifar10",
+    "LPIPS: VGG16's convolutions in torchvision's keys": "demo/convert_lpips.py pretrained/demo/vgg16-features.pt",
+    "preprocessing, training images": """preprocessing.py --imagenet-path data-demo/cifar10/train
+        --output-path data-demo/train --resolution 32 --num-workers 2""",
+    "preprocessing, held-out images": """preprocessing.py --imagenet-path data-demo/cifar10/test
+        --output-path data-demo/test --resolution 32 --num-workers 2""",
+    "VAE and discriminator from scratch": f"""train_vae.py --exp-name demo-vae {COMMON} --loss-cfg-path demo/loss.yaml
+        --vae-learning-rate 1e-3 --max-train-steps 400 --sampling-steps 100 --checkpointing-steps 100""",
+    "REPA-E: VAE and transformer, jointly": f"""train_repae.py --exp-name demo-joint {COMMON}
+        --vae-ckpt exps/demo-vae/demo-vae.pt
+        --disc-pretrained-ckpt exps/demo-vae/demo-vae-discriminator-ckpt.pt
+        --model SiT-XS/1 --num-classes 10 --enc-type efficientnet-lite0 --encoder-depth 3 --learning-rate 5e-4
+        --ema-decay 0.98 --max-train-steps 200 --sampling-steps 50 --checkpointing-steps 50""",
+}
+
+
+def run_stage(title: str, line: str) -> None:
+    """Run one script, showing its command line; stop the demo with its exit code if it fails."""
+    arguments = shlex.split(line)
+    print(f"\n== {title}\n$ python {shlex.join(arguments)}", flush=True)
+    started = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        print(f"stopped: {arguments[0]} exited with {code}; `make demo` continues from here", file=sys.stderr)
+        sys.exit(code)
+    print(f"-- {time.monotonic() - started:.0f} s", flush=True)
+
+
+def last_picture(folder: Path) -> Path:
+    """The picture of the highest step in a run's folder of pictures."""
+    return max(folder.glob("*.png"))
+
+
+def main() -> None:
+    """All stages, then the pictures."""
+    started = time.monotonic()
+    for title, line in STAGES.items():
+        run_stage(title, line)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    runs = {"VAE alone": ROOT / "exps/demo-vae", "joint": ROOT / "exps/demo-joint"}
+    plot_curves({name: run / "metrics.jsonl" for name, run in runs.items()}, PICTURES / "curves.png")
+    shutil.copyfile(last_picture(runs["joint"] / "samples"), PICTURES / "samples.png")
+    shutil.copyfile(last_picture(runs["VAE alone"] / "reconstructions"), PICTURES / "reconstructions-before.png")
+    shutil.copyfile(last_picture(runs["joint"] / "reconstructions"), PICTURES / "reconstructions-after.png")
+    print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; look at")
+    for path in sorted(PICTURES.glob("*.png")):
+        print(f"  {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Running the scripts as a user does: subprocesses with real command lines, at tiny settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+TINY = (
+    *("--report-to", "none", "--mixed-precision", "no", "--num-workers", "1", "--resolution", "32"),
+    *("--batch-size", "4", "--vae", "f4d4-tiny"),
+)
+TINY_SIT = (
+    *("--model", "SiT-XXS/2", "--num-classes", "3", "--encoder-depth", "2"),
+    *("--enc-type", "efficientnet-lite0", "--cfg-prob", "0.3", "--ema-decay", "0.9"),
+)
+
+
+def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a script, by default in a single process."""
+    return [sys.executable, *launcher, script, *map(str, flags)]
+
+
+def run(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script and check its exit code."""
+    line = command(script, *flags, launcher=launcher)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def interrupt(script: str, *flags: object, log: Path, lines: int, kind: signal.Signals) -> int:
+    """Run a script, send it a signal once its log has so many lines, and return its exit code."""
+    process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(records(log)) < lines:
+        assert process.poll() is None, "ended before it was interrupted"
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+    process.send_signal(kind)
+    return process.wait(timeout=120)
+
+
+def records(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl, without the one thing that is timing."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]

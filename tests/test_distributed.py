@@ -1,0 +1,139 @@
+"""Two gloo processes at one global batch compute what one process does."""
+
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from joint_golden import CONFIG
+from models.numerics import GlobalBatchNorm2d, global_moments
+from test_joint_step import small_batch, small_nets
+from train_repae import JointNets, repae_step
+from training.autoencoding import latent_statistics
+from training.distributed import gradient_sync, unwrap
+from training.randomness import Draws, Rows
+from training.run import Batch
+
+STEPS = 3
+
+
+def start(rank: int, world: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+
+
+def in_two_processes(function, tmp_path, *args):
+    """Run `function(rank, world, *args)` on two processes and give back what each of them returned."""
+    mp.spawn(_call, args=(2, str(tmp_path), function, args), nprocs=2)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _call(rank: int, world: int, folder: str, function, args) -> None:
+    start(rank, world, folder + "/rendezvous")
+    torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def double_nets(accumulation: int) -> JointNets:
+    nets = small_nets(accumulation_steps=accumulation)
+    for module in (nets.vae, nets.discriminator, nets.sit, nets.ema, nets.lpips):
+        module.double()
+    nets.lecam = nets.lecam.double()
+    return nets
+
+
+def joint_steps(rank: int, world: int, accumulation: int) -> dict:
+    """Three float64 joint steps on this process's rows of a global batch of eight; every network and metric after."""
+    nets = double_nets(accumulation)
+    if world > 1:
+        for name in ("vae", "discriminator", "sit"):
+            setattr(nets, name, DistributedDataParallel(getattr(nets, name), broadcast_buffers=False))
+    batch, draws, zs = small_batch(8)
+    draws = draws._replace(drop=torch.tensor([False, True] * 4))
+    size = 8 // (world * accumulation)
+    metrics = []
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            rows = Rows((micro * world + rank) * size, (micro * world + rank + 1) * size)
+            mine = slice(rows.start, rows.stop)
+            nets.encoders = [lambda pixels, mine=mine: zs[mine].double()]
+            part = draws.rows(rows)
+            part = Draws(part.posterior.double(), part.noise.double(), part.t.double(), part.drop)
+            with gradient_sync([nets.vae, nets.discriminator, nets.sit], sync=micro == accumulation - 1):
+                result = repae_step(nets, Batch(batch.pixels[mine], batch.labels[mine], step, rows), part, CONFIG)
+        metrics.append({name: value for name, value in result.items() if value is not None})
+    networks = {"vae": nets.vae, "discriminator": nets.discriminator, "sit": nets.sit, "ema": nets.ema}
+    return {
+        "networks": {k: unwrap(v).state_dict() for k, v in networks.items()},
+        "metrics": metrics,
+        "lecam": nets.lecam,
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one_in_float64(tmp_path, accumulation):
+    one = joint_steps(0, 1, accumulation)
+    two = in_two_processes(joint_steps, tmp_path, accumulation)
+    for name, state in one["networks"].items():
+        for key, value in state.items():
+            first, second = (result["networks"][name][key] for result in two)
+            assert torch.equal(first, second), f"ranks differ in {name} {key}"
+            torch.testing.assert_close(first, value, atol=1e-10, rtol=1e-10, msg=f"{name} {key}")
+    if accumulation == 1:
+        for step in range(STEPS):
+            a, b = (result["metrics"][step] for result in two)
+            for name, value in one["metrics"][step].items():
+                if name != "psnr":  # a logarithm of a mean is no mean of logarithms
+                    torch.testing.assert_close((a[name] + b[name]) / 2, value, atol=1e-9, rtol=1e-9, msg=name)
+                if name.startswith("grad_norm"):
+                    assert torch.equal(a[name], b[name])
+
+
+def batch_norm_gradients(rank: int, world: int) -> dict:
+    """Output, gradients and statistics of a batch norm layer for this process's half of a batch."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64), torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    x = x.flatten(0, 1)
+    norm = GlobalBatchNorm2d(3).double()
+    torch.nn.init.normal_(norm.weight)
+    size = 8 // world
+    mine = x[rank * size : (rank + 1) * size].clone().requires_grad_()
+    out = norm(mine)
+    (out * weight[rank * size : (rank + 1) * size]).square().sum().backward()
+    mean, var, count = global_moments(mine.detach()) if world > 1 else (x.mean((0, 2, 3)), x.var((0, 2, 3), False), 200)
+    return {
+        "out": out.detach(),
+        "grad": mine.grad,
+        "weight_grad": norm.weight.grad,
+        "state": dict(norm.state_dict()),
+        "moments": [mean, var, count],
+    }
+
+
+def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(tmp_path):
+    one = batch_norm_gradients(0, 1)
+    a, b = in_two_processes(batch_norm_gradients, tmp_path)
+    torch.testing.assert_close(torch.cat([a["out"], b["out"]]), one["out"])
+    torch.testing.assert_close(torch.cat([a["grad"], b["grad"]]), one["grad"])
+    torch.testing.assert_close(a["weight_grad"] + b["weight_grad"], one["weight_grad"])
+    torch.testing.assert_close(a["state"], one["state"])
+    torch.testing.assert_close(a["moments"], one["moments"])
+
+
+def statistics(rank: int, world: int) -> dict:
+    """Latent statistics of eleven images, read in shares."""
+    vae = copy.deepcopy(small_nets().vae)
+    pixels = torch.randint(0, 256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return latent_statistics(vae, [(p, 0) for p in pixels], 4, 0, rank, world, torch.device("cpu"))
+
+
+def test_latent_statistics_over_two_processes(tmp_path):
+    one = statistics(0, 1)
+    for result in in_two_processes(statistics, tmp_path):
+        torch.testing.assert_close(result, one)

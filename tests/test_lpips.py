@@ -1,0 +1,88 @@
+"""LPIPS with real weights: the converter, and parity with the lpips package's own code."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import vgg16
+
+from demo.convert_lpips import NumpyUnpickler, convert, packaged_weights
+from errors import UserError
+from images import photo
+from loss.lpips import unit
+from training.networks import load_lpips
+
+
+def photographs(count: int, side: int = 64) -> torch.Tensor:
+    arrays = np.stack([np.asarray(photo(i, side, side)) for i in range(count)])
+    return torch.tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def test_values_equal_the_lpips_packages(vgg_weights, monkeypatch):
+    import lpips
+
+    def pretrained_vgg(**_):
+        network = vgg16(weights=None)
+        network.load_state_dict(torch.load(vgg_weights, weights_only=True), strict=False)
+        return network
+
+    monkeypatch.setattr("lpips.pretrained_networks.tv.vgg16", pretrained_vgg)
+    theirs = lpips.LPIPS(net="vgg", verbose=False).eval()
+    ours = load_lpips(vgg_weights)
+    a, b = photographs(4), photographs(8)[4:]
+    recon = b.clone().requires_grad_()
+    value = ours(a, recon)
+    torch.testing.assert_close(value, theirs(a, b), atol=1e-6, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(value.sum(), recon)
+    other = b.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(theirs(a, other).sum(), other)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
+    assert float(ours(a, a).abs().max()) == 0
+    assert float(value.min()) > 0.05
+
+
+def test_converted_weights_fit_torchvision(vgg_weights):
+    state = torch.load(vgg_weights, weights_only=True)
+    missing, unexpected = vgg16(weights=None).load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert all(key.startswith("classifier") for key in missing)
+    assert all(torch.equal(value, state[key]) for key, value in convert(packaged_weights()).items())
+
+
+class Exploit:
+    """Pickles to a call."""
+
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_the_converter_unpickles_nothing_but_numpy(tmp_path, capsys):
+    path = tmp_path / "evil.ckpt"
+    path.write_bytes(pickle.dumps({"VGG16_0": Exploit()}))
+    with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match="refused.*builtins.print"):
+        NumpyUnpickler(file).load()
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_gradient_is_finite_where_all_features_are_zero():
+    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    unit(features).sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_half_precision_input_is_compared_in_float32(vgg_weights):
+    ours = load_lpips(vgg_weights)
+    a, b = photographs(2), photographs(4)[2:]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = ours(a, b)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, ours(a, b))
+
+
+def test_unusable_weights_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pt: no such file"):
+        load_lpips(tmp_path / "nowhere.pt")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pt")
+    with pytest.raises(UserError, match="part.pt: no features.0.bias"):
+        load_lpips(tmp_path / "part.pt")

@@ -1,0 +1,265 @@
+"""The training scripts end to end: what they write, how they continue, what they say when something is wrong."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from golden_weights import GOLDEN
+from models.autoencoder import build_vae
+from models.discriminator import PatchDiscriminator
+from models.sit import SiT_models
+from scripts import TINY, TINY_SIT, interrupt, records, run
+from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
+
+pytestmark = pytest.mark.slow
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
+JOINT_METRICS = (
+    *("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "vae_align_loss", "vae_loss", "psnr"),
+    *("grad_norm_vae", "d_loss", "grad_norm_disc", "denoising_loss", "proj_loss", "grad_norm_sit"),
+)
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
+    """Flags of a tiny joint run into a folder of its own, without its name and length."""
+    output = tmp_path_factory.mktemp("joint")
+    paths = ("--output-dir", output, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    vae = ("--vae-ckpt", tiny_vae[1], "--disc-pretrained-ckpt", vae_files(tiny_vae[1]).discriminator)
+    return output, (*TINY, *TINY_SIT, *paths, *vae)
+
+
+@pytest.fixture(scope="module")
+def whole_run(joint):
+    """An uninterrupted joint run of twelve steps (three epochs), with checkpoints and pictures on the way."""
+    output, flags = joint
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", 12, "--sampling-steps", 6)
+    return output / "whole"
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(a, b, tolerance: float = 0.0) -> None:
+    """Two runs' last checkpoints and logs agree; bit for bit without a tolerance."""
+    one, two = (read_checkpoint(path / "checkpoints" / "0000012.pt") for path in (a, b))
+    first, second = records(a / "metrics.jsonl"), records(b / "metrics.jsonl")
+    assert [record["step"] for record in second] == list(range(1, 13))
+    if not tolerance:
+        for part in one.keys() - {"args"}:
+            assert equal(one[part], two[part]), f"{part} differs"
+        assert first == second
+        return
+    for part in ("model", "ema", "vae", "discriminator"):
+        for key, value in one[part].items():
+            if value.is_floating_point():
+                error = (value - two[part][key]).abs().max()
+                assert error <= tolerance * max(1.0, float(value.abs().max())), f"{part} {key} differs by {error:.1e}"
+    for x, y in zip(first, second, strict=True):
+        for name in ("denoising_loss", "reconstruction_loss", "d_loss"):
+            assert y[name] == pytest.approx(x[name], rel=max(tolerance, 1e-3))
+
+
+def test_train_vae_writes_the_three_files(tiny_vae):
+    output, weights = tiny_vae
+    files = vae_files(weights)
+    load_weights(build_vae("f4d4-tiny"), read_checkpoint(files.weights), "weights")
+    load_weights(PatchDiscriminator(), read_checkpoint(files.discriminator), "discriminator")
+    stats = read_checkpoint(files.statistics)
+    assert {key: tuple(value.shape) for key, value in stats.items()} == {
+        "latents_scale": (1, 4, 1, 1),
+        "latents_bias": (1, 4, 1, 1),
+    }
+    assert json.loads((output / "vae/args.json").read_text())["vae_learning_rate"] == 1e-4
+    assert np.asarray(Image.open(output / "vae/reconstructions/0000005.png")).std() > 10
+    assert len(records(output / "vae/metrics.jsonl")) == 5
+
+
+def test_train_vae_continues_from_weights(tmp_path, tiny_vae, tiny_data, vgg_weights):
+    flags = ("--exp-name", "more", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    files = vae_files(tiny_vae[1])
+    run(
+        "train_vae.py", *TINY, *flags, "--vae-ckpt", files.weights, "--max-train-steps", 1, "--vae-learning-rate", 1e-12
+    )
+    before, after = read_checkpoint(files.weights), read_checkpoint(tmp_path / "more/more.pt")
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, atol=1e-8, rtol=1e-6)
+
+
+def test_a_joint_run_writes_everything(whole_run):
+    log = records(whole_run / "metrics.jsonl")
+    assert [record["step"] for record in log] == list(range(1, 13))
+    assert all(name in log[0] for name in JOINT_METRICS)
+    for folder in ("samples", "reconstructions"):
+        assert [path.name for path in sorted((whole_run / folder).iterdir())] == ["0000006.png", "0000012.png"]
+    checkpoint = torch.load(whole_run / "checkpoints/0000012.pt", weights_only=True)
+    reference_keys = {"model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "args", "steps"}
+    assert reference_keys < checkpoint.keys()
+    assert checkpoint["steps"] == 12
+    assert checkpoint["args"] == json.loads((whole_run / "args.json").read_text())
+    sit = SiT_models["SiT-XXS/2"](input_size=8, num_classes=3, z_dims=(112,), encoder_depth=2)
+    sit.load_state_dict(checkpoint["ema"])
+    assert int(checkpoint["model"]["bn.num_batches_tracked"]) == 12
+    assert not torch.equal(
+        checkpoint["model"]["final_layer.linear.weight"], checkpoint["ema"]["final_layer.linear.weight"]
+    )
+
+
+def test_the_joint_run_started_from_the_vaes_statistics(whole_run, tiny_vae):
+    stats = read_checkpoint(vae_files(tiny_vae[1]).statistics)
+    ema = read_checkpoint(whole_run / "checkpoints/0000012.pt")["ema"]
+    # ema decay 0.9 over 12 steps keeps 28 % of the start and most of the rest is near it
+    torch.testing.assert_close(ema["bn.running_mean"], stats["latents_bias"].flatten(), atol=0.5, rtol=0.5)
+    assert not torch.allclose(ema["bn.running_var"], torch.ones(4), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_equals_uninterrupted(joint, whole_run, kind):
+    output, flags = joint
+    name = f"interrupted-{kind.name}"
+    # sampling every step slows the run enough for the signal to arrive before its end
+    arguments = (*flags, "--exp-name", name, "--max-train-steps", 12, "--checkpointing-steps", 5, "--sampling-steps", 1)
+    log = output / name / "metrics.jsonl"
+    assert interrupt("train_repae.py", *arguments, log=log, lines=5, kind=kind) == 75
+    saved = max(int(path.stem) for path in (output / name / "checkpoints").glob("*.pt"))
+    assert 5 <= saved < 12
+    with open(log, "a") as file:  # as if it had gone on and crashed after its checkpoint
+        file.write(json.dumps({"step": saved + 1, "d_loss": 9.0}) + '\n{"step": 9')
+    done = run("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", 12, "--checkpointing-steps", 5)
+    assert f"continuing after step {saved}" in done.stdout + done.stderr
+    assert_same_run(whole_run, output / name)
+
+
+def test_a_finished_run_stays_finished(joint, whole_run):
+    _, flags = joint
+    before = (whole_run / "checkpoints/0000012.pt").stat().st_mtime_ns
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", 12)
+    assert (whole_run / "checkpoints/0000012.pt").stat().st_mtime_ns == before
+    assert len(records(whole_run / "metrics.jsonl")) == 12
+
+
+def test_two_processes_equal_one(joint, whole_run):
+    output, flags = joint
+    arguments = (*flags, "--exp-name", "two", "--max-train-steps", 12)
+    done = run("train_repae.py", *arguments, launcher=TORCHRUN)
+    assert "4 images a step = 2 processes x 1 accumulation steps x 2" in done.stdout + done.stderr
+    # float32 rounding, amplified by twelve steps of Adam at lr 1e-4
+    assert_same_run(whole_run, output / "two", tolerance=2e-3)
+
+
+def test_accelerate_launch_equals_plain_python(joint, whole_run):
+    output, flags = joint
+    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", 12, launcher=ACCELERATE)
+    assert_same_run(whole_run, output / "launched")
+
+
+def test_resume_step_and_another_runs_folder(joint, whole_run):
+    output, flags = joint
+    arguments = ("--exp-name", "branch", "--max-train-steps", 14, "--continue-train-exp-dir", whole_run)
+    done = run("train_repae.py", *flags, *arguments, "--resume-step", 12)
+    assert "continuing after step 12" in done.stdout + done.stderr
+    assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [13, 14]
+    failed = run("train_repae.py", *flags, *arguments, "--resume-step", 11, code=2)
+    assert "0000011.pt: no such file" in failed.stderr
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(joint, precision):
+    output, flags = joint
+    name = f"half-{precision}"
+    run("train_repae.py", *flags, "--mixed-precision", precision, "--exp-name", name, "--max-train-steps", 3)
+    log = records(output / name / "metrics.jsonl")
+    assert all(np.isfinite(record[key]) for record in log for key in ("vae_loss", "d_loss", "denoising_loss"))
+    for optimizer in ("sit", "vae", "disc"):
+        assert (f"loss_scale_{optimizer}" in log[0]) == (precision == "fp16")
+    model = read_checkpoint(output / name / "checkpoints/0000003.pt")["model"]
+    assert all(value.dtype == torch.float32 for value in model.values() if value.is_floating_point())
+
+
+def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
+    output, flags = joint
+    options = ("--gradient-accumulation-steps", 2, "--path-type", "cosine", "--weighting", "lognormal", "--qk-norm")
+    names = ("--exp-name", "options", "--enc-type", "none", "--max-train-steps", 2, "--report-to", "tensorboard")
+    run("train_repae.py", *flags, *options, *names)
+    log = records(output / "options/metrics.jsonl")
+    assert [record["step"] for record in log] == [1, 2]
+    assert "proj_loss" not in log[0]
+    checkpoint = read_checkpoint(output / "options/checkpoints/0000002.pt")
+    assert int(checkpoint["model"]["bn.num_batches_tracked"]) == 4  # a normalisation group is a micro-batch
+    assert all(int(state["step"]) == 2 for state in checkpoint["opt"]["state"].values())
+    assert any((output / "options/logs").rglob("events.out.tfevents*"))
+
+
+def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
+    output, flags = joint
+    monkeypatch.setitem(__import__("scripts").ENVIRONMENT, "WANDB_MODE", "online")
+    monkeypatch.setitem(__import__("scripts").ENVIRONMENT, "WANDB_INIT_TIMEOUT", "5")
+    done = run("train_repae.py", *flags, "--exp-name", "tracked", "--max-train-steps", 1, "--report-to", "wandb")
+    assert "warning: wandb is not available" in done.stdout + done.stderr
+    assert len(records(output / "tracked/metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "SiT-XL/3"), "did you mean 'SiT-XL/2'"),
+        (("--vae", "f16d23"), "did you mean 'f16d32'"),
+        (("--enc-type", "dinov2-vit-c"), "did you mean 'dinov2-vit-"),
+        (("--learning-rate", "-1"), "expected more than 0"),
+        (
+            ("--batch-size", "5", "--gradient-accumulation-steps", "2"),
+            "--batch-size 5 (over all processes) is no multiple",
+        ),
+        (("--batch-size", "64"), "holds 18 images, fewer than --batch-size 64"),
+        (("--resolution", "64"), "holds images of 32 px, but --resolution is 64"),
+        (("--num-classes", "2"), "labels up to 2, but --num-classes is 2"),
+        (
+            ("--model", "SiT-XXS/2", "--encoder-depth", "9"),
+            "encoder depth 9 is outside this transformer's blocks 1 to 4",
+        ),
+        (("--model", "SiT-XXS/1", "--enc-type", "dinov2-vit-s"), "dinov2-vit-s gives 2x2 tokens at 32 px, but"),
+        (("--vae-ckpt", "nowhere.pt"), "VAE weights nowhere.pt: no such file"),
+        (("--vae", "f4d4-small"), "another architecture"),
+        (("--disc-pretrained-ckpt", str(GOLDEN / "lpips.npz")), "not a readable PyTorch file"),
+        (("--data-dir", "nowhere"), "run preprocessing.py"),
+        (("--loss-cfg-path", "nowhere.yaml"), "nowhere.yaml: no such file"),
+        (("--lpips-vgg-ckpt", "nowhere.pt"), "nowhere.pt: no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_line(joint, flags, message):
+    _, good = joint
+    failed = run("train_repae.py", *good, "--exp-name", "bad", *flags, code=2)
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_changed_flags_and_missing_statistics_are_refused(joint, whole_run, tiny_vae, tmp_path):
+    _, flags = joint
+    failed = run("train_repae.py", *flags, "--exp-name", "whole", "--seed", "1", code=2)
+    assert "made with other flags (--seed 0 -> 1)" in failed.stderr
+    write_atomically(read_checkpoint(tiny_vae[1]), tmp_path / "alone.pt")
+    failed = run("train_repae.py", *flags, "--exp-name", "bad", "--vae-ckpt", tmp_path / "alone.pt", code=2)
+    assert "alone-latents-stats.pt: no such file" in failed.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
+    output, flags = joint
+    broken = read_checkpoint(tiny_vae[1])
+    broken["encoder.conv_in.weight"].fill_(float("nan"))
+    write_atomically(broken, tmp_path / "broken.pt")
+    write_atomically(read_checkpoint(vae_files(tiny_vae[1]).statistics), tmp_path / "broken-latents-stats.pt")
+    names = ("--exp-name", "broken", "--vae-ckpt", tmp_path / "broken.pt", "--max-train-steps", 2)
+    failed = run("train_repae.py", *flags, *names, code=2)
+    assert "step 1: reconstruction_loss is nan; training stopped" in failed.stderr
+    assert not list((output / "broken").glob("checkpoints/*.pt"))

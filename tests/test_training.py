@@ -1,0 +1,331 @@
+"""Optimisers, EMA, checkpoints, draws and data order."""
+
+import argparse
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from errors import UserError
+from joint_golden import golden_nets
+from models.numerics import GlobalBatchNorm2d
+from models.sit import SiT_models
+from training.autoencoding import latent_statistics
+from training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_weights,
+    read_checkpoint,
+    read_latent_statistics,
+    vae_files,
+    write_atomically,
+)
+from training.ema import copy_for_ema, update_ema
+from training.precision import Optimizer, autocast_factory
+from training.previews import reconstruction_grid, sample_grid
+from training.randomness import BatchOrder, Rows, step_draws
+from training.run import finite_or_null, refuse_changed_flags, truncate_log
+
+CPU = torch.device("cpu")
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def test_optimizer_is_clipped_adamw():
+    ours, theirs = linear(), linear()
+    optimizer = Optimizer(ours.parameters(), CPU, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for i in range(3):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+        norm = optimizer.update(ours(x).square().sum())
+        theirs(x).square().sum().backward()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_optimizer_defaults_are_the_methods():
+    group = Optimizer(linear().parameters(), CPU).adamw.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (1e-4, (0.9, 0.999), 0.0, 1e-8)
+
+
+def test_micro_batches_average_to_their_batch():
+    whole, parts = linear(), linear()
+    x = torch.randn(8, 4)
+    one = Optimizer(whole.parameters(), CPU).update(whole(x).square().mean())
+    optimizer = Optimizer(parts.parameters(), CPU, accumulation_steps=2)
+    assert optimizer.update(parts(x[:4]).square().mean()) is None
+    torch.testing.assert_close(optimizer.update(parts(x[4:]).square().mean()), one)
+    torch.testing.assert_close(whole.weight, parts.weight)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_gradient_that_is_not_finite_is_skipped(precision):
+    model = linear()
+    optimizer = Optimizer(model.parameters(), CPU, mixed_precision=precision)
+    optimizer.update(model(torch.ones(1, 4)).sum())
+    before, moments = model.weight.clone(), optimizer.adamw.state[model.weight]["exp_avg"].clone()
+    norm = optimizer.update(model(torch.full((1, 4), float("inf"))).sum())
+    assert not norm.isfinite()
+    assert torch.equal(model.weight, before)
+    assert torch.equal(optimizer.adamw.state[model.weight]["exp_avg"], moments)
+    assert int(optimizer.skipped) == 1
+    optimizer.update(model(torch.ones(1, 4)).sum())
+    assert not torch.equal(model.weight, before)
+
+
+def test_loss_scaling_changes_no_gradient_and_each_optimizer_has_its_own_scale():
+    plain, scaled = linear(), linear()
+    a = Optimizer(plain.parameters(), CPU)
+    b = Optimizer(scaled.parameters(), CPU, mixed_precision="fp16")
+    other = Optimizer(linear().parameters(), CPU, mixed_precision="fp16")
+    x = torch.randn(8, 4)
+    torch.testing.assert_close(a.update(plain(x).square().mean()), b.update(scaled(x).square().mean()))
+    torch.testing.assert_close(plain.weight, scaled.weight)
+    b.update(scaled(torch.full((1, 4), float("inf"))).sum())
+    assert float(b.health("x")["loss_scale_x"]) == 32768
+    assert int(b.health("x")["skipped_x"]) == 1
+    assert other.scaler.get_scale() == 65536
+    assert a.health("x") == {}
+
+
+def test_autocast_factory():
+    layer, x = linear(), torch.ones(1, 4)
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with autocast_factory(CPU, precision)():
+            assert layer(x).dtype == dtype
+
+
+def test_ema_copies_integers_and_keeps_fixed_tables_to_the_bit():
+    sit = SiT_models["SiT-XXS/2"](input_size=8, encoder_depth=2)
+    ema = copy_for_ema(sit)
+    sit.bn(torch.randn(2, 4, 8, 8))
+    update_ema(ema, sit, 0.999)
+    assert int(ema.bn.num_batches_tracked) == 1
+    assert torch.equal(ema.pos_embed, sit.pos_embed)
+    torch.testing.assert_close(ema.bn.running_mean, 0.001 * sit.bn.running_mean)
+
+
+def test_global_batch_norm_is_batch_norm_on_one_process():
+    torch.manual_seed(0)
+    ours, theirs = GlobalBatchNorm2d(3), nn.BatchNorm2d(3)
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 5)
+        torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+    before = ours.running_mean.clone()
+    ours.by_running_statistics(x)
+    assert torch.equal(ours.running_mean, before)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours.by_running_statistics(x), theirs.eval()(x))
+
+
+def test_latent_normaliser_round_trip():
+    sit = SiT_models["SiT-XXS/2"](input_size=8, encoder_depth=2)
+    scale, bias = torch.rand(1, 4, 1, 1) + 0.5, torch.randn(1, 4, 1, 1)
+    sit.set_latent_statistics(scale, bias)
+    torch.testing.assert_close(sit.latent_statistics(), (scale, bias))
+    z = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(sit.denormalise((z - bias) * scale), z)
+    torch.testing.assert_close(sit.bn.by_running_statistics(z), (z - bias) / (scale**-2 + 1e-4).sqrt())
+
+
+def test_draws_depend_on_seed_and_step_only():
+    a, b = (step_draws(3, 5, 8, (4, 2, 2), "lognormal", "cosine", 0.5) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for other in (step_draws(3, 6, 8, (4, 2, 2)), step_draws(4, 5, 8, (4, 2, 2))):
+        assert not torch.equal(a.noise, other.noise)
+    assert not torch.equal(a.noise, a.posterior)
+    assert len(a.noise.flatten().unique()) == a.noise.numel()
+    assert torch.equal(a.rows(Rows(2, 5)).noise, a.noise[2:5])
+    assert step_draws(0, 0, 10000, (1, 1, 1), cfg_prob=0.1).drop.float().mean() == pytest.approx(0.1, abs=0.01)
+    assert not step_draws(0, 0, 1000, (1, 1, 1), cfg_prob=0.0).drop.any()
+
+
+def order(**changes) -> list[list[int]]:
+    options = {"length": 23, "batch": 4, "seed": 0, "start": 0, "stop": 10, "rank": 0, "world": 1, "accumulation": 1}
+    return list(BatchOrder(**{**options, **changes}))
+
+
+def test_data_order_is_a_permutation_an_epoch_and_drops_the_last_partial_batch():
+    first = sum(order(stop=5), [])
+    second = sum(order(start=5, stop=10), [])
+    assert len(set(first)) == len(set(second)) == 20
+    assert first != second
+    assert order(seed=1) != order()
+
+
+def test_data_order_does_not_depend_on_interruption_processes_or_micro_batches():
+    whole = order()
+    assert order(stop=3) + order(start=3) == whole
+    ranks = [order(rank=rank, world=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+    micro = order(accumulation=2)
+    assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == whole
+    both = [order(rank=rank, world=2, accumulation=2) for rank in range(2)]
+    merged = [a + b for a, b in zip(*both, strict=True)]
+    assert [a + b for a, b in zip(merged[::2], merged[1::2], strict=True)] == whole
+
+
+class Posterior(nn.Module):
+    """Stands in for a VAE: mean and log-variance are functions of the pixels."""
+
+    class config:
+        z_channels = 2
+
+    def encode(self, image):
+        mean = image[:, :2, ::2, ::2] * torch.tensor([1.0, 3.0])[:, None, None] + 0.5
+        return mean, torch.full_like(mean, -2.0)
+
+
+def test_latent_statistics_are_the_samples_moments():
+    data = [(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), 0) for _ in range(10)]
+    stats = latent_statistics(Posterior(), data, 3, 0, 0, 1, CPU)
+    mean, logvar = Posterior().encode(torch.stack([pixels for pixels, _ in data]).float() / 127.5 - 1)
+    noise = torch.randn(2000, *mean.shape, generator=torch.Generator().manual_seed(0))
+    z = mean + (0.5 * logvar).exp() * noise
+    torch.testing.assert_close(stats["latents_bias"].flatten(), z.mean((0, 1, 3, 4)), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(stats["latents_scale"].flatten(), 1 / z.std((0, 1, 3, 4)), atol=2e-3, rtol=2e-3)
+    assert stats["latents_scale"].shape == (1, 2, 1, 1)
+
+
+def test_checkpoint_round_trip_and_published_layout(tmp_path):
+    model = linear()
+    optimizer = Optimizer(model.parameters(), CPU, mixed_precision="fp16")
+    optimizer.update(model(torch.ones(1, 4)).sum())
+    state = TrainingState({"model": model}, {"opt": optimizer}, {"lecam": torch.tensor([0.1, 0.2])})
+    write_atomically(state.to_dict({"seed": 1}, 7), tmp_path / "0000007.pt")
+    fresh, lecam = nn.Linear(4, 3), torch.zeros(2)
+    again = Optimizer(fresh.parameters(), CPU, mixed_precision="fp16")
+    restored = TrainingState({"model": fresh}, {"opt": again}, {"lecam": lecam})
+    assert restored.restore(read_checkpoint(tmp_path / "0000007.pt"), "file") == 7
+    x = torch.randn(2, 4)
+    for m, o in ((model, optimizer), (fresh, again)):
+        o.update(m(x).square().sum())
+    assert torch.equal(model.weight, fresh.weight)
+    assert lecam.tolist() == pytest.approx([0.1, 0.2])
+
+    published = {
+        "model": {"module._orig_mod." + key: value for key, value in linear().state_dict().items()},
+        "opt": torch.optim.AdamW(linear().parameters(), lr=1e-4).state_dict(),
+        "args": argparse.Namespace(model="SiT-XL/2"),
+        "steps": 400000,
+    }
+    torch.save(published, tmp_path / "0400000.pt")
+    assert restored.restore(read_checkpoint(tmp_path / "0400000.pt"), "file") == 400000
+    assert torch.equal(fresh.weight, linear().weight)
+    again.update(fresh(torch.full((1, 4), float("nan"))).sum())
+    assert torch.equal(fresh.weight, linear().weight)  # the skip on the device still works after a foreign optimiser
+    assert latest_checkpoint(tmp_path).name == "0400000.pt"
+
+
+class Exploit:
+    """Pickles to a call."""
+
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/should-not-exist",))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "bit", "code", "text"])
+def test_unreadable_checkpoints_are_one_clear_line(tmp_path, damage):
+    path = tmp_path / "0000001.pt"
+    write_atomically({"weights": torch.ones(10000)}, path)
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "bit":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "code":
+        path.write_bytes(pickle.dumps(Exploit()))
+    else:
+        path.write_text("no checkpoint")
+    with pytest.raises(UserError, match="0000001.pt") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert not os.path.exists("/tmp/should-not-exist")
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "file.pt"
+    write_atomically({"a": 1}, path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically({"a": 2}, path)
+    assert read_checkpoint(path) == {"a": 1}
+
+
+def test_weights_of_another_architecture_are_refused():
+    with pytest.raises(UserError, match=r"source: weight has shape \(3, 5\), expected \(3, 4\)"):
+        load_weights(linear(), nn.Linear(5, 3).state_dict(), "source")
+    with pytest.raises(UserError, match="1 weights are missing, first bias"):
+        load_weights(linear(), {"weight": torch.ones(3, 4)}, "source")
+    with pytest.raises(UserError, match="1 unexpected weights, first extra"):
+        load_weights(linear(), {**linear().state_dict(), "extra": torch.ones(1)}, "source")
+
+
+def test_latent_statistics_file(tmp_path):
+    weights = tmp_path / "my.vae.pt"
+    assert [path.name for path in vae_files(weights)] == [
+        "my.vae.pt",
+        "my.vae-latents-stats.pt",
+        "my.vae-discriminator-ckpt.pt",
+    ]
+    with pytest.raises(UserError, match="my.vae-latents-stats.pt: no such file"):
+        read_latent_statistics(weights, 4)
+    torch.save(
+        {"latents_scale": torch.ones(1, 4, 1, 1), "latents_bias": torch.zeros(1, 4, 1, 1)}, vae_files(weights)[1]
+    )
+    assert read_latent_statistics(weights, 4)[0].shape == (1, 4, 1, 1)
+    with pytest.raises(UserError, match="expected a tensor of 32 values"):
+        read_latent_statistics(weights, 32)
+
+
+def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
+    before = {"args": {"seed": 0, "max_train_steps": 5, "learning_rate": 1e-4}}
+    refuse_changed_flags(before, {"seed": 0, "max_train_steps": 9, "learning_rate": 1e-4, "new": 1}, tmp_path)
+    with pytest.raises(UserError, match="--learning-rate 0.0001 -> 0.001"):
+        refuse_changed_flags(before, {"seed": 0, "learning_rate": 1e-3}, tmp_path)
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 6)) + '{"st')
+    truncate_log(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert finite_or_null({"a": float("nan"), "b": float("inf"), "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
+
+
+def test_samples_come_from_the_ema_and_its_statistics():
+    nets = golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2)
+    before = sample_grid(nets.ema, nets.vae, seed=0)
+    assert before.shape == (3, 8 * 34 + 2, 8 * 34 + 2)
+    assert torch.equal(before, sample_grid(nets.ema, nets.vae, seed=0))
+    assert not torch.equal(before, sample_grid(nets.ema, nets.vae, seed=1))
+    nets.ema.bn.running_mean += 1
+    assert not torch.equal(before, sample_grid(nets.ema, nets.vae, seed=0))
+
+
+def test_reconstruction_grid_shows_originals_above_reconstructions():
+    vae = golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2).vae
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    grid = reconstruction_grid(vae, pixels)
+    assert grid.shape == (3, 4 * 34 + 2, 8 * 34 + 2)
+    assert torch.equal(grid[:, 2:34, 2:34], pixels[0])
+    assert torch.equal(grid[:, 70:102, 2:34], pixels[8])
+    assert not torch.equal(grid[:, 36:68, 2:34], pixels[0])
