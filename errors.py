@@ -1,5 +1,6 @@
 """Errors that a user caused and can mend: one line that says what was found, what was expected and what to do."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -10,6 +11,17 @@ EXIT_USER_ERROR = 2
 
 class UserError(Exception):
     """Its message is the one line that the user sees; no traceback follows."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose complaints are UserErrors: one line, not the whole usage. The description is kept as is."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        """Raise a UserError instead of printing the usage."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from dataset import IMAGE_FORMAT, images_directory
-from errors import UserError, run_script
+from errors import Parser, UserError, run_script
 
 SHARD_IMAGES = 1024  # 201 MB at 256 px, uncompressed
 
@@ -240,7 +240,7 @@ def preprocess(root: Path, output: Path, resolution: int, workers: int, max_imag
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--imagenet-path", type=Path, required=True, help="tree of images: a folder a class, or dataset.json"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import ImageDataset
-from errors import run_script
+from errors import Parser, run_script
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
 from models.encoders import load_encoders
@@ -113,7 +113,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     cli.add_run_flags(parser)
     cli.add_data_flags(parser)
     cli.add_vae_flags(parser, vae="f8d4", vae_ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")

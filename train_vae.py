@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataset import ImageDataset
-from errors import run_script
+from errors import Parser, run_script
 from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import (
@@ -53,7 +53,7 @@ def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> d
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     cli.add_run_flags(parser, max_train_steps=100000)
     cli.add_data_flags(parser)
     cli.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)

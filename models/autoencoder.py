@@ -35,9 +35,8 @@ VAE_CONFIGS = {
     "f8d4": VAEConfig(4, (1, 2, 4, 4)),
     "f16d32": VAEConfig(32, (1, 1, 2, 2, 4), attention_levels=(4,)),
     # for images of 32 and 64 pixels
-    "f4d4-small": VAEConfig(4, (1, 2, 4), width=32),
-    "f4d4-exp": VAEConfig(4, (1, 2, 2), width=64, encoder_blocks=1),
-    "f8d4-small": VAEConfig(4, (1, 2, 2, 4), width=32),
+    "f4d4-small": VAEConfig(4, (1, 2, 2), width=64, encoder_blocks=1),
+    "f8d4-small": VAEConfig(4, (1, 2, 2, 4), width=64, encoder_blocks=1),
     "f4d4-tiny": VAEConfig(4, (1, 1, 1), width=32, encoder_blocks=1),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from scripts import TINY, TINY_SIT, interrupt, records, run
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
+LAST = 32
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
 JOINT_METRICS = (
@@ -35,9 +37,9 @@ def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
 
 @pytest.fixture(scope="module")
 def whole_run(joint):
-    """An uninterrupted joint run of twelve steps (three epochs), with checkpoints and pictures on the way."""
+    """An uninterrupted joint run of LAST steps (eight epochs), with pictures on the way."""
     output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", 12, "--sampling-steps", 6)
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--sampling-steps", LAST // 2)
     return output / "whole"
 
 
@@ -51,24 +53,13 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def assert_same_run(a, b, tolerance: float = 0.0) -> None:
-    """Two runs' last checkpoints and logs agree; bit for bit without a tolerance."""
-    one, two = (read_checkpoint(path / "checkpoints" / "0000012.pt") for path in (a, b))
-    first, second = records(a / "metrics.jsonl"), records(b / "metrics.jsonl")
-    assert [record["step"] for record in second] == list(range(1, 13))
-    if not tolerance:
-        for part in one.keys() - {"args"}:
-            assert equal(one[part], two[part]), f"{part} differs"
-        assert first == second
-        return
-    for part in ("model", "ema", "vae", "discriminator"):
-        for key, value in one[part].items():
-            if value.is_floating_point():
-                error = (value - two[part][key]).abs().max()
-                assert error <= tolerance * max(1.0, float(value.abs().max())), f"{part} {key} differs by {error:.1e}"
-    for x, y in zip(first, second, strict=True):
-        for name in ("denoising_loss", "reconstruction_loss", "d_loss"):
-            assert y[name] == pytest.approx(x[name], rel=max(tolerance, 1e-3))
+def assert_same_run(a: Path, b: Path) -> None:
+    """Two runs' last checkpoints and logs agree bit for bit."""
+    one, two = (read_checkpoint(path / "checkpoints" / f"{LAST:07d}.pt") for path in (a, b))
+    for part in one.keys() - {"args"}:
+        assert equal(one[part], two[part]), f"{part} differs"
+    assert [record["step"] for record in records(b / "metrics.jsonl")] == list(range(1, LAST + 1))
+    assert records(a / "metrics.jsonl") == records(b / "metrics.jsonl")
 
 
 def test_train_vae_writes_the_three_files(tiny_vae):
@@ -99,18 +90,21 @@ def test_train_vae_continues_from_weights(tmp_path, tiny_vae, tiny_data, vgg_wei
 
 def test_a_joint_run_writes_everything(whole_run):
     log = records(whole_run / "metrics.jsonl")
-    assert [record["step"] for record in log] == list(range(1, 13))
+    assert [record["step"] for record in log] == list(range(1, LAST + 1))
     assert all(name in log[0] for name in JOINT_METRICS)
     for folder in ("samples", "reconstructions"):
-        assert [path.name for path in sorted((whole_run / folder).iterdir())] == ["0000006.png", "0000012.png"]
-    checkpoint = torch.load(whole_run / "checkpoints/0000012.pt", weights_only=True)
+        assert [path.name for path in sorted((whole_run / folder).iterdir())] == [
+            f"{LAST // 2:07d}.png",
+            f"{LAST:07d}.png",
+        ]
+    checkpoint = torch.load(whole_run / f"checkpoints/{LAST:07d}.pt", weights_only=True)
     reference_keys = {"model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "args", "steps"}
     assert reference_keys < checkpoint.keys()
-    assert checkpoint["steps"] == 12
+    assert checkpoint["steps"] == LAST
     assert checkpoint["args"] == json.loads((whole_run / "args.json").read_text())
     sit = SiT_models["SiT-XXS/2"](input_size=8, num_classes=3, z_dims=(112,), encoder_depth=2)
     sit.load_state_dict(checkpoint["ema"])
-    assert int(checkpoint["model"]["bn.num_batches_tracked"]) == 12
+    assert int(checkpoint["model"]["bn.num_batches_tracked"]) == LAST
     assert not torch.equal(
         checkpoint["model"]["final_layer.linear.weight"], checkpoint["ema"]["final_layer.linear.weight"]
     )
@@ -118,8 +112,7 @@ def test_a_joint_run_writes_everything(whole_run):
 
 def test_the_joint_run_started_from_the_vaes_statistics(whole_run, tiny_vae):
     stats = read_checkpoint(vae_files(tiny_vae[1]).statistics)
-    ema = read_checkpoint(whole_run / "checkpoints/0000012.pt")["ema"]
-    # ema decay 0.9 over 12 steps keeps 28 % of the start and most of the rest is near it
+    ema = read_checkpoint(whole_run / f"checkpoints/{LAST:07d}.pt")["ema"]
     torch.testing.assert_close(ema["bn.running_mean"], stats["latents_bias"].flatten(), atol=0.5, rtol=0.5)
     assert not torch.allclose(ema["bn.running_var"], torch.ones(4), atol=1e-3)
 
@@ -128,50 +121,52 @@ def test_the_joint_run_started_from_the_vaes_statistics(whole_run, tiny_vae):
 def test_interrupted_equals_uninterrupted(joint, whole_run, kind):
     output, flags = joint
     name = f"interrupted-{kind.name}"
-    # sampling every step slows the run enough for the signal to arrive before its end
-    arguments = (*flags, "--exp-name", name, "--max-train-steps", 12, "--checkpointing-steps", 5, "--sampling-steps", 1)
+    arguments = (*flags, "--exp-name", name, "--max-train-steps", LAST, "--checkpointing-steps", 5)
     log = output / name / "metrics.jsonl"
     assert interrupt("train_repae.py", *arguments, log=log, lines=5, kind=kind) == 75
     saved = max(int(path.stem) for path in (output / name / "checkpoints").glob("*.pt"))
-    assert 5 <= saved < 12
+    assert 5 <= saved < LAST
     with open(log, "a") as file:  # as if it had gone on and crashed after its checkpoint
         file.write(json.dumps({"step": saved + 1, "d_loss": 9.0}) + '\n{"step": 9')
-    done = run("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", 12, "--checkpointing-steps", 5)
+    done = run("train_repae.py", *arguments)
     assert f"continuing after step {saved}" in done.stdout + done.stderr
     assert_same_run(whole_run, output / name)
 
 
 def test_a_finished_run_stays_finished(joint, whole_run):
     _, flags = joint
-    before = (whole_run / "checkpoints/0000012.pt").stat().st_mtime_ns
-    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", 12)
-    assert (whole_run / "checkpoints/0000012.pt").stat().st_mtime_ns == before
-    assert len(records(whole_run / "metrics.jsonl")) == 12
+    before = (whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_mtime_ns
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST)
+    assert (whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_mtime_ns == before
+    assert len(records(whole_run / "metrics.jsonl")) == LAST
 
 
 def test_two_processes_equal_one(joint, whole_run):
     output, flags = joint
-    arguments = (*flags, "--exp-name", "two", "--max-train-steps", 12)
-    done = run("train_repae.py", *arguments, launcher=TORCHRUN)
+    done = run("train_repae.py", *flags, "--exp-name", "two", "--max-train-steps", 5, launcher=TORCHRUN)
     assert "4 images a step = 2 processes x 1 accumulation steps x 2" in done.stdout + done.stderr
-    # float32 rounding, amplified by twelve steps of Adam at lr 1e-4
-    assert_same_run(whole_run, output / "two", tolerance=2e-3)
+    log = records(output / "two/metrics.jsonl")
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5]
+    # float32 rounding, amplified by Adam; test_distributed.py has float64 to 1e-10
+    for one, two in zip(records(whole_run / "metrics.jsonl"), log, strict=False):
+        for name in set(JOINT_METRICS) - {"psnr"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), f"step {two['step']}: {name}"
 
 
 def test_accelerate_launch_equals_plain_python(joint, whole_run):
     output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", 12, launcher=ACCELERATE)
+    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=ACCELERATE)
     assert_same_run(whole_run, output / "launched")
 
 
 def test_resume_step_and_another_runs_folder(joint, whole_run):
     output, flags = joint
-    arguments = ("--exp-name", "branch", "--max-train-steps", 14, "--continue-train-exp-dir", whole_run)
-    done = run("train_repae.py", *flags, *arguments, "--resume-step", 12)
-    assert "continuing after step 12" in done.stdout + done.stderr
-    assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [13, 14]
-    failed = run("train_repae.py", *flags, *arguments, "--resume-step", 11, code=2)
-    assert "0000011.pt: no such file" in failed.stderr
+    arguments = ("--exp-name", "branch", "--max-train-steps", LAST + 2, "--continue-train-exp-dir", whole_run)
+    done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST)
+    assert f"continuing after step {LAST}" in done.stdout + done.stderr
+    assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
+    failed = run("train_repae.py", *flags, *arguments, "--resume-step", LAST - 1, code=2)
+    assert f"{LAST - 1:07d}.pt: no such file" in failed.stderr
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -213,7 +208,7 @@ def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model", "SiT-XL/3"), "did you mean 'SiT-XL/2'"),
+        (("--model", "SiT-XL/3"), "did you mean 'SiT-XL/"),
         (("--vae", "f16d23"), "did you mean 'f16d32'"),
         (("--enc-type", "dinov2-vit-c"), "did you mean 'dinov2-vit-"),
         (("--learning-rate", "-1"), "expected more than 0"),
@@ -240,8 +235,9 @@ def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
 def test_bad_input_is_one_clear_line(joint, flags, message):
     _, good = joint
     failed = run("train_repae.py", *good, "--exp-name", "bad", *flags, code=2)
-    assert message in failed.stderr
-    assert "Traceback" not in failed.stderr
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_changed_flags_and_missing_statistics_are_refused(joint, whole_run, tiny_vae, tmp_path):

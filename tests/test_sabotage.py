@@ -1,0 +1,95 @@
+"""The tests of the joint step are worth something: each sabotage below is caught by the test named beside it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+NOISE = "sit.bn(z.detach()), draws.noise, draws.t)"
+
+SABOTAGES = {
+    "drop the detach of z": ("train_repae.py", "sit.bn(z.detach())", "sit.bn(z)", "latent_statistics_move_once"),
+    "batch statistics in the alignment pass": (
+        *("train_repae.py", "sit.bn.by_running_statistics(z)", "sit.bn(z)"),
+        "latent_statistics_move_once",
+    ),
+    "running statistics in the transformer's pass": (
+        *("train_repae.py", "sit.bn(z.detach())", "sit.bn.by_running_statistics(z.detach())"),
+        "latent_statistics_move_once",
+    ),
+    "fresh noise for the transformer": (
+        *("train_repae.py", NOISE, NOISE.replace("draws.noise", "torch.randn_like(z)")),
+        "same_t_and_noise",
+    ),
+    "fresh times for the transformer": (
+        *("train_repae.py", NOISE, NOISE.replace("draws.t", "torch.rand_like(draws.t)")),
+        "same_t_and_noise",
+    ),
+    "EMA without buffers": (
+        *("training/ema.py", "value.is_floating_point()]", 'value.is_floating_point() and "running" not in key]'),
+        "ema_averages",
+    ),
+    "EMA left out": ("train_repae.py", "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
+    "sign of the alignment loss": ("loss/alignment.py", "return -torch", "return torch", "shuffled_tokens"),
+    "clip omitted": ("training/precision.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
+    "alignment gradient into the transformer": (
+        *("train_repae.py", "frozen_call(sit, x_t", "sit(x_t"),
+        "does_not_reach_the_transformer",
+    ),
+    "labels dropped in the alignment pass": (
+        "train_repae.py",
+        "frozen_call(sit, x_t, draws.t, batch.labels,",
+        "frozen_call(sit, x_t, draws.t, batch.labels.masked_fill(draws.drop, sit.null_label),",
+        "dropped_labels",
+    ),
+    "no label drop": (
+        *("train_repae.py", "batch.labels.masked_fill(draws.drop, sit.null_label)", "batch.labels"),
+        "dropped_labels",
+    ),
+    "diffusion loss into the VAE": (
+        *("train_repae.py", "x_t, _ = interpolate(", "x_t, target = interpolate("),
+        *("vae_loss + cfg.vae_align", "vae_loss + (target - x_t).square().mean() + cfg.vae_align"),
+        "never_reaches_the_vae",
+    ),
+    "generator gradient into the discriminator": (
+        *("training/autoencoding.py", "frozen_call(nets.discriminator, recon)", "nets.discriminator(recon)"),
+        "discriminator_gets_no_gradient",
+    ),
+    "discriminator in eval mode for the generator": (
+        *("training/autoencoding.py", "= frozen_call(nets.discriminator, recon)"),
+        "= frozen_call(nets.discriminator.eval(), recon)",
+        "discriminators_statistics",
+    ),
+    "position embedding trained": (
+        *("models/sit.py", "self.grid), requires_grad=False)", "self.grid))"),
+        "pos_embed_never_moves",
+    ),
+    "alignment weight of the VAE ignored": (
+        *("train_repae.py", "cfg.vae_align_proj_coeff * metrics", "metrics"),
+        "gradient_is_the_formulas",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage_is_caught(tmp_path, name):
+    file, *replacements, test = SABOTAGES[name]
+    tree = shutil.copytree(
+        ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "exps", "data*", "pretrained", "cifar10", "*.png")
+    )
+    source = (tree / file).read_text()
+    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
+        assert source.count(old) == 1, f"the line to sabotage is not there: {old}"
+        source = source.replace(old, new)
+    (tree / file).write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_joint_step.py", "-k", test]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, f"not caught: exit code {done.returncode}\n{done.stdout[-2000:]}"
+    assert "SyntaxError" not in done.stdout
+    assert "NameError" not in done.stdout
