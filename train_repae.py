@@ -186,8 +186,8 @@ def main() -> None:
         metrics = repae_step(nets, batch, draws.to(run.device), cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:
-            run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed))
-            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown))
+            run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
+            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
     run.end()
 
 

@@ -126,7 +126,7 @@ def main() -> None:
         metrics = vae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:
-            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown))
+            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
 
     write_vae(args, run, nets, data)
     run.end()

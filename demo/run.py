@@ -16,7 +16,8 @@ from plot_curves import plot_curves
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "exps" / "demo"
 COMMON = """--output-dir exps --data-dir data-demo/train --resolution 32 --batch-size 32 --num-workers 1 --report-to
-none --mixed-precision bf16 --vae f4d4-small --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"""
+none --mixed-precision bf16 --vae f4d4-small --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt
+    --loss-cfg-path demo/loss.yaml"""
 STAGES = {
     "photographs: sheets in the repository -> a folder a class": "demo/cifar10.py unpack data-demo/cifar10",
     "LPIPS: VGG16's convolutions in torchvision's keys": "demo/convert_lpips.py pretrained/demo/vgg16-features.pt",
@@ -24,13 +25,13 @@ STAGES = {
         --output-path data-demo/train --resolution 32 --num-workers 2""",
     "preprocessing, held-out images": """preprocessing.py --imagenet-path data-demo/cifar10/test
         --output-path data-demo/test --resolution 32 --num-workers 2""",
-    "VAE and discriminator from scratch": f"""train_vae.py --exp-name demo-vae {COMMON} --loss-cfg-path demo/loss.yaml
-        --vae-learning-rate 1e-3 --max-train-steps 400 --sampling-steps 100 --checkpointing-steps 100""",
+    "VAE and discriminator from scratch": f"""train_vae.py --exp-name demo-vae {COMMON}
+        --vae-learning-rate 1e-3 --max-train-steps 400 --sampling-steps 200 --checkpointing-steps 100""",
     "REPA-E: VAE and transformer, jointly": f"""train_repae.py --exp-name demo-joint {COMMON}
         --vae-ckpt exps/demo-vae/demo-vae.pt
         --disc-pretrained-ckpt exps/demo-vae/demo-vae-discriminator-ckpt.pt
-        --model SiT-XS/1 --num-classes 10 --enc-type efficientnet-lite0 --encoder-depth 3 --learning-rate 5e-4
-        --ema-decay 0.98 --max-train-steps 200 --sampling-steps 50 --checkpointing-steps 50""",
+        --model SiT-XS/1 --num-classes 10 --enc-type efficientnet-lite0 --encoder-depth 3
+        --learning-rate 5e-4 --vae-learning-rate 3e-4 --ema-decay 0.98 --max-train-steps 250 --sampling-steps 125 --checkpointing-steps 50""",
 }
 
 

@@ -20,7 +20,7 @@ from models.numerics import GlobalBatchNorm2d
 # size: (depth, width, heads). S to XL are the published ones; XXS and XS are for images of 32 and 64 pixels.
 SIT_SIZES = {
     "SiT-XXS": (4, 64, 2),
-    "SiT-XS": (8, 256, 4),
+    "SiT-XS": (8, 192, 3),
     "SiT-S": (12, 384, 6),
     "SiT-B": (12, 768, 12),
     "SiT-L": (24, 1024, 16),

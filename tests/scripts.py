@@ -34,14 +34,14 @@ def run(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int =
 
 
 def interrupt(script: str, *flags: object, log: Path, lines: int, kind: signal.Signals) -> int:
-    """Run a script, send it a signal once its log has so many lines, and return its exit code."""
-    process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    """Run a script, signal it and its workers once its log has so many lines, and return its exit code."""
+    process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
     deadline = time.monotonic() + 300
     while len(records(log)) < lines:
         assert process.poll() is None, "ended before it was interrupted"
         assert time.monotonic() < deadline, "took too long"
         time.sleep(0.05)
-    process.send_signal(kind)
+    os.killpg(process.pid, kind)
     return process.wait(timeout=120)
 
 

@@ -1,5 +1,8 @@
 """Pictures that training writes as it goes: samples of the averaged transformer, and reconstructions."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,7 @@ from models.sit import SiT
 from samplers import Guidance, sample_ode
 from training.randomness import generator_for
 
+Autocast = Callable[[], AbstractContextManager]
 SAMPLES, STEPS, GUIDANCE_SCALE = 64, 50, 4.0
 COLUMNS = 8
 DECODE_BATCH = 16
@@ -27,24 +31,28 @@ def grid(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
     """Rows of originals, each above the row of their reconstructions from the posterior mean; (3,H,W) uint8."""
     device = next(vae.parameters()).device
     rows = []
     for originals in pixels.split(COLUMNS):
-        recon = vae.decode(vae.encode(pixels_to_image(originals.to(device))).mean)
+        with autocast():
+            recon = vae.decode(vae.encode(pixels_to_image(originals.to(device))).mean)
         rows += [originals, image_to_pixels(recon).cpu()]
     return grid(torch.cat(rows))
 
 
 @torch.no_grad()
-def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int) -> Tensor:
-    """64 samples over all classes: Euler, 50 steps, guidance 4 on [0, 1], the same noise every time; (3,H,W) uint8."""
+def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nullcontext) -> Tensor:
+    """64 samples over all classes: Euler, 50 steps, guidance 4 on [0, 1], the same noise every time; (3,H,W) uint8.
+
+    `autocast` gives the contexts of training's precision, which is good enough for a look.
+    """
     device = next(vae.parameters()).device
     shape = (SAMPLES, ema.in_channels, ema.input_size, ema.input_size)
     noise = torch.randn(shape, generator=generator_for(seed, "preview", 0)).to(device)
     labels = torch.arange(SAMPLES, device=device) * ema.num_classes // SAMPLES
     guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
-    z_norm = sample_ode(lambda x, t, y: ema(x, t, y)[0], noise, labels, STEPS, guidance)
-    z = ema.denormalise(z_norm.float())
-    return grid(torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(DECODE_BATCH)]))
+    with autocast():
+        z = ema.denormalise(sample_ode(lambda x, t, y: ema(x, t, y)[0], noise, labels, STEPS, guidance).float())
+        return grid(torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(DECODE_BATCH)]))

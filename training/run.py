@@ -5,6 +5,7 @@ step does stays in the script, where it is read.
 """
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -189,6 +190,7 @@ class Run:
             args.gradient_accumulation_steps,
         )
         batches = iter(self._loader(data, order))
+        atexit.register(end_workers)
         bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.clock = time.monotonic()
@@ -341,6 +343,14 @@ def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
 
 
 def ignore_signals(_: int) -> None:
-    """Data workers leave signals to the training process, which finishes its step first and then ends them."""
+    """A data worker leaves signals, which job managers send to every process, to the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill data workers that are left at exit: they ignore the SIGTERM by which multiprocessing would end them."""
+    import multiprocessing
+
+    for worker in multiprocessing.active_children():
+        worker.kill()
