@@ -44,6 +44,8 @@ class ImageDataset:
         for path in self.paths:
             if not path.is_file():
                 raise UserError(f"{path}: no such file, but index.json lists it; run preprocessing.py again")
+        if not len(self):
+            raise UserError(f"{self.directory} holds no images")
         self.opened: dict[int, tuple] = {}
 
     def __len__(self) -> int:
@@ -81,7 +83,7 @@ def read_index(directory: Path) -> dict:
         raise UserError(f"{path}: no such file; run preprocessing.py with --output-path {directory.parent} to the end")
     try:
         index = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); run preprocessing.py again") from None
     if not isinstance(index, dict) or index.get("format") != IMAGE_FORMAT:
         raise UserError(f"{path}: not an index of {IMAGE_FORMAT}; run preprocessing.py again")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_KEYBOARD = 130
 
 
 class UserError(Exception):
@@ -33,11 +34,13 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main, turning a UserError into one line and exit code 2 (printed by the first process only)."""
+    """Run a script's main; a UserError, or a file or disk that fails, ends it with one line a machine and code 2."""
     try:
         code = main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (UserError, OSError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        code = EXIT_KEYBOARD
     sys.exit(code)

@@ -11,10 +11,11 @@ command again continues where it stopped.
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +23,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dataset import IMAGE_FORMAT, images_directory
 from errors import Parser, UserError, run_script
+from files import locked, replace_text
 
-SHARD_IMAGES = 1024  # 201 MB at 256 px, uncompressed
+SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
+MAX_ASPECT_RATIO = 100
 
 
 class Source(NamedTuple):
@@ -57,12 +60,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """`image` in 8-bit RGB, turned as its EXIF orientation says; transparency is laid on white, 16-bit grey scaled."""
+    """`image` in 8-bit RGB, turned as its EXIF orientation says; transparency is laid on white, 16-bit grey scaled.
+
+    Raises:
+        ValueError: floating-point pixels, whose range nobody knows.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
-        return Image.fromarray(
-            (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
+        grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -72,17 +80,38 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def read_image(path: Path, size: int) -> np.ndarray:
     """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises where it is no whole image."""
+    if not path.is_file():
+        raise ValueError("no such file, or not a regular one")
     with Image.open(path) as image:
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(f"{image.width}x{image.height} pixels, a strip")
         image.load()
         return np.asarray(center_crop(upright_rgb(image), size)).transpose(2, 0, 1)
 
 
 def list_tree(root: Path) -> list[str]:
-    """Every file below `root` as a relative POSIX path, sorted; symbolic links to folders are followed."""
+    """Every file below `root` as a relative POSIX path, sorted. Links to folders are followed, but never in a circle.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
     paths = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        relative = Path(folder).relative_to(root)
-        paths += [(relative / name).as_posix() for name in names]
+
+    def visit(folder: Path, above: frozenset[Path]) -> None:
+        here = folder.resolve()
+        if here in above:
+            return
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.is_dir():
+                visit(Path(entry.path), above | {here})
+            else:
+                paths.append(Path(entry.path).relative_to(root).as_posix())
+
+    visit(root, frozenset())
     return sorted(paths)
 
 
@@ -114,10 +143,11 @@ def list_sources(root: Path) -> tuple[list[Source], list[Skipped], list[str] | N
         skipped = [Skipped(path, "no label in dataset.json") for path in files if path not in labels]
         skipped += [Skipped(path, "in dataset.json, but no such file") for path in labels if path not in present]
         return sources, skipped, None
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    shown = [path for path in files if "/" in path and not path.startswith(".")]
+    classes = sorted({path.split("/")[0] for path in shown})
     index = {name: i for i, name in enumerate(classes)}
-    sources = [Source(path, index[path.split("/")[0]]) for path in files if "/" in path]
-    skipped = [Skipped(path, "not inside a class folder") for path in files if "/" not in path]
+    sources = [Source(path, index[path.split("/")[0]]) for path in shown]
+    skipped = [Skipped(path, "not inside a class folder") for path in sorted(set(files) - set(shown))]
     return sources, skipped, classes
 
 
@@ -125,10 +155,12 @@ def fingerprint(root: Path, sources: Iterable[Source], resolution: int) -> str:
     """Hash of everything that decides what the shards hold: paths, labels, sizes, times of change, resolution."""
     digest = hashlib.sha256(f"{IMAGE_FORMAT} {resolution}".encode())
     for source in sources:
-        status = (root / source.path).stat()
-        digest.update(
-            f"\n{source.path}\t{source.label}\t{status.st_size}\t{status.st_mtime_ns}".encode("utf8", "surrogateescape")
-        )
+        try:
+            status = (root / source.path).stat()
+            state = f"{status.st_size}\t{status.st_mtime_ns}"
+        except OSError:  # a dangling link; reading it will list it as skipped
+            state = "none"
+        digest.update(f"\n{source.path}\t{source.label}\t{state}".encode("utf8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -138,23 +170,25 @@ def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, reso
     path = directory / shard_name(number)
     if shard_metadata(path).get("plan") == plan:
         return number
-    pixels, kept, skipped = [], [], []
+    pixels = np.empty((len(sources), 3, resolution, resolution), np.uint8)
+    kept, skipped = [], []
     for source in sources:
         try:
-            pixels.append(read_image(root / source.path, resolution))
+            pixels[len(kept)] = read_image(root / source.path, resolution)
             kept.append(source)
         except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
-            skipped.append(Skipped(source.path, " ".join(f"{type(error).__name__}: {error}".split())))
+            skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
     tensors = {
-        # safetensors writes the memory as it lies, whatever its strides
-        "pixels": np.ascontiguousarray(np.reshape(pixels, (-1, 3, resolution, resolution)), dtype=np.uint8),
+        "pixels": pixels[: len(kept)],
         "labels": np.array([source.label for source in kept], dtype=np.int64),
     }
     metadata = {"plan": plan, "skipped": json.dumps(skipped), "files": json.dumps([source.path for source in kept])}
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(save(tensors, metadata))
-        file.flush()
+    save_file(tensors, temporary, metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return number
@@ -176,8 +210,10 @@ def shard_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def write_index(directory: Path, resolution: int, plan: str, classes: list[str] | None, skipped: list[Skipped]) -> dict:
-    """Collect what the shards hold into index.json and skipped.txt; returns the index."""
+def write_index(
+    directory: Path, resolution: int, plan: str, classes: list[str] | None, skipped: list[Skipped]
+) -> tuple[dict, list[Skipped]]:
+    """Collect what the shards hold into index.json and skipped.txt; returns the index and all that was skipped."""
     shards, num_classes = [], len(classes or [])
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "np") as shard:
@@ -195,20 +231,21 @@ def write_index(directory: Path, resolution: int, plan: str, classes: list[str] 
         "skipped": len(skipped),
         "shards": shards,
     }
-    replace_text(directory / "skipped.txt", "".join(f"{entry.path}\t{entry.reason}\n" for entry in sorted(skipped)))
-    replace_text(directory / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
-    return index
+    lines = [f"{printable(entry.path)}\t{printable(entry.reason)}\n" for entry in sorted(skipped)]
+    replace_text(directory / "skipped.txt", "".join(lines))
+    replace_text(directory / "index.json", json.dumps(index, indent=1))
+    return index, skipped
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf8", errors="surrogateescape")
-    os.replace(temporary, path)
+def printable(text: str) -> str:
+    """`text` on one line: tabs, line breaks and bytes that are no UTF-8 are shown as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def preprocess(root: Path, output: Path, resolution: int, workers: int, max_images: int | None) -> dict:
-    """Turn the tree at `root` into shards in OUTPUT/images; returns the index.
+def preprocess(
+    root: Path, output: Path, resolution: int, workers: int, max_images: int | None
+) -> tuple[dict, list[Skipped]]:
+    """Turn the tree at `root` into shards in OUTPUT/images; returns the index and what was skipped.
 
     Raises:
         UserError: no such tree, nothing in it, or the output holds shards made from something else.
@@ -220,22 +257,37 @@ def preprocess(root: Path, output: Path, resolution: int, workers: int, max_imag
     if not sources:
         raise UserError(f"--imagenet-path {root}: no images; expected one folder a class, or images and a dataset.json")
     plan = fingerprint(root, sources, resolution)
-    directory = images_directory(output)
-    directory.mkdir(parents=True, exist_ok=True)
     jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
-    for path in directory.glob("*.safetensors"):
-        if shard_metadata(path).get("plan", plan) != plan or path.name not in {shard_name(i) for i, _ in jobs}:
-            raise UserError(
-                f"{directory} holds shards of other images or another resolution; delete it, or choose another "
-                "--output-path"
-            )
-    (directory / "index.json").unlink(missing_ok=True)
-    job = partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
-    bar = tqdm(total=len(sources), unit="image", desc="preprocessing")
-    with bar, multiprocessing.Pool(max(1, min(workers, len(jobs)))) as pool:
-        for number in pool.imap_unordered(job, jobs):
-            bar.update(len(jobs[number][1]))
-    return write_index(directory, resolution, plan, classes, skipped)
+    directory = images_directory(output)
+    with locked(directory):
+        for path in directory.glob("*.safetensors"):
+            if shard_metadata(path).get("plan", plan) != plan or path.name not in {shard_name(i) for i, _ in jobs}:
+                raise UserError(
+                    f"{directory} holds shards of other images or another resolution; delete it, or choose another "
+                    "--output-path"
+                )
+        (directory / "index.json").unlink(missing_ok=True)
+        write_shards(
+            jobs, workers, partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
+        )
+        return write_index(directory, resolution, plan, classes, skipped)
+
+
+def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callable[..., int]) -> None:
+    """Run `job`, which gives back its shard's number, for every shard in parallel processes.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    bar = tqdm(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
+    try:
+        with bar, ProcessPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
+            for done in as_completed([pool.submit(job, item) for item in jobs]):
+                bar.update(len(jobs[done.result()][1]))
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker was killed, most likely for want of memory; the same command with fewer --num-workers continues"
+        ) from error
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -260,16 +312,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Preprocess and say what came out."""
     args = parse_args()
-    index = preprocess(args.imagenet_path, args.output_path, args.resolution, args.num_workers, args.max_images)
+    index, skipped = preprocess(
+        args.imagenet_path, args.output_path, args.resolution, args.num_workers, args.max_images
+    )
     directory = images_directory(args.output_path)
     print(f"{index['images']} images of {index['num_classes']} classes at {index['resolution']} px in {directory}")
-    if index["skipped"]:
-        listed = [
-            line.split("\t") for line in (directory / "skipped.txt").read_text("utf8", "surrogateescape").splitlines()
-        ]
-        reasons = Counter(reason.split(":")[0] for _, reason in listed)
+    if skipped:
+        reasons = Counter(printable(entry.reason).split(":")[0] for entry in skipped)
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        print(f"{index['skipped']} files skipped, listed in {directory / 'skipped.txt'}: {counts}")
+        print(f"{len(skipped)} files skipped, listed in {directory / 'skipped.txt'}: {counts}")
     if index["images"] == 0:
         raise UserError(f"none of the files below {args.imagenet_path} is a readable image")
 

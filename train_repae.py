@@ -8,7 +8,7 @@ Starts from a VAE, its latent statistics and its discriminator (train_vae.py mak
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dataset import ImageDataset
 from errors import Parser, run_script
 from loss.alignment import alignment_loss
+from loss.vae_loss import VAELossConfig
 from models.autoencoder import pixels_to_image
 from models.encoders import load_encoders
 from models.sit import SiT
@@ -80,7 +81,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
         posterior, z, recon = nets.vae(image, draws.posterior)
 
     # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by
-    # the    running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
+    #    the running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
     if zs:
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
@@ -158,6 +159,24 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
     return nets, state
 
 
+def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.device) -> JointStepConfig:
+    """The step's numbers as the flags say."""
+    return JointStepConfig(
+        loss=loss,
+        autocast=autocast_factory(device, args.mixed_precision),
+        path_type=args.path_type,
+        proj_coeff=args.proj_coeff,
+        vae_align_proj_coeff=args.vae_align_proj_coeff,
+        ema_decay=args.ema_decay,
+    )
+
+
+def draws_of(args: argparse.Namespace, step: int) -> Draws:
+    """The random numbers of 1-based `step` for the global batch."""
+    latent = latent_shape(args.vae, args.resolution)
+    return step_draws(args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob)
+
+
 def main() -> None:
     """Parse, build, loop."""
     args = parse_args()
@@ -167,23 +186,13 @@ def main() -> None:
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state)
-    cfg = JointStepConfig(
-        loss=loss,
-        autocast=autocast_factory(run.device, args.mixed_precision),
-        path_type=args.path_type,
-        proj_coeff=args.proj_coeff,
-        vae_align_proj_coeff=args.vae_align_proj_coeff,
-        ema_decay=args.ema_decay,
-    )
-    latent = latent_shape(args.vae, args.resolution)
+    run.begin(state, {"data": data.index["plan"], "loss": asdict(loss)})
+    cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):
-        draws = step_draws(
-            args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob
-        ).rows(batch.rows)
-        metrics = repae_step(nets, batch, draws.to(run.device), cfg)
+        draws = draws_of(args, step).rows(batch.rows).to(run.device)
+        metrics = repae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))

@@ -7,6 +7,7 @@ diffusion's (Rombach et al., arXiv 2112.10752).
 """
 
 import argparse
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data: ImageData
     statistics = latent_statistics(
         vae,
         data,
-        args.batch_size // run.world,
+        run.micro_batch,
         args.num_workers,
         run.accelerator.process_index,
         run.world,
@@ -117,7 +118,7 @@ def main() -> None:
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state)
+    run.begin(state, {"data": data.index["plan"], "loss": asdict(loss)})
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
 

@@ -6,12 +6,16 @@ interrupted demo goes on when it is started again. The pictures end up in exps/d
 
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from plot_curves import plot_curves
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from demo.pictures import draw_reconstructions, plot_curves  # noqa: E402
+from training.checkpoint import read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "exps" / "demo"
@@ -26,12 +30,13 @@ STAGES = {
     "preprocessing, held-out images": """preprocessing.py --imagenet-path data-demo/cifar10/test
         --output-path data-demo/test --resolution 32 --num-workers 2""",
     "VAE and discriminator from scratch": f"""train_vae.py --exp-name demo-vae {COMMON}
-        --vae-learning-rate 1e-3 --max-train-steps 400 --sampling-steps 200 --checkpointing-steps 100""",
+        --vae-learning-rate 1e-3 --max-train-steps 320 --sampling-steps 160 --checkpointing-steps 100""",
     "REPA-E: VAE and transformer, jointly": f"""train_repae.py --exp-name demo-joint {COMMON}
         --vae-ckpt exps/demo-vae/demo-vae.pt
         --disc-pretrained-ckpt exps/demo-vae/demo-vae-discriminator-ckpt.pt
         --model SiT-XS/1 --num-classes 10 --enc-type efficientnet-lite0 --encoder-depth 3
-        --learning-rate 5e-4 --vae-learning-rate 3e-4 --ema-decay 0.98 --max-train-steps 250 --sampling-steps 125 --checkpointing-steps 50""",
+        --learning-rate 5e-4 --vae-learning-rate 3e-4 --ema-decay 0.98
+        --max-train-steps 220 --sampling-steps 110 --checkpointing-steps 50""",
 }
 
 
@@ -40,19 +45,15 @@ def run_stage(title: str, line: str) -> None:
     arguments = shlex.split(line)
     print(f"\n== {title}\n$ python {shlex.join(arguments)}", flush=True)
     started = time.monotonic()
-    try:
-        code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
-    except KeyboardInterrupt:
-        code = 130
+    script = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
+    # the terminal sends Ctrl-C to the script as well, which saves its work and exits
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = script.wait()
+    signal.signal(signal.SIGINT, previous)
     if code:
         print(f"stopped: {arguments[0]} exited with {code}; `make demo` continues from here", file=sys.stderr)
         sys.exit(code)
     print(f"-- {time.monotonic() - started:.0f} s", flush=True)
-
-
-def last_picture(folder: Path) -> Path:
-    """The picture of the highest step in a run's folder of pictures."""
-    return max(folder.glob("*.png"))
 
 
 def main() -> None:
@@ -61,11 +62,11 @@ def main() -> None:
     for title, line in STAGES.items():
         run_stage(title, line)
     PICTURES.mkdir(parents=True, exist_ok=True)
-    runs = {"VAE alone": ROOT / "exps/demo-vae", "joint": ROOT / "exps/demo-joint"}
-    plot_curves({name: run / "metrics.jsonl" for name, run in runs.items()}, PICTURES / "curves.png")
-    shutil.copyfile(last_picture(runs["joint"] / "samples"), PICTURES / "samples.png")
-    shutil.copyfile(last_picture(runs["VAE alone"] / "reconstructions"), PICTURES / "reconstructions-before.png")
-    shutil.copyfile(last_picture(runs["joint"] / "reconstructions"), PICTURES / "reconstructions-after.png")
+    alone, joint = ROOT / "exps/demo-vae", ROOT / "exps/demo-joint"
+    plot_curves({"VAE alone": alone / "metrics.jsonl", "joint": joint / "metrics.jsonl"}, PICTURES / "curves.png")
+    shutil.copyfile(max((joint / "samples").glob("*.png")), PICTURES / "samples.png")
+    vaes = [read_checkpoint(max((run / "checkpoints").glob("*.pt")))["vae"] for run in (alone, joint)]
+    draw_reconstructions(vaes, ROOT / "data-demo/test", PICTURES / "reconstructions.png")
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; look at")
     for path in sorted(PICTURES.glob("*.png")):
         print(f"  {path.relative_to(ROOT)}")

@@ -1,6 +1,8 @@
 """From a tree of image files to shards: every file becomes a row or is listed, whatever it holds."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -27,7 +29,7 @@ def expected_row(image: Image.Image, size: int = 32) -> np.ndarray:
 
 def test_class_folders(tmp_path):
     tree = make_tree(tmp_path / "tree", 3)
-    index = preprocess(tree, tmp_path / "data", 32, 2, None)
+    index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
     assert (index["images"], index["num_classes"], index["skipped"]) == (9, 3, 0)
     assert index["classes"] == list(CLASSES)
     for i, (pixels, label) in enumerate(rows(tmp_path / "data")):
@@ -39,7 +41,7 @@ def test_labels_of_dataset_json_win_over_folders(tmp_path):
     tree = make_tree(tmp_path / "tree", 2)
     labels = [["ape/0.png", 7], ["bee/1.png", 2], ["cat/9.png", 1]]
     (tree / "dataset.json").write_text(json.dumps({"labels": labels}))
-    index = preprocess(tree, tmp_path / "data", 32, 1, None)
+    index, _ = preprocess(tree, tmp_path / "data", 32, 1, None)
     assert [label for _, label in rows(tmp_path / "data")] == [7, 2]
     assert (index["num_classes"], index["classes"]) == (8, None)
     skipped = (tmp_path / "data/images/skipped.txt").read_text()
@@ -87,7 +89,7 @@ def save_kinds(folder) -> dict[str, Image.Image]:
 def test_every_kind_of_image_becomes_the_rgb_it_shows(tmp_path):
     (tmp_path / "tree/only").mkdir(parents=True)
     expected = save_kinds(tmp_path / "tree/only")
-    index = preprocess(tmp_path / "tree", tmp_path / "data", 32, 1, None)
+    index, _ = preprocess(tmp_path / "tree", tmp_path / "data", 32, 1, None)
     assert index["skipped"] == 0
     for name, (pixels, _) in zip(sorted(expected), rows(tmp_path / "data"), strict=True):
         np.testing.assert_array_equal(pixels, expected_row(expected[name]), err_msg=name)
@@ -102,12 +104,40 @@ def test_broken_files_are_counted_and_listed(tmp_path):
     (tree / "bee/empty.jpg").write_bytes(b"")
     (tree / "cat/notes.txt").write_text("no picture")
     (tree / "stray.png").write_bytes(whole)
-    index = preprocess(tree, tmp_path / "data", 32, 2, None)
-    assert (index["images"], index["skipped"]) == (6, 5)
+    (tree / "cat/dangling.png").symlink_to("nowhere.png")
+    (tree / "cat/upwards").symlink_to(tree)
+    os.mkfifo(tree / "cat/pipe.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tree / "cat/float.tiff")
+    Image.new("RGB", (2, 2000)).save(tree / "cat/strip.png")
+    (tree / "cat/odd\tna\u2028me.png").write_bytes(b"bad")
+    (tree / ".hidden").mkdir()
+    (tree / ".hidden/a.png").write_bytes(whole)
+    index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
+    assert (index["images"], index["skipped"], index["classes"]) == (6, 11, list(CLASSES))
     listed = dict(line.split("\t") for line in (tmp_path / "data/images/skipped.txt").read_text().splitlines())
-    assert set(listed) == {"ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "stray.png"}
+    assert set(listed) == {
+        *("ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "cat/dangling.png", "stray.png"),
+        *("cat/pipe.png", "cat/float.tiff", "cat/strip.png", "cat/odd\\tna\\u2028me.png", ".hidden/a.png"),
+    }
     assert listed["stray.png"] == "not inside a class folder"
     assert all(listed.values())
+
+
+def test_links_in_a_circle_end(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").symlink_to(tmp_path / other)
+        (tmp_path / name / "file").touch()
+    assert preprocessing.list_tree(tmp_path) == ["a/file", "a/x/file", "b/file", "b/x/file"]
+
+
+def test_a_killed_worker_ends_with_a_message(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "tree", 1)
+    monkeypatch.setattr(preprocessing, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="a worker was killed"):
+        preprocess(tree, tmp_path / "data", 32, 1, None)
+    monkeypatch.undo()
+    assert preprocess(tree, tmp_path / "data", 32, 1, None)[0]["images"] == 3
 
 
 def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):
@@ -143,7 +173,7 @@ def test_other_images_in_the_output_are_refused(tmp_path):
 
 
 def test_max_images_takes_the_first_in_sorted_order(tmp_path):
-    index = preprocess(make_tree(tmp_path / "tree", 3), tmp_path / "data", 32, 1, 4)
+    index, _ = preprocess(make_tree(tmp_path / "tree", 3), tmp_path / "data", 32, 1, 4)
     assert index["images"] == 4
     assert [label for _, label in rows(tmp_path / "data")] == [0, 0, 0, 1]
 

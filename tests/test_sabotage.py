@@ -76,20 +76,34 @@ SABOTAGES = {
 }  # fmt: skip
 
 
+def run_test(tree: Path, test: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_joint_step.py", "-k", test]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
+
+
+def copy_of_the_project(tmp_path: Path) -> Path:
+    skip = shutil.ignore_patterns(".*", "exps", "data", "data-demo", "pretrained", "cifar10", "*.png")
+    return shutil.copytree(ROOT, tmp_path / "tree", ignore=skip)
+
+
+def test_the_copy_passes_without_sabotage(tmp_path):
+    done = run_test(copy_of_the_project(tmp_path), "not golden")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " failed" not in done.stdout
+
+
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(tmp_path, name):
     file, *replacements, test = SABOTAGES[name]
-    tree = shutil.copytree(
-        ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".*", "exps", "data*", "pretrained", "cifar10", "*.png")
-    )
+    tree = copy_of_the_project(tmp_path)
     source = (tree / file).read_text()
     for old, new in zip(replacements[::2], replacements[1::2], strict=True):
         assert source.count(old) == 1, f"the line to sabotage is not there: {old}"
         source = source.replace(old, new)
     (tree / file).write_text(source)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_joint_step.py", "-k", test]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
+    done = run_test(tree, test)
     assert done.returncode == 1, f"not caught: exit code {done.returncode}\n{done.stdout[-2000:]}"
+    assert "1 failed" in done.stdout
     assert "SyntaxError" not in done.stdout
     assert "NameError" not in done.stdout

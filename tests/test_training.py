@@ -1,6 +1,7 @@
 """Optimisers, EMA, checkpoints, draws and data order."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -198,6 +199,29 @@ def test_latent_statistics_are_the_samples_moments():
     assert stats["latents_scale"].shape == (1, 2, 1, 1)
 
 
+def test_a_reference_optimisers_state_is_restored():
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    ours[0].bias.requires_grad_(False)
+    theirs = copy.deepcopy(ours)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-3)  # not fused, and it lists the fixed parameter too
+    x = torch.randn(8, 4)
+    theirs(x).square().mean().backward()
+    adamw.step()
+    adamw.zero_grad()
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = Optimizer(ours.parameters(), CPU, learning_rate=1e-3, max_grad_norm=1e9)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.adamw.param_groups[0]["fused"]
+    optimizer.update(ours(x).square().mean())
+    theirs(x).square().mean().backward()
+    adamw.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        Optimizer(linear().parameters(), CPU).load_state_dict(adamw.state_dict())
+
+
 def test_checkpoint_round_trip_and_published_layout(tmp_path):
     model = linear()
     optimizer = Optimizer(model.parameters(), CPU, mixed_precision="fp16")
@@ -216,7 +240,7 @@ def test_checkpoint_round_trip_and_published_layout(tmp_path):
 
     published = {
         "model": {"module._orig_mod." + key: value for key, value in linear().state_dict().items()},
-        "opt": torch.optim.AdamW(linear().parameters(), lr=1e-4).state_dict(),
+        "opt": optimizer.adamw.state_dict(),
         "args": argparse.Namespace(model="SiT-XL/2"),
         "steps": 400000,
     }
@@ -298,9 +322,15 @@ def test_latent_statistics_file(tmp_path):
 
 def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
     before = {"args": {"seed": 0, "max_train_steps": 5, "learning_rate": 1e-4}}
-    refuse_changed_flags(before, {"seed": 0, "max_train_steps": 9, "learning_rate": 1e-4, "new": 1}, tmp_path)
+    refuse_changed_flags(before, {"seed": 0, "max_train_steps": 9, "learning_rate": 1e-4, "new": 1}, {}, tmp_path)
     with pytest.raises(UserError, match="--learning-rate 0.0001 -> 0.001"):
-        refuse_changed_flags(before, {"seed": 0, "learning_rate": 1e-3}, tmp_path)
+        refuse_changed_flags(before, {"seed": 0, "learning_rate": 1e-3}, {}, tmp_path)
+    known = {"identity": {"data": "a", "loss": {"kl_weight": 1e-6}}}
+    refuse_changed_flags(known, {}, {"data": "a", "loss": {"kl_weight": 1e-6}}, tmp_path)
+    with pytest.raises(UserError, match="other images"):
+        refuse_changed_flags(known, {}, {"data": "b", "loss": {"kl_weight": 1e-6}}, tmp_path)
+    with pytest.raises(UserError, match="other weights in --loss-cfg-path"):
+        refuse_changed_flags(known, {}, {"data": "a", "loss": {"kl_weight": 1.0}}, tmp_path)
 
 
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):

@@ -24,7 +24,7 @@ PREFIXES = ("module.", "_orig_mod.")
 def write_atomically(data: object, path: Path) -> None:
     """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         torch.save(data, file)
         file.flush()
@@ -56,12 +56,15 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
             if damaged:
                 raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} {path}: not a readable PyTorch file ({reason[:120]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path}: holds a {type(content).__name__}, expected a dict")
+    return content
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,13 +168,17 @@ class TrainingState:
         self.optimizers = optimizers
         self.tensors = tensors
 
-    def to_dict(self, args: dict, step: int) -> dict:
-        """The checkpoint after `step` steps, plain data only; `args` holds every flag by its underscore name."""
+    def to_dict(self, args: dict, step: int, identity: dict | None = None) -> dict:
+        """The checkpoint after `step` steps, plain data only.
+
+        `args` holds every flag by its underscore name, `identity` what else makes this run the run it is.
+        """
         return {
             **{name: network.state_dict() for name, network in self.networks.items()},
             **{name: optimizer.adamw.state_dict() for name, optimizer in self.optimizers.items()},
             "args": args,
             "steps": step,
+            "identity": identity or {},
             "optimizer_extras": {name: optimizer.extra_state() for name, optimizer in self.optimizers.items()},
             "tensors": self.tensors,
             "time_convention": TIME_CONVENTION,
@@ -190,7 +197,10 @@ class TrainingState:
             load_weights(network, checkpoint[name], f"{source}: {name}")
         extras = checkpoint.get("optimizer_extras", {})
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint[name], extras.get(name))
+            try:
+                optimizer.load_state_dict(checkpoint[name], extras.get(name))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{source}: {name} is no state of this optimiser ({error})") from error
         for name, tensor in self.tensors.items():
             if name in checkpoint.get("tensors", {}):
                 tensor.copy_(checkpoint["tensors"][name])

@@ -4,6 +4,7 @@ Names and defaults are the reference's, so that its command lines and args.json 
 """
 
 import argparse
+import math
 from argparse import BooleanOptionalAction
 from collections.abc import Iterable
 from dataclasses import fields
@@ -25,7 +26,7 @@ def one_of(what: str, known: Iterable[str]):
     return check
 
 
-def number(kind: type, at_least: float | None = None, above: float | None = None, at_most: float | None = None):
+def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
     """An argparse type: a finite int or float within bounds."""
 
     def check(text: str):
@@ -33,12 +34,12 @@ def number(kind: type, at_least: float | None = None, above: float | None = None
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
-        if at_least is not None and not value >= at_least:
+        if value < at_least:
             raise argparse.ArgumentTypeError(f"{text} is too small, expected at least {at_least}")
-        if above is not None and not value > above:
+        if value <= above:
             raise argparse.ArgumentTypeError(f"{text} is too small, expected more than {above}")
-        if at_most is not None and not value <= at_most:
-            raise argparse.ArgumentTypeError(f"{text} is too large, expected at most {at_most}")
+        if not value < below:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is too large, expected less than {below}")
         return value
 
     return check
@@ -59,7 +60,8 @@ POSITIVE = number(int, at_least=1)
 COUNT = number(int, at_least=0)
 RATE = number(float, above=0)
 WEIGHT = number(float, at_least=0)
-DECAY = number(float, at_least=0, at_most=1)
+DECAY = number(float, at_least=0, below=1)
+PROBABILITY = number(float, at_least=0, below=1 + 1e-9)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000) -> None:
@@ -149,7 +151,7 @@ def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument("--qk-norm", action=BooleanOptionalAction, default=False, help="LayerNorm on queries and keys")
     group.add_argument("--fused-attn", action=BooleanOptionalAction, default=True, help="scaled_dot_product_attention")
     group.add_argument(
-        "--cfg-prob", type=DECAY, default=0.1, help="probability of dropping a label (default: %(default)s)"
+        "--cfg-prob", type=PROBABILITY, default=0.1, help="probability of dropping a label (default: %(default)s)"
     )
     group.add_argument("--path-type", default="linear", choices=PATH_TYPES, help="interpolant (default: %(default)s)")
     group.add_argument(
@@ -173,7 +175,9 @@ def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
 def add_joint_flags(parser: argparse.ArgumentParser) -> None:
     """What only joint training has."""
     group = parser.add_argument_group("joint training")
-    group.add_argument("--bn-momentum", type=DECAY, default=0.1, help="of the latent normaliser (default: %(default)s)")
+    group.add_argument(
+        "--bn-momentum", type=PROBABILITY, default=0.1, help="of the latent normaliser (default: %(default)s)"
+    )
     group.add_argument(
         "--vae-align-proj-coeff", type=WEIGHT, default=1.5, help="weight of the VAE's alignment (default: %(default)s)"
     )
@@ -215,7 +219,7 @@ def load_loss_config(path: str) -> VAELossConfig:
     losses = config.get("losses")
     if not isinstance(losses, dict):
         raise UserError(f"{what}: no section `losses:`")
-    mode = (config.get("model") or {}).get("vq_model", {}).get("quantize_mode", "vae")
+    mode = ((config.get("model") or {}).get("vq_model") or {}).get("quantize_mode", "vae")
     if mode != "vae":
         raise UserError(f"{what}: model.vq_model.quantize_mode is {mode!r}; only vae is supported")
     known = {field.name: type(field.default) for field in fields(VAELossConfig)}

@@ -42,7 +42,9 @@ class Optimizer:
         mixed_precision: str = "no",
         accumulation_steps: int = 1,
     ):
-        self.parameters = [p for p in parameters if p.requires_grad]
+        everything = list(parameters)
+        self.parameters = [p for p in everything if p.requires_grad]
+        self.fixed = {i for i, p in enumerate(everything) if not p.requires_grad}
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
         )
@@ -89,10 +91,22 @@ class Optimizer:
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped.item()}
 
     def load_state_dict(self, adamw: dict, extra: dict | None = None) -> None:
-        """Restore AdamW's state (the reference's too, which is not fused) and, if given, `extra_state`."""
-        self.adamw.load_state_dict(adamw)
-        for group in self.adamw.param_groups:
-            group["fused"], group["foreach"] = True, None
+        """Restore AdamW's state and, if given, `extra_state`.
+
+        The reference's states are taken as well: they are not fused, and list parameters that are never trained
+        (`pos_embed`), which have no state here.
+
+        Raises:
+            ValueError: the state belongs to another number of parameters.
+        """
+        (group,) = adamw["param_groups"]
+        ids = group["params"]
+        if len(ids) == len(self.parameters) + len(self.fixed):
+            ids = [key for i, key in enumerate(ids) if i not in self.fixed]
+        state = {new: adamw["state"][old] for new, old in enumerate(ids) if old in adamw["state"]}
+        # fused must be set before loading: it decides where AdamW puts its step counters
+        group = {**group, "params": list(range(len(ids))), "fused": True, "foreach": None}
+        self.adamw.load_state_dict({"state": state, "param_groups": [group]})
         if extra:
             self.scaler.load_state_dict(extra["scaler"])
             self.skipped.fill_(extra["skipped"])

@@ -5,6 +5,7 @@ of processes, and resuming needs no random state.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,8 +35,9 @@ class Draws(NamedTuple):
         return Draws(*(tensor[rows.start : rows.stop] for tensor in self))
 
     def to(self, device: torch.device) -> "Draws":
-        """All tensors on `device`."""
-        return Draws(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """All tensors on `device`; on a GPU the copies do not make the host wait."""
+        pinned = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in self)
+        return Draws(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
 
 def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
@@ -46,6 +48,7 @@ def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+@lru_cache(maxsize=1)  # the micro-batches of a step ask for the same
 def step_draws(
     seed: int,
     step: int,

@@ -12,15 +12,19 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UserError
+from files import locked, replace_text
 from training.checkpoint import TrainingState, checkpoint_path, latest_checkpoint, read_checkpoint, write_atomically
 from training.distributed import gradient_sync, mean_over_processes
 from training.randomness import BatchOrder, Rows
@@ -51,6 +55,8 @@ class Run:
     Attributes:
         accelerator: accelerate's launch, device and process group.
         device: where this process computes.
+        world: number of processes.
+        micro_batch: images of one process's micro-batch.
         directory: the run's folder.
         step: optimiser steps begun, this one included.
 
@@ -87,13 +93,17 @@ class Run:
             f"batch: {args.batch_size} images a step = {self.world} processes x {args.gradient_accumulation_steps} "
             f"accumulation steps x {args.batch_size // share}, on {self.device.type}, precision {args.mixed_precision}"
         )
+        self.micro_batch = args.batch_size // share
         self.step = 0
         self.step_complete = False
         self.state: TrainingState | None = None
         self.wrapped: list[nn.Module] = []
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.micro_metrics: list[dict[str, Tensor]] = []
+        self.pictures: list[tuple[int, str, np.ndarray]] = []
         self.signal: int | None = None
+        self.identity: dict = {}
+        self.resources = ExitStack()
 
     def print(self, text: str) -> None:
         """Print on the first process, above any progress bar."""
@@ -104,41 +114,56 @@ class Run:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """`module` on this process's device and, with several processes, wrapped to average gradients over them."""
-        module = self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose successors behave otherwise
+            module = self.accelerator.prepare_model(module)
         self.wrapped.append(module)
         return module
 
-    def begin(self, state: TrainingState) -> None:
+    def begin(self, state: TrainingState, identity: dict) -> None:
         """Take charge of `state`: restore it from the run's checkpoint if there is one, and open log and trackers.
 
+        `identity` is what beside the flags makes this run the run it is: a fingerprint of its data, its loss weights.
+
         Raises:
-            UserError: the checkpoint is missing, damaged, of other networks or made with other flags.
+            UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
+                with other flags or data.
         """
-        self.state = state
+        self.state, self.identity = state, identity
+        if self.is_main:
+            self.resources.enter_context(locked(self.directory))
         path = self._checkpoint_to_continue()
         if path is not None:
             checkpoint = read_checkpoint(path)
-            refuse_changed_flags(checkpoint, vars(self.args), path)
+            refuse_changed_flags(checkpoint, vars(self.args), identity, path)
             self.step = state.restore(checkpoint, str(path))
             self.print(f"continuing after step {self.step} from {path}")
         if self.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "args.json").write_text(json.dumps(vars(self.args), indent=4) + "\n")
+            replace_text(self.directory / "args.json", json.dumps(vars(self.args), indent=4) + "\n")
             truncate_log(self.directory / "metrics.jsonl", self.step)
         self._open_trackers()
 
     def _checkpoint_to_continue(self) -> Path | None:
-        own, elsewhere = latest_checkpoint(self.checkpoints), self.args.continue_train_exp_dir
-        if own is not None and not self.args.resume_step:
+        """The latest checkpoint of this run; the first time that --resume-step is given, the one it names."""
+        step, elsewhere = self.args.resume_step, self.args.continue_train_exp_dir
+        own = latest_checkpoint(self.checkpoints)
+        superseded = self.checkpoints / f"superseded-by-resume-at-{step:07d}"
+        if own is not None and (not step or superseded.exists()):
             return own
         folder = self.checkpoints if elsewhere is None else Path(elsewhere) / "checkpoints"
-        if self.args.resume_step:
-            if checkpoint_path(self.checkpoints, self.args.resume_step).is_file():
-                folder = self.checkpoints
-            return checkpoint_path(folder, self.args.resume_step)
-        if elsewhere is not None and latest_checkpoint(folder) is None:
-            raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
-        return latest_checkpoint(folder)
+        if not step:
+            if elsewhere is not None and latest_checkpoint(folder) is None:
+                raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
+            return latest_checkpoint(folder)
+        chosen = checkpoint_path(self.checkpoints, step)
+        chosen = chosen if chosen.is_file() else checkpoint_path(folder, step)
+        self.accelerator.wait_for_everyone()
+        if self.is_main and chosen.is_file():  # the same command must not come back to this step again
+            superseded.mkdir(parents=True, exist_ok=True)
+            for path in self.checkpoints.glob("*.pt"):
+                if path.stem.isdigit() and int(path.stem) > step:
+                    path.rename(superseded / path.name)
+        return chosen
 
     def _open_trackers(self) -> None:
         if self.args.report_to == "none":
@@ -209,8 +234,9 @@ class Run:
                 signal.signal(kind, handler)
 
     def end(self) -> None:
-        """Close trackers and process group."""
+        """Close trackers, process group and the lock on the run's folder."""
         self.accelerator.end_training()
+        self.resources.close()
 
     def _loader(self, data, order: BatchOrder):
         from torch.utils.data import DataLoader
@@ -246,7 +272,8 @@ class Run:
             bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[:4]}, refresh=False)
         if save and self.is_main:
             write_atomically(
-                self.state.to_dict(vars(self.args), self.step), checkpoint_path(self.checkpoints, self.step)
+                self.state.to_dict(vars(self.args), self.step, self.identity),
+                checkpoint_path(self.checkpoints, self.step),
             )
         if stop:
             self.print(f"stopped by signal {self.signal} after step {self.step}; the same command continues from there")
@@ -254,7 +281,10 @@ class Run:
             raise SystemExit(EXIT_INTERRUPTED)
 
     def _on_signal(self, kind: int, frame: object) -> None:
+        if self.signal is not None and kind == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signal = kind
+        self.print("saving as soon as this step is done; Ctrl-C again stops without")
 
     def _agree_to_stop(self, last: int) -> bool:
         if self.world == 1:
@@ -269,8 +299,8 @@ class Run:
     def _write_log(self) -> dict[str, float]:
         """One reduction over processes for all pending steps; returns the last step's metrics."""
         names = list(self.pending[0][1])
-        values = torch.stack([torch.stack([metrics[name].double() for name in names]) for _, metrics in self.pending])
-        rows = mean_over_processes(values.to(torch.float32 if self.device.type == "mps" else torch.float64)).tolist()
+        values = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
+        rows = mean_over_processes(values).tolist()
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
         speed = len(rows) * self.args.batch_size / elapsed
         records = [
@@ -283,42 +313,64 @@ class Run:
                 file.writelines(json.dumps(finite_or_null(record)) + "\n" for record in records)
         for record in records:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-        for record in records:
-            self._check(record)
+            for name, picture in [(name, picture) for step, name, picture in self.pictures if step == record["step"]]:
+                self._track_picture(name, picture, record["step"])
+        self.pictures = []
+        self._check(records)
         return {name: records[-1][name] for name in names}
 
-    def _check(self, record: dict[str, float]) -> None:
-        """Stop at a loss that is not finite; with loss scaling, gradients may overflow, but not for ever."""
+    def _check(self, records: list[dict[str, float]]) -> None:
+        """Stop at a value that is not finite, at vanished gradients, and at a loss scale that fell to nothing.
+
+        With loss scaling, gradients may overflow now and then: such a step is skipped and the scale halved.
+        """
         scaled = self.args.mixed_precision == "fp16"
-        for name, value in record.items():
-            bad = not math.isfinite(value) and not (scaled and name.startswith("grad_norm"))
-            if bad or (name.startswith("loss_scale") and value < 1):
-                good = latest_checkpoint(self.checkpoints)
-                raise UserError(
-                    f"step {record['step']}: {name} is {value}; training stopped. "
-                    f"Last good checkpoint: {good or 'none'}. Try bf16 or a lower learning rate"
-                )
+        for record in records:
+            for name, value in record.items():
+                bad = not math.isfinite(value) and not (scaled and name.startswith("grad_norm"))
+                if bad or (name.startswith("loss_scale") and value < 1):
+                    self._stop(f"step {record['step']}: {name} is {value}")
+        for name in ("grad_norm_vae", "grad_norm_sit"):
+            if all(record.get(name) == 0 for record in records):
+                self._stop(f"step {records[-1]['step']}: {name} has been 0 for {len(records)} steps")
+
+    def _stop(self, reason: str) -> None:
+        good = latest_checkpoint(self.checkpoints) or "none"
+        advice = "Try bf16 or a lower learning rate"
+        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}")
 
     def save_image(self, name: str, grid: Tensor) -> None:
-        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step, and give it to the trackers."""
+        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
         from PIL import Image
 
         folder = self.directory / name
         folder.mkdir(parents=True, exist_ok=True)
         array = grid.permute(1, 2, 0).cpu().numpy()
         Image.fromarray(array).save(folder / f"{self.step:07d}.png")
+        self.pictures.append((self.step, name, array))
+
+    def _track_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         for tracker in self.accelerator.trackers:
-            tracker.log_images({name: array[None]}, step=self.step)
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: picture[None]}, step=step, **options)
 
 
-def refuse_changed_flags(checkpoint: dict, flags: dict, path: Path) -> None:
-    """Raise a UserError if the checkpoint's run had other flags than `flags`, but for those that may change."""
+def refuse_changed_flags(checkpoint: dict, flags: dict, identity: dict, path: Path) -> None:
+    """Raise a UserError if the checkpoint's run had other flags than `flags`, but for those that may change.
+
+    The same for `identity`, where the checkpoint has one.
+    """
     before = checkpoint.get("args") or {}
     before = vars(before) if isinstance(before, argparse.Namespace) else before
     changed = [name for name in flags if name in before and name not in FREE_FLAGS and before[name] != flags[name]]
     if changed:
         what = ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {flags[name]}" for name in changed)
         raise UserError(f"{path} was made with other flags ({what}); use the same ones, or another --exp-name")
+    known = checkpoint.get("identity") or {}
+    if known.get("data", identity.get("data")) != identity.get("data"):
+        raise UserError(f"{path} was made with other images than --data-dir holds; use the same, or another --exp-name")
+    if known.get("loss", identity.get("loss")) != identity.get("loss"):
+        raise UserError(f"{path} was made with other weights in --loss-cfg-path; use the same, or another --exp-name")
 
 
 def truncate_log(path: Path, step: int) -> None:

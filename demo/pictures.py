@@ -1,4 +1,4 @@
-"""Loss curves of one or more runs from their metrics.jsonl files, as one PNG."""
+"""The demo's pictures: loss curves from metrics.jsonl files, and reconstructions before and after joint tuning."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from dataset import ImageDataset  # noqa: E402
+from models.autoencoder import build_vae, image_to_pixels, pixels_to_image  # noqa: E402
+from training.previews import COLUMNS, evenly_spaced, grid  # noqa: E402
 
 PANELS = {
     "L1 reconstruction": ("reconstruction_loss",),
@@ -47,7 +54,9 @@ def plot_curves(logs: dict[str, Path], target: Path) -> None:
                 steps, values = zip(*points, strict=True)
                 colour = colours[series % len(colours)]
                 ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                ax.plot(steps, smooth(values), color=colour, label=LABELS.get(name, run))
+                # dashes, because the two alignment losses lie on each other
+                style = "--" if name == "proj_loss" else "-"
+                ax.plot(steps, smooth(values), style, color=colour, label=LABELS.get(name, run))
                 series += 1
             start += records[-1]["step"]
         ax.set_title(title, fontsize=10)
@@ -57,3 +66,17 @@ def plot_curves(logs: dict[str, Path], target: Path) -> None:
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(target, dpi=120)
     plt.close(figure)
+
+
+@torch.no_grad()
+def draw_reconstructions(vaes: list[dict[str, Tensor]], data_dir: Path, target: Path) -> None:
+    """Held-out photographs in rows of eight, below each row its reconstructions by every VAE state dict in turn."""
+    pixels = evenly_spaced(ImageDataset(data_dir), 4 * COLUMNS)
+    versions = [pixels]
+    for state in vaes:
+        vae = build_vae("f4d4-small")
+        vae.load_state_dict(state)
+        versions.append(image_to_pixels(vae.decode(vae.encode(pixels_to_image(pixels)).mean)))
+    rows = [row for rows in zip(*(v.split(COLUMNS) for v in versions), strict=True) for row in rows]
+    picture = Image.fromarray(grid(torch.cat(rows)).permute(1, 2, 0).numpy())
+    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(target)

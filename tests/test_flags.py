@@ -1,0 +1,173 @@
+"""Flags: the reference's names and defaults, and where they end up."""
+
+import pytest
+import torch
+
+import train_repae
+import train_vae
+from errors import UserError
+from loss.vae_loss import VAELossConfig
+from training import cli
+from training.checkpoint import vae_files, write_atomically
+from training.randomness import step_draws
+
+COMMON = {
+    "output_dir": "exps",
+    "logging_dir": "logs",
+    "report_to": "wandb",
+    "sampling_steps": 10000,
+    "resume_step": 0,
+    "continue_train_exp_dir": None,
+    "wandb_history_path": None,
+    "compile": True,
+    "data_dir": "data",
+    "resolution": 256,
+    "batch_size": 256,
+    "allow_tf32": True,
+    "mixed_precision": "fp16",
+    "epochs": 1400,
+    "checkpointing_steps": 50000,
+    "gradient_accumulation_steps": 1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "seed": 0,
+    "num_workers": 4,
+    "vae": "f8d4",
+    "disc_pretrained_ckpt": None,
+    "loss_cfg_path": "configs/l1_lpips_kl_gan.yaml",
+    "vae_learning_rate": 1e-4,
+    "disc_learning_rate": 1e-4,
+    "lpips_vgg_ckpt": None,
+}
+JOINT = {
+    "model": "SiT-XL/2",
+    "num_classes": 1000,
+    "encoder_depth": 8,
+    "qk_norm": False,
+    "fused_attn": True,
+    "cfg_prob": 0.1,
+    "max_train_steps": 400000,
+    "learning_rate": 1e-4,
+    "path_type": "linear",
+    "prediction": "v",
+    "weighting": "uniform",
+    "enc_type": "dinov2-vit-b",
+    "proj_coeff": 0.5,
+    "bn_momentum": 0.1,
+    "vae_align_proj_coeff": 1.5,
+    "ema_decay": 0.9999,
+    "vae_ckpt": "pretrained/sdvae-f8d4/sdvae-f8d4.pt",
+}
+PUBLISHED = """--max-train-steps=400000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
+    --output-dir=exps --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/2
+    --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4
+    --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/sdvae-f8d4-discriminator-ckpt.pt
+    --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1
+    --exp-name=NAME"""
+
+
+def test_defaults_of_joint_training():
+    assert vars(train_repae.parse_args(["--exp-name", "x"])) == {**COMMON, **JOINT, "exp_name": "x"}
+
+
+def test_defaults_of_vae_training():
+    expected = {**COMMON, "max_train_steps": 100000, "vae_ckpt": None, "exp_name": "x"}
+    assert vars(train_vae.parse_args(["--exp-name", "x"])) == expected
+
+
+def test_the_published_command_line_is_taken_and_booleans_can_be_negated():
+    args = train_repae.parse_args(PUBLISHED.split())
+    assert args.vae_ckpt == "pretrained/sdvae/sdvae-f8d4.pt"
+    args = train_repae.parse_args(
+        ["--exp-name", "x", "--no-compile", "--no-allow-tf32", "--no-fused-attn", "--qk-norm"]
+    )
+    assert (args.compile, args.allow_tf32, args.fused_attn, args.qk_norm) == (False, False, False, True)
+
+
+class OneProcess:
+    """What `build` asks of a run."""
+
+    device = torch.device("cpu")
+
+    def prepare(self, module):
+        return module
+
+
+@pytest.fixture
+def built(tmp_path, vgg_weights):
+    """Joint nets built from unusual flags, with those flags and the VAE's statistics."""
+    from models.autoencoder import build_vae
+
+    weights = tmp_path / "vae.pt"
+    write_atomically(build_vae("f4d4-tiny").state_dict(), weights)
+    stats = {"latents_scale": torch.rand(1, 4, 1, 1) + 0.5, "latents_bias": torch.randn(1, 4, 1, 1)}
+    write_atomically(stats, vae_files(weights).statistics)
+    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --vae-ckpt {weights} --model SiT-XXS/2 --encoder-depth 3
+        --num-classes 7 --enc-type efficientnet-lite0 --bn-momentum 0.3 --cfg-prob 0.2 --path-type cosine
+        --weighting lognormal --proj-coeff 0.7 --vae-align-proj-coeff 2.5 --ema-decay 0.5 --learning-rate 1e-3
+        --vae-learning-rate 2e-3 --disc-learning-rate 3e-3 --adam-beta1 0.8 --adam-beta2 0.95 --adam-weight-decay 0.1
+        --adam-epsilon 1e-6 --max-grad-norm 2 --mixed-precision fp16 --gradient-accumulation-steps 3
+        --lpips-vgg-ckpt {vgg_weights}"""
+    args = train_repae.parse_args(flags.split())
+    return args, stats, train_repae.build(args, OneProcess())[0]
+
+
+def test_flags_reach_the_networks_and_the_optimisers(built):
+    args, stats, nets = built
+    torch.testing.assert_close(nets.sit.latent_statistics(), (stats["latents_scale"], stats["latents_bias"]))
+    torch.testing.assert_close(nets.ema.latent_statistics(), nets.sit.latent_statistics())
+    assert (nets.sit.encoder_depth, nets.sit.null_label, nets.sit.bn.momentum) == (3, 7, 0.3)
+    for optimizer, rate in ((nets.opt_sit, 1e-3), (nets.opt_vae, 2e-3), (nets.opt_disc, 3e-3)):
+        group = optimizer.adamw.param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (rate, (0.8, 0.95), 0.1, 1e-6)
+        assert (optimizer.max_grad_norm, optimizer.accumulation_steps) == (2, 3)
+        assert optimizer.scaler.is_enabled()
+    assert sum(p.numel() for p in nets.opt_sit.parameters) == sum(
+        p.numel() for name, p in nets.sit.named_parameters() if name != "pos_embed"
+    )
+
+
+def test_flags_reach_the_step(built):
+    args, _, _ = built
+    cfg = train_repae.step_config(args, VAELossConfig(kl_weight=0.5), torch.device("cpu"))
+    numbers = (cfg.path_type, cfg.proj_coeff, cfg.vae_align_proj_coeff, cfg.ema_decay, cfg.loss.kl_weight)
+    assert numbers == ("cosine", 0.7, 2.5, 0.5, 0.5)
+    with cfg.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+
+
+def test_flags_reach_the_draws(built):
+    args, _, _ = built
+    draws = train_repae.draws_of(args, 4)
+    expected = step_draws(args.seed, 4, args.batch_size, (4, 8, 8), "lognormal", "cosine", 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(draws, expected, strict=True))
+    assert not torch.equal(draws.noise, train_repae.draws_of(args, 5).noise)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("losses: {kl_wieght: 1}", "did you mean 'kl_weight'"),
+        ("losses: {kl_weight: much}", "losses.kl_weight is 'much', expected float"),
+        ("losses: {reconstruction_loss: l3}", "is 'l3', expected l1 or l2"),
+        ("losses: {perceptual_loss: dists}", "is 'dists', expected lpips"),
+        ("model: {vq_model: {quantize_mode: vq}}\nlosses: {}", "quantize_mode is 'vq'"),
+        ("model: {vq_model: }\nweights: {}", "no section `losses:`"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "not a readable YAML file"),
+    ],
+)
+def test_loss_yaml_errors(tmp_path, text, message):
+    (tmp_path / "loss.yaml").write_text(text)
+    with pytest.raises(UserError, match="--loss-cfg-path .*loss.yaml") as error:
+        cli.load_loss_config(str(tmp_path / "loss.yaml"))
+    assert message in str(error.value)
+
+
+def test_loss_yaml_values_are_read(tmp_path):
+    (tmp_path / "loss.yaml").write_text("losses: {kl_weight: 1, discriminator_start: 5, lecam_ema_decay: 0.9}")
+    cfg = cli.load_loss_config(str(tmp_path / "loss.yaml"))
+    assert cfg == VAELossConfig(kl_weight=1.0, discriminator_start=5, lecam_ema_decay=0.9)
