@@ -27,12 +27,10 @@ from training.distributed import frozen_call, unwrap
 from training.ema import copy_for_ema, update_ema
 from training.networks import (
     build_transformer,
+    build_vae_nets,
     check_labels,
     compile_in_place,
     latent_shape,
-    load_discriminator,
-    load_lpips,
-    load_vae,
     optimizer_options,
     use_tf32,
 )
@@ -128,31 +126,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
+    vae_nets = build_vae_nets(args, run)
     latent = latent_shape(args.vae, args.resolution)
-    vae = load_vae(args.vae, args.vae_ckpt)
-    discriminator = load_discriminator(args.disc_pretrained_ckpt)
     sit = build_transformer(args, latent, read_latent_statistics(args.vae_ckpt, latent[0]))
     encoders = load_encoders(args.enc_type, args.resolution, sit.grid, run.device)
-    lpips = load_lpips(args.lpips_vgg_ckpt).to(run.device)
     ema = copy_for_ema(sit).to(run.device)
-    if args.compile and run.device.type == "cuda":
-        compile_in_place([*sit.blocks, vae.encoder, vae.decoder, discriminator.main, lpips.net])
-    vae, discriminator, sit = run.prepare(vae), run.prepare(discriminator), run.prepare(sit)
-    options = optimizer_options(args, run.device)
-    nets = JointNets(
-        vae=vae,
-        discriminator=discriminator,
-        lpips=lpips,
-        opt_vae=Optimizer(vae.parameters(), learning_rate=args.vae_learning_rate, **options),
-        opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
-        lecam=torch.zeros(2, device=run.device),
-        sit=sit,
-        ema=ema,
-        encoders=encoders,
-        opt_sit=Optimizer(sit.parameters(), learning_rate=args.learning_rate, **options),
-    )
+    compile_in_place(sit.blocks, args, run.device)
+    sit = run.prepare(sit)
+    opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
+    nets = JointNets(**vars(vae_nets), sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
     state = TrainingState(
-        networks={"model": sit, "ema": ema, "vae": vae, "discriminator": discriminator},
+        networks={"model": sit, "ema": ema, "vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt": nets.opt_sit, "opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
         tensors={"lecam": nets.lecam},
     )

@@ -26,16 +26,8 @@ from training.autoencoding import (
 )
 from training.checkpoint import TrainingState, vae_files, write_atomically
 from training.distributed import unwrap
-from training.networks import (
-    compile_in_place,
-    latent_shape,
-    load_discriminator,
-    load_lpips,
-    load_vae,
-    optimizer_options,
-    use_tf32,
-)
-from training.precision import Optimizer, autocast_factory
+from training.networks import build_vae_nets, latent_shape, use_tf32
+from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
 from training.randomness import Draws, step_draws
 from training.run import Batch, Run
@@ -66,23 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
-    vae = load_vae(args.vae, args.vae_ckpt)
-    discriminator = load_discriminator(args.disc_pretrained_ckpt)
-    lpips = load_lpips(args.lpips_vgg_ckpt).to(run.device)
-    if args.compile and run.device.type == "cuda":
-        compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net])
-    vae, discriminator = run.prepare(vae), run.prepare(discriminator)
-    options = optimizer_options(args, run.device)
-    nets = VAENets(
-        vae=vae,
-        discriminator=discriminator,
-        lpips=lpips,
-        opt_vae=Optimizer(vae.parameters(), learning_rate=args.vae_learning_rate, **options),
-        opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
-        lecam=torch.zeros(2, device=run.device),
-    )
+    nets = build_vae_nets(args, run)
     state = TrainingState(
-        networks={"vae": vae, "discriminator": discriminator},
+        networks={"vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
         tensors={"lecam": nets.lecam},
     )

@@ -80,3 +80,16 @@ def draw_reconstructions(vaes: list[dict[str, Tensor]], data_dir: Path, target: 
     rows = [row for rows in zip(*(v.split(COLUMNS) for v in versions), strict=True) for row in rows]
     picture = Image.fromarray(grid(torch.cat(rows)).permute(1, 2, 0).numpy())
     picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(target)
+
+
+def draw_overview(folder: Path) -> None:
+    """Put the folder's pictures on one page, overview.png: reconstructions and samples above, curves below."""
+    names = ("reconstructions", "samples", "curves")
+    recon, samples, curves = (Image.open(folder / f"{name}.png").convert("RGB") for name in names)
+    samples = samples.resize((recon.height, recon.height), Image.Resampling.NEAREST)
+    gap = max(0, curves.width - recon.width - samples.width)
+    page = Image.new("RGB", (recon.width + gap + samples.width, recon.height + 20 + curves.height), "white")
+    page.paste(recon, (0, 0))
+    page.paste(samples, (recon.width + gap, 0))
+    page.paste(curves, (0, recon.height + 20))
+    page.save(folder / "overview.png", optimize=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from demo.pictures import draw_reconstructions, plot_curves  # noqa: E402
+from demo.pictures import draw_overview, draw_reconstructions, plot_curves  # noqa: E402
 from training.checkpoint import read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +67,7 @@ def main() -> None:
     shutil.copyfile(max((joint / "samples").glob("*.png")), PICTURES / "samples.png")
     vaes = [read_checkpoint(max((run / "checkpoints").glob("*.pt")))["vae"] for run in (alone, joint)]
     draw_reconstructions(vaes, ROOT / "data-demo/test", PICTURES / "reconstructions.png")
+    draw_overview(PICTURES)
     print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; look at")
     for path in sorted(PICTURES.glob("*.png")):
         print(f"  {path.relative_to(ROOT)}")

@@ -14,7 +14,10 @@ from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
 from models.discriminator import PatchDiscriminator
 from models.encoders import encoder_specs
 from models.sit import SiT, SiT_models
+from training.autoencoding import VAENets
 from training.checkpoint import load_weights, read_checkpoint
+from training.precision import Optimizer
+from training.run import Run
 
 
 def latent_shape(vae: str, resolution: int) -> tuple[int, int, int]:
@@ -121,10 +124,29 @@ def check_labels(data: ImageDataset, num_classes: int) -> None:
         )
 
 
-def compile_in_place(modules: Iterable[nn.Module], **options) -> None:
-    """torch.compile every module in place: state-dict keys stay, and each call site below it is compiled."""
-    for module in modules:
-        module.compile(**options)
+def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
+    """The VAE, its discriminator, LPIPS and the optimisers that the flags ask for, on this process's device."""
+    vae = load_vae(args.vae, args.vae_ckpt)
+    discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    lpips = load_lpips(args.lpips_vgg_ckpt).to(run.device)
+    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
+    vae, discriminator = run.prepare(vae), run.prepare(discriminator)
+    options = optimizer_options(args, run.device)
+    return VAENets(
+        vae=vae,
+        discriminator=discriminator,
+        lpips=lpips,
+        opt_vae=Optimizer(vae.parameters(), learning_rate=args.vae_learning_rate, **options),
+        opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
+        lecam=torch.zeros(2, device=run.device),
+    )
+
+
+def compile_in_place(modules: Iterable[nn.Module], args: argparse.Namespace, device: torch.device) -> None:
+    """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and unless --no-compile."""
+    if args.compile and device.type == "cuda":
+        for module in modules:
+            module.compile()
 
 
 def use_tf32(allow: bool) -> None:
