@@ -31,6 +31,7 @@ def tiny_dinov2(registers: int) -> DINOv2:
     )
     shapes = {
         "cls_token": (1, 1, 64),
+        "mask_token": (1, 64),
         "pos_embed": (1, 1370, 64),
         "register_tokens": (1, 4, 64),
         "patch_embed.proj.weight": (64, 3, 14, 14),
@@ -43,9 +44,8 @@ def tiny_dinov2(registers: int) -> DINOv2:
     }
     state = {}
     for key in map(str, g[f"dinov2_reg{registers}_keys"]):
-        if key != "mask_token":
-            shape = next((shape for end, shape in shapes.items() if key.endswith(end)), (64,))
-            state[key] = filled(key, shape, f"dinov2reg{registers}:")
+        shape = next((shape for end, shape in shapes.items() if key.endswith(end)), (64,))
+        state[key] = filled(key, shape, f"dinov2reg{registers}:")
     vit.load_state_dict(checkpoint_filter_fn(state, vit))
     return DINOv2(vit, 224).eval()
 

@@ -211,7 +211,7 @@ def test_a_reference_optimisers_state_is_restored():
     adamw.zero_grad()
     ours.load_state_dict(theirs.state_dict())
     optimizer = Optimizer(ours.parameters(), CPU, learning_rate=1e-3, max_grad_norm=1e9)
-    optimizer.load_state_dict(adamw.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(adamw.state_dict()))
     assert optimizer.adamw.param_groups[0]["fused"]
     optimizer.update(ours(x).square().mean())
     theirs(x).square().mean().backward()
