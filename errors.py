@@ -2,10 +2,16 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
 
+# what a full disk, a path that cannot be, or missing permissions raise wherever a file is written
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD = 130
 
@@ -37,9 +43,14 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main; a UserError, or a file or disk that fails, ends it with one line a machine and code 2."""
     try:
         code = main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = EXIT_KEYBOARD

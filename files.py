@@ -1,5 +1,6 @@
 """Small files written atomically, and folders that one process at a time may write to."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -26,10 +27,14 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another process is writing there; wait for it, or choose another name") from None
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: another process is writing there; wait for it, or choose another name"
+            ) from None
+        # a file system without locks: go on without
     try:
         yield
     finally:

@@ -9,9 +9,13 @@ command again continues where it stopped.
 """
 
 import argparse
+import errno
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,8 +34,11 @@ from dataset import IMAGE_FORMAT, images_directory
 from errors import Parser, UserError, run_script
 from files import locked, replace_text
 
+EXIT_TERMINATED = 143
 SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
 MAX_ASPECT_RATIO = 100
+# errors of the machine, not of an image: they end the run instead of listing the file as skipped
+MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
 class Source(NamedTuple):
@@ -106,13 +113,21 @@ def list_tree(root: Path) -> list[str]:
         except OSError as error:
             raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
         for entry in entries:
-            if entry.is_dir():
+            if is_folder(entry):
                 visit(Path(entry.path), above | {here})
             else:
                 paths.append(Path(entry.path).relative_to(root).as_posix())
 
     visit(root, frozenset())
     return sorted(paths)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether a directory entry is a folder or a link to one; no for links that lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -177,14 +192,24 @@ def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, reso
             pixels[len(kept)] = read_image(root / source.path, resolution)
             kept.append(source)
         except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
+                raise
             skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
     tensors = {
         "pixels": pixels[: len(kept)],
         "labels": np.array([source.label for source in kept], dtype=np.int64),
     }
-    metadata = {"plan": plan, "skipped": json.dumps(skipped), "files": json.dumps([source.path for source in kept])}
+    metadata = {
+        "plan": plan,
+        "digest": hashlib.sha256(tensors["pixels"].tobytes() + tensors["labels"].tobytes()).hexdigest(),
+        "skipped": json.dumps(skipped),
+        "files": json.dumps([source.path for source in kept]),
+    }
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata)
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise UserError(f"{path} could not be written: {error}") from error
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
@@ -211,13 +236,14 @@ def shard_metadata(path: Path) -> dict[str, str]:
 
 
 def write_index(
-    directory: Path, resolution: int, plan: str, classes: list[str] | None, skipped: list[Skipped]
+    directory: Path, resolution: int, classes: list[str] | None, skipped: list[Skipped]
 ) -> tuple[dict, list[Skipped]]:
     """Collect what the shards hold into index.json and skipped.txt; returns the index and all that was skipped."""
-    shards, num_classes = [], len(classes or [])
+    shards, digests, num_classes = [], [], len(classes or [])
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "np") as shard:
             labels = shard.get_tensor("labels")
+            digests.append(shard.metadata()["digest"])
             skipped = skipped + [Skipped(*entry) for entry in json.loads(shard.metadata()["skipped"])]
         shards.append({"file": path.name, "images": len(labels)})
         num_classes = max(num_classes, int(labels.max(initial=-1)) + 1)
@@ -227,7 +253,7 @@ def write_index(
         "images": sum(shard["images"] for shard in shards),
         "num_classes": num_classes,
         "classes": classes,
-        "plan": plan,
+        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "skipped": len(skipped),
         "shards": shards,
     }
@@ -270,7 +296,7 @@ def preprocess(
         write_shards(
             jobs, workers, partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
         )
-        return write_index(directory, resolution, plan, classes, skipped)
+        return write_index(directory, resolution, classes, skipped)
 
 
 def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callable[..., int]) -> None:
@@ -279,15 +305,27 @@ def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callab
     Raises:
         UserError: a process was killed.
     """
+    context = multiprocessing.get_context("fork")
     bar = tqdm(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
     try:
-        with bar, ProcessPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
-            for done in as_completed([pool.submit(job, item) for item in jobs]):
-                bar.update(len(jobs[done.result()][1]))
+        with bar, ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=ignore_interrupts) as pool:
+            try:
+                for done in as_completed([pool.submit(job, item) for item in jobs]):
+                    bar.update(len(jobs[done.result()][1]))
+            except BaseException:  # leaving the pool would first finish all that was submitted
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             "a worker was killed, most likely for want of memory; the same command with fewer --num-workers continues"
         ) from error
+
+
+def ignore_interrupts() -> None:
+    """Workers leave Ctrl-C to the main process, which ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -312,6 +350,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Preprocess and say what came out."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     index, skipped = preprocess(
         args.imagenet_path, args.output_path, args.resolution, args.num_workers, args.max_images
     )

@@ -170,7 +170,7 @@ def main() -> None:
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.index["plan"], "loss": asdict(loss)})
+    run.begin(state, {"data": data.index["fingerprint"], "loss": asdict(loss)})
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
 

@@ -96,7 +96,7 @@ def main() -> None:
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.index["plan"], "loss": asdict(loss)})
+    run.begin(state, {"data": data.index["fingerprint"], "loss": asdict(loss)})
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_broken_files_are_counted_and_listed(tmp_path):
     (tree / "stray.png").write_bytes(whole)
     (tree / "cat/dangling.png").symlink_to("nowhere.png")
     (tree / "cat/upwards").symlink_to(tree)
+    (tree / "cat/itself").symlink_to("itself")
     os.mkfifo(tree / "cat/pipe.png")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tree / "cat/float.tiff")
     Image.new("RGB", (2, 2000)).save(tree / "cat/strip.png")
@@ -113,11 +115,18 @@ def test_broken_files_are_counted_and_listed(tmp_path):
     (tree / ".hidden").mkdir()
     (tree / ".hidden/a.png").write_bytes(whole)
     index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
-    assert (index["images"], index["skipped"], index["classes"]) == (6, 11, list(CLASSES))
+    assert (index["images"], index["skipped"], index["classes"]) == (6, 12, list(CLASSES))
     listed = dict(line.split("\t") for line in (tmp_path / "data/images/skipped.txt").read_text().splitlines())
     assert set(listed) == {
         *("ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "cat/dangling.png", "stray.png"),
-        *("cat/pipe.png", "cat/float.tiff", "cat/strip.png", "cat/odd\\tna\\u2028me.png", ".hidden/a.png"),
+        *(
+            "cat/pipe.png",
+            "cat/float.tiff",
+            "cat/strip.png",
+            "cat/itself",
+            "cat/odd\\tna\\u2028me.png",
+            ".hidden/a.png",
+        ),
     }
     assert listed["stray.png"] == "not inside a class folder"
     assert all(listed.values())
@@ -138,6 +147,23 @@ def test_a_killed_worker_ends_with_a_message(tmp_path, monkeypatch):
         preprocess(tree, tmp_path / "data", 32, 1, None)
     monkeypatch.undo()
     assert preprocess(tree, tmp_path / "data", 32, 1, None)[0]["images"] == 3
+
+
+def test_interrupting_ends_at_once(tmp_path):
+    (tmp_path / "tree/only").mkdir(parents=True)
+    photo(0, 1500, 1500).save(tmp_path / "photo.png")
+    for i in range(4000):
+        (tmp_path / f"tree/only/{i:04d}.png").symlink_to(tmp_path / "photo.png")
+    flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)
+    command = [sys.executable, "preprocessing.py", *map(str, flags), "--num-workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "data/images").glob("*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert 1 <= len(list((tmp_path / "data/images").glob("*.safetensors"))) < 8
+    assert not (tmp_path / "data/images/index.json").exists()
 
 
 def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):

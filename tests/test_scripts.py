@@ -1,6 +1,7 @@
 """The training scripts end to end: what they write, how they continue, what they say when something is wrong."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_resume_step_and_another_runs_folder(joint, whole_run):
     assert f"continuing after step {LAST + 1} from {output / 'branch'}" in done.stdout + done.stderr
     assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
     aside = output / "branch/checkpoints" / f"superseded-by-resume-at-{LAST + 1:07d}"
-    assert sorted(path.name for path in aside.iterdir()) == [f"{LAST + 2:07d}.pt", f"{LAST + 3:07d}.pt"]
+    assert sorted(path.name for path in aside.glob("*.pt")) == [f"{LAST + 2:07d}.pt", f"{LAST + 3:07d}.pt"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -262,8 +263,10 @@ def test_changed_flags_and_missing_statistics_are_refused(joint, whole_run, tiny
     assert "alone-latents-stats.pt: no such file" in failed.stderr
 
 
-def test_other_data_and_a_second_process_are_refused(joint, whole_run, tmp_path):
+def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae, tmp_path):
     _, flags = joint
+    moved = shutil.copytree(tiny_vae[1].parent, tmp_path / "moved")  # the same files elsewhere are no other run
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--vae-ckpt", moved / "vae.pt")
     other = make_data(tmp_path, per_class=5)
     failed = run("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other, code=2)
     assert "made with other images than --data-dir holds" in failed.stderr

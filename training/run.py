@@ -9,6 +9,7 @@ import atexit
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -37,6 +38,8 @@ FREE_FLAGS = {
     *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
     *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
     *("num_workers", "compile"),
+    # files whose content is in the checkpoint, or compared as part of the identity
+    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "lpips_vgg_ckpt"),
 }
 
 
@@ -138,6 +141,7 @@ class Run:
             refuse_changed_flags(checkpoint, vars(self.args), identity, path)
             self.step = state.restore(checkpoint, str(path))
             self.print(f"continuing after step {self.step} from {path}")
+            self._put_later_checkpoints_aside()
         if self.is_main:
             replace_text(self.directory / "args.json", json.dumps(vars(self.args), indent=4) + "\n")
             truncate_log(self.directory / "metrics.jsonl", self.step)
@@ -147,23 +151,35 @@ class Run:
         """The latest checkpoint of this run; the first time that --resume-step is given, the one it names."""
         step, elsewhere = self.args.resume_step, self.args.continue_train_exp_dir
         own = latest_checkpoint(self.checkpoints)
-        superseded = self.checkpoints / f"superseded-by-resume-at-{step:07d}"
-        if own is not None and (not step or superseded.exists()):
+        if own is not None and not step:
+            return own
+        if own is not None and self._superseded.exists():
+            self.print(f"this run went back to step {step} before; to do so again, rename {self._superseded}")
             return own
         folder = self.checkpoints if elsewhere is None else Path(elsewhere) / "checkpoints"
-        if not step:
-            if elsewhere is not None and latest_checkpoint(folder) is None:
-                raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
-            return latest_checkpoint(folder)
-        chosen = checkpoint_path(self.checkpoints, step)
-        chosen = chosen if chosen.is_file() else checkpoint_path(folder, step)
-        self.accelerator.wait_for_everyone()
-        if self.is_main and chosen.is_file():  # the same command must not come back to this step again
-            superseded.mkdir(parents=True, exist_ok=True)
+        if step:
+            chosen = checkpoint_path(self.checkpoints, step)
+            return chosen if chosen.is_file() else checkpoint_path(folder, step)
+        if elsewhere is not None and latest_checkpoint(folder) is None:
+            raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
+        return latest_checkpoint(folder)
+
+    @property
+    def _superseded(self) -> Path:
+        return self.checkpoints / f"superseded-by-resume-at-{self.args.resume_step:07d}"
+
+    def _put_later_checkpoints_aside(self) -> None:
+        """After --resume-step, so that the same command goes on from here instead of coming back to that step."""
+        self.accelerator.wait_for_everyone()  # all have chosen and read their checkpoint
+        if self.is_main and self.args.resume_step and not self._superseded.exists():
+            unfinished = self._superseded.with_suffix(".tmp")
+            unfinished.mkdir(parents=True, exist_ok=True)
             for path in self.checkpoints.glob("*.pt"):
-                if path.stem.isdigit() and int(path.stem) > step:
-                    path.rename(superseded / path.name)
-        return chosen
+                if path.stem.isdigit() and int(path.stem) > self.step:
+                    path.rename(unfinished / path.name)
+            if (log := self.directory / "metrics.jsonl").exists():
+                shutil.copyfile(log, unfinished / log.name)
+            unfinished.rename(self._superseded)
 
     def _open_trackers(self) -> None:
         if self.args.report_to == "none":
@@ -276,6 +292,7 @@ class Run:
                 checkpoint_path(self.checkpoints, self.step),
             )
         if stop:
+            self.accelerator.wait_for_everyone()  # a launcher that sees one process end ends the others
             self.print(f"stopped by signal {self.signal} after step {self.step}; the same command continues from there")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
@@ -284,7 +301,8 @@ class Run:
         if self.signal is not None and kind == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = kind
-        self.print("saving as soon as this step is done; Ctrl-C again stops without")
+        if self.is_main:  # a signal may come in the middle of a print, which must not be entered twice
+            os.write(2, b"\nsaving as soon as this step is done; Ctrl-C again stops without\n")
 
     def _agree_to_stop(self, last: int) -> bool:
         if self.world == 1:
