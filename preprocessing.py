@@ -199,9 +199,11 @@ def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, reso
         "pixels": pixels[: len(kept)],
         "labels": np.array([source.label for source in kept], dtype=np.int64),
     }
+    digest = hashlib.sha256(tensors["pixels"])
+    digest.update(tensors["labels"])
     metadata = {
         "plan": plan,
-        "digest": hashlib.sha256(tensors["pixels"].tobytes() + tensors["labels"].tobytes()).hexdigest(),
+        "digest": digest.hexdigest(),
         "skipped": json.dumps(skipped),
         "files": json.dumps([source.path for source in kept]),
     }

@@ -61,9 +61,7 @@ class LinearHead(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Frozen perceptual distance. In float32 even under autocast: its squares and norms leave half precision's
-    range.
-    """
+    """Frozen perceptual distance, in float32 even under autocast: squares and norms leave half precision's range."""
 
     def __init__(self):
         super().__init__()
@@ -74,9 +72,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image: Tensor, recon: Tensor) -> Tensor:
-        """Distance of each pair of images (B,3,R,R) in [-1, 1], R at least 16: (B,1,1,1). Gradient reaches `recon`
-        only.
-        """
+        """Distance (B,1,1,1) of each pair of images (B,3,R,R) in [-1, 1], R at least 16; gradient to `recon` only."""
         with torch.autocast(image.device.type, enabled=False):
             with torch.no_grad():
                 targets = [unit(f) for f in self.net(self.scaling_layer(float32_or_wider(image)))]

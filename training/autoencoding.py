@@ -38,8 +38,7 @@ class VAEStepConfig:
 def vae_objective(
     nets: VAENets, image: Tensor, posterior: Posterior, recon: Tensor, cfg: VAEStepConfig, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The VAE loss of a reconstruction, with the discriminator frozen (in training mode all the same, as the
-    reference).
+    """The VAE loss of a reconstruction; the discriminator is frozen, but in training mode as in the reference.
 
     Returns the scalar to minimise, and its terms with the reconstruction's PSNR in dB.
     """
@@ -79,8 +78,8 @@ def latent_statistics(
 ) -> dict[str, Tensor]:
     """Scale 1/sqrt(var) and bias mean of the latents of all images, (1,C,1,1) float32 each.
 
-    Moments are those of posterior samples, computed without drawing any: E[z] = E[mean], Var[z] = E[mean² + std²] -
-    E[z]². Each process reads its share of `data`.
+    Moments are those of posterior samples, without drawing any: E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]².
+    Each process reads its share of `data`.
     """
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm

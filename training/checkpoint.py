@@ -72,9 +72,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without the `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile put before
-    keys.
-    """
+    """State dict without the `module.` and `_orig_mod.` that DDP wrappers and torch.compile put before keys."""
     stripped = {}
     for key, value in state.items():
         while key.startswith(PREFIXES) or "._orig_mod." in key:

@@ -78,9 +78,7 @@ class Optimizer:
         return norm
 
     def health(self, name: str) -> dict[str, Tensor]:
-        """Loss scale and number of skipped steps, for the log, with `name` in their keys; empty unless float16 is
-        on.
-        """
+        """Loss scale and number of skipped steps for the log, keys ending in `name`; empty unless float16 is on."""
         if not self.scaler.is_enabled():
             return {}
         scale = self.scaler.scale(torch.ones_like(self.skipped))

@@ -38,8 +38,8 @@ FREE_FLAGS = {
     *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
     *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
     *("num_workers", "compile"),
-    # files whose content is in the checkpoint, or compared as part of the identity
-    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "lpips_vgg_ckpt"),
+    # files whose content is in the checkpoint, or is compared as part of the identity
+    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path"),
 }
 
 
@@ -270,9 +270,7 @@ class Run:
         return self.step_complete and self.step % interval == 0
 
     def log(self, metrics: dict[str, Tensor | None]) -> None:
-        """Keep a micro-batch's metrics (scalars on the device, None where there is none yet) without waiting for
-        them.
-        """
+        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
         self.micro_metrics.append(metrics)
         if self.step_complete:
             values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
