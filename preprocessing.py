@@ -26,13 +26,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 from tqdm import tqdm
 
 from dataset import IMAGE_FORMAT, images_directory
 from errors import Parser, UserError, run_script
 from files import locked, replace_text
+from shards import refuse_other_shards, shard_metadata, shard_name, write_shard
 
 EXIT_TERMINATED = 143
 SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
@@ -179,7 +179,7 @@ def fingerprint(root: Path, sources: Iterable[Source], resolution: int) -> str:
     return digest.hexdigest()
 
 
-def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
+def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
     """Decode a shard's images and write it atomically; returns its number. A whole shard of this plan is left as is."""
     number, sources = job
     path = directory / shard_name(number)
@@ -207,34 +207,8 @@ def write_shard(job: tuple[int, list[Source]], root: Path, directory: Path, reso
         "skipped": json.dumps(skipped),
         "files": json.dumps([source.path for source in kept]),
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        raise UserError(f"{path} could not be written: {error}") from error
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_shard(path, tensors, metadata)
     return number
-
-
-def shard_name(number: int) -> str:
-    """File name of shard `number`."""
-    return f"{number:05d}.safetensors"
-
-
-def shard_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a whole shard, or {} where there is none or it is cut short."""
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, "np") as shard:
-            return shard.metadata() or {}
-    except SafetensorError:
-        return {}
 
 
 def write_index(
@@ -288,15 +262,11 @@ def preprocess(
     jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
     directory = images_directory(output)
     with locked(directory):
-        for path in directory.glob("*.safetensors"):
-            if shard_metadata(path).get("plan", plan) != plan or path.name not in {shard_name(i) for i, _ in jobs}:
-                raise UserError(
-                    f"{directory} holds shards of other images or another resolution; delete it, or choose another "
-                    "--output-path"
-                )
+        others = "other images or another resolution; delete it, or choose another --output-path"
+        refuse_other_shards(directory, plan, {shard_name(i) for i, _ in jobs}, others)
         (directory / "index.json").unlink(missing_ok=True)
         write_shards(
-            jobs, workers, partial(write_shard, root=root, directory=directory, resolution=resolution, plan=plan)
+            jobs, workers, partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
         )
         return write_index(directory, resolution, classes, skipped)
 

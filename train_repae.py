@@ -7,58 +7,45 @@ Starts from a VAE, its latent statistics and its discriminator (train_vae.py mak
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dataset import ImageDataset
+from dataset import open_images
 from errors import Parser, run_script
 from loss.alignment import alignment_loss
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import pixels_to_image
-from models.encoders import load_encoders
-from models.sit import SiT
 from training import cli
 from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
 from training.checkpoint import TrainingState, read_latent_statistics
+from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
-from training.ema import copy_for_ema, update_ema
 from training.networks import (
-    build_transformer,
+    build_transformer_nets,
     build_vae_nets,
     check_labels,
-    compile_in_place,
     latent_shape,
-    optimizer_options,
+    transformer_step_options,
     use_tf32,
 )
-from training.precision import Optimizer, autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
 from training.randomness import Draws, step_draws
 from training.run import Batch, Run
-from transport import diffusion_loss, interpolate
+from transport import interpolate
 
 
 @dataclass
-class JointNets(VAENets):
+class JointNets(VAENets, TransformerNets):
     """All networks of the joint step; vae, discriminator and sit may be wrapped for several processes."""
 
-    sit: nn.Module
-    ema: SiT
-    encoders: list[Callable[[Tensor], Tensor]]
-    opt_sit: Optimizer
 
-
-@dataclass(frozen=True)
-class JointStepConfig(VAEStepConfig):
+@dataclass(frozen=True, kw_only=True)
+class JointStepConfig(VAEStepConfig, TransformerStepConfig):
     """Numbers of the joint step."""
 
-    path_type: str = "linear"
-    proj_coeff: float = 0.5
     vae_align_proj_coeff: float = 1.5
-    ema_decay: float = 0.9999
 
 
 def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig) -> dict[str, Tensor | None]:
@@ -71,8 +58,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     image = pixels_to_image(batch.pixels).to(draws.noise.dtype)
 
     # 1. The frozen encoders' tokens are what representations align to.
-    with torch.no_grad(), cfg.autocast():
-        zs = [encoder(batch.pixels) for encoder in nets.encoders]
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg.autocast)
 
     # 2. The VAE's posterior, a sample z of it, and the reconstruction.
     with cfg.autocast():
@@ -94,19 +80,8 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
 
     # 5. Transformer update on the detached z, with the t and noise of 3; batch statistics normalise z and move the
     #    running ones; labels are dropped.
-    labels = batch.labels if sit.null_label is None else batch.labels.masked_fill(draws.drop, sit.null_label)
-    x_t, velocity = interpolate(cfg.path_type, sit.bn(z.detach()), draws.noise, draws.t)
-    with cfg.autocast():
-        prediction, tokens = nets.sit(x_t, draws.t, labels)
-    metrics["denoising_loss"] = sit_loss = diffusion_loss(prediction.to(velocity.dtype), velocity).mean()
-    if zs:
-        metrics["proj_loss"] = alignment_loss(tokens, zs)
-        sit_loss = sit_loss + cfg.proj_coeff * metrics["proj_loss"]
-    metrics["grad_norm_sit"] = nets.opt_sit.update(sit_loss)
-
     # 6. The average that samples are drawn from, batch-norm statistics included.
-    if metrics["grad_norm_sit"] is not None:
-        update_ema(nets.ema, sit, cfg.ema_decay)
+    metrics |= update_transformer(nets, sit.bn(z.detach()), batch.labels, zs, draws, cfg)
     return detached(metrics)
 
 
@@ -127,16 +102,11 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
     vae_nets = build_vae_nets(args, run)
-    latent = latent_shape(args.vae, args.resolution)
-    sit = build_transformer(args, latent, read_latent_statistics(args.vae_ckpt, latent[0]))
-    encoders = load_encoders(args.enc_type, args.resolution, sit.grid, run.device)
-    ema = copy_for_ema(sit).to(run.device)
-    compile_in_place(sit.blocks, args, run.device)
-    sit = run.prepare(sit)
-    opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
-    nets = JointNets(**vars(vae_nets), sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
+    channels = latent_shape(args.vae, args.resolution)[0]
+    transformer_nets = build_transformer_nets(args, run, read_latent_statistics(args.vae_ckpt, channels))
+    nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
     state = TrainingState(
-        networks={"model": sit, "ema": ema, "vae": nets.vae, "discriminator": nets.discriminator},
+        networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt": nets.opt_sit, "opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
         tensors={"lecam": nets.lecam},
     )
@@ -146,12 +116,7 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
 def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.device) -> JointStepConfig:
     """The step's numbers as the flags say."""
     return JointStepConfig(
-        loss=loss,
-        autocast=autocast_factory(device, args.mixed_precision),
-        path_type=args.path_type,
-        proj_coeff=args.proj_coeff,
-        vae_align_proj_coeff=args.vae_align_proj_coeff,
-        ema_decay=args.ema_decay,
+        loss=loss, vae_align_proj_coeff=args.vae_align_proj_coeff, **transformer_step_options(args, device)
     )
 
 
@@ -165,12 +130,12 @@ def main() -> None:
     """Parse, build, loop."""
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = ImageDataset(args.data_dir, args.resolution)
+    data = open_images(args.data_dir, args.resolution)
     check_labels(data, args.num_classes)
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.index["fingerprint"], "loss": asdict(loss)})
+    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)})
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
 

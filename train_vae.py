@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset
+from dataset import ImageDataset, open_images
 from errors import Parser, run_script
 from models.autoencoder import pixels_to_image
 from training import cli
@@ -91,12 +91,12 @@ def main() -> None:
     """Parse, build, loop, write."""
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = ImageDataset(args.data_dir, args.resolution)
+    data = open_images(args.data_dir, args.resolution)
     loss = cli.load_loss_config(args.loss_cfg_path)
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.index["fingerprint"], "loss": asdict(loss)})
+    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)})
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import preprocessing
-from dataset import ImageDataset
+from dataset import ImageDataset, open_images
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
@@ -244,7 +244,7 @@ def test_dataset_errors_are_one_clear_line(tmp_path):
         ImageDataset(tmp_path)
     preprocess(make_tree(tmp_path / "tree", 1), tmp_path / "data", 32, 1, None)
     with pytest.raises(UserError, match="32 px, but --resolution is 64"):
-        ImageDataset(tmp_path / "data", 64)
+        open_images(tmp_path / "data", 64)
     with pytest.raises(IndexError):
         ImageDataset(tmp_path / "data")[3]
     (tmp_path / "data/images/00000.safetensors").unlink()

@@ -10,7 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-NOISE = "sit.bn(z.detach()), draws.noise, draws.t)"
+DIFFUSION = "training/diffusion.py"
+NOISE = "interpolate(cfg.path_type, z_norm, draws.noise, draws.t)"
 
 SABOTAGES = {
     "drop the detach of z": ("train_repae.py", "sit.bn(z.detach())", "sit.bn(z)", "latent_statistics_move_once"),
@@ -23,18 +24,18 @@ SABOTAGES = {
         "latent_statistics_move_once",
     ),
     "fresh noise for the transformer": (
-        *("train_repae.py", NOISE, NOISE.replace("draws.noise", "torch.randn_like(z)")),
+        *(DIFFUSION, NOISE, NOISE.replace("draws.noise", "torch.randn_like(z_norm)")),
         "same_t_and_noise",
     ),
     "fresh times for the transformer": (
-        *("train_repae.py", NOISE, NOISE.replace("draws.t", "torch.rand_like(draws.t)")),
+        *(DIFFUSION, NOISE, NOISE.replace("draws.t", "torch.rand_like(draws.t)")),
         "same_t_and_noise",
     ),
     "EMA without buffers": (
         *("training/ema.py", "value.is_floating_point()]", 'value.is_floating_point() and "running" not in key]'),
         "ema_averages",
     ),
-    "EMA left out": ("train_repae.py", "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
+    "EMA left out": (DIFFUSION, "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
     "sign of the alignment loss": ("loss/alignment.py", "return -torch", "return torch", "shuffled_tokens"),
     "clip omitted": ("training/precision.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
     "alignment gradient into the transformer": (
@@ -48,7 +49,7 @@ SABOTAGES = {
         "dropped_labels",
     ),
     "no label drop": (
-        *("train_repae.py", "batch.labels.masked_fill(draws.drop, sit.null_label)", "batch.labels"),
+        *(DIFFUSION, "labels.masked_fill(draws.drop, sit.null_label)", "labels"),
         "dropped_labels",
     ),
     "diffusion loss into the VAE": (

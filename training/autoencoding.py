@@ -27,7 +27,7 @@ class VAENets:
     lecam: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VAEStepConfig:
     """Numbers of the VAE's step."""
 

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset import ImageDataset
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
 from models.discriminator import PatchDiscriminator
-from models.encoders import encoder_specs
+from models.encoders import encoder_specs, load_encoders
 from models.sit import SiT, SiT_models
 from training.autoencoding import VAENets
 from training.checkpoint import load_weights, read_checkpoint
-from training.precision import Optimizer
+from training.diffusion import TransformerNets
+from training.ema import copy_for_ema
+from training.precision import Optimizer, autocast_factory
 from training.run import Run
 
 
@@ -103,6 +104,31 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
     return sit
 
 
+def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]) -> TransformerNets:
+    """The transformer, its average, its encoders and its optimiser as the flags say, on this process's device.
+
+    Raises:
+        UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
+    """
+    sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
+    encoders = load_encoders(args.enc_type, args.resolution, sit.grid, run.device)
+    ema = copy_for_ema(sit).to(run.device)
+    compile_in_place(sit.blocks, args, run.device)
+    sit = run.prepare(sit)
+    opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
+    return TransformerNets(sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
+
+
+def transformer_step_options(args: argparse.Namespace, device: torch.device) -> dict:
+    """What the flags say of the transformer's step, as keywords of `training.diffusion.TransformerStepConfig`."""
+    return {
+        "autocast": autocast_factory(device, args.mixed_precision),
+        "path_type": args.path_type,
+        "proj_coeff": args.proj_coeff,
+        "ema_decay": args.ema_decay,
+    }
+
+
 def optimizer_options(args: argparse.Namespace, device: torch.device) -> dict:
     """What the flags say of every optimiser alike, as keywords of `training.precision.Optimizer`."""
     return {
@@ -116,12 +142,10 @@ def optimizer_options(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def check_labels(data: ImageDataset, num_classes: int) -> None:
-    """Raise a UserError if the images have more classes than the transformer."""
-    if data.index["num_classes"] > num_classes:
-        raise UserError(
-            f"{data.directory} has labels up to {data.index['num_classes'] - 1}, but --num-classes is {num_classes}"
-        )
+def check_labels(data, num_classes: int) -> None:
+    """Raise a UserError if a data set of dataset.py has more classes than the transformer."""
+    if data.num_classes > num_classes:
+        raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
 
 
 def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:

@@ -1,0 +1,80 @@
+"""The transformer's update, which joint training and training on a frozen VAE share."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loss.alignment import alignment_loss
+from models.sit import SiT
+from training.distributed import unwrap
+from training.ema import update_ema
+from training.precision import Optimizer
+from training.randomness import Draws
+from transport import diffusion_loss, interpolate
+
+
+@dataclass
+class TransformerNets:
+    """The transformer, its average and the frozen encoders it aligns to; sit may be wrapped for several processes."""
+
+    sit: nn.Module
+    ema: SiT
+    encoders: list[Callable[[Tensor], Tensor]]
+    opt_sit: Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerStepConfig:
+    """Numbers of the transformer's step."""
+
+    autocast: Callable[[], AbstractContextManager]
+    path_type: str = "linear"
+    proj_coeff: float = 0.5
+    ema_decay: float = 0.9999
+
+
+@torch.no_grad()
+def encoder_tokens(
+    encoders: list[Callable[[Tensor], Tensor]], pixels: Tensor, autocast: Callable[[], AbstractContextManager]
+) -> list[Tensor]:
+    """The frozen encoders' tokens (B,T,D_k) of uint8 pixels (B,3,R,R): what representations align to."""
+    with autocast():
+        return [encoder(pixels) for encoder in encoders]
+
+
+def update_transformer(
+    nets: TransformerNets, z_norm: Tensor, labels: Tensor, zs: list[Tensor], draws: Draws, cfg: TransformerStepConfig
+) -> dict[str, Tensor | None]:
+    """Update the transformer by diffusion (SiT, Ma et al., arXiv 2401.08740) and alignment (REPA, Yu et al.,
+    2410.06940), then its average.
+
+    Args:
+        nets: updated in place.
+        z_norm: normalised latents (B,C,h,w), without a graph.
+        labels: (B,) int64; those that `draws.drop` names are replaced by the null label.
+        zs: the encoders' tokens, (B,T,D_k) each; none means no alignment.
+        draws: noise, t and drop are used.
+        cfg: the step's numbers.
+
+    Returns:
+        metrics as scalars on the device; the gradient's norm is the one before clipping, and None before the last
+        micro-batch of an accumulated step.
+    """
+    sit = unwrap(nets.sit)
+    if sit.null_label is not None:
+        labels = labels.masked_fill(draws.drop, sit.null_label)
+    x_t, velocity = interpolate(cfg.path_type, z_norm, draws.noise, draws.t)
+    with cfg.autocast():
+        prediction, tokens = nets.sit(x_t, draws.t, labels)
+    loss = diffusion_loss(prediction.to(velocity.dtype), velocity).mean()
+    metrics = {"denoising_loss": loss}
+    if zs:
+        metrics["proj_loss"] = alignment_loss(tokens, zs)
+        loss = loss + cfg.proj_coeff * metrics["proj_loss"]
+    metrics["grad_norm_sit"] = nets.opt_sit.update(loss)
+    if metrics["grad_norm_sit"] is not None:
+        update_ema(nets.ema, sit, cfg.ema_decay)
+    return metrics
