@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 # what a full disk, a path that cannot be, or missing permissions raise wherever a file is written
 DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 EXIT_USER_ERROR = 2

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,17 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf8")
     os.replace(temporary, path)
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"no space left for {what}: {folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; free "
+            "some, or write elsewhere"
+        )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from dataset import IMAGE_FORMAT, images_directory
 from errors import Parser, UserError, run_script
-from files import locked, replace_text
+from files import locked, replace_text, require_space
 from shards import refuse_other_shards, shard_metadata, shard_name, write_shard
 
 EXIT_TERMINATED = 143
@@ -264,6 +264,8 @@ def preprocess(
     with locked(directory):
         others = "other images or another resolution; delete it, or choose another --output-path"
         refuse_other_shards(directory, plan, {shard_name(i) for i, _ in jobs}, others)
+        missing = sum(len(part) for i, part in jobs if not (directory / shard_name(i)).exists())
+        require_space(directory, missing * 3 * resolution**2, f"{missing} images of {resolution} px")
         (directory / "index.json").unlink(missing_ok=True)
         write_shards(
             jobs, workers, partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)

@@ -27,11 +27,12 @@ from training.networks import (
     build_vae_nets,
     check_labels,
     latent_shape,
+    transformer_draws,
     transformer_step_options,
     use_tf32,
 )
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
-from training.randomness import Draws, step_draws
+from training.randomness import Draws
 from training.run import Batch, Run
 from transport import interpolate
 
@@ -120,12 +121,6 @@ def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.dev
     )
 
 
-def draws_of(args: argparse.Namespace, step: int) -> Draws:
-    """The random numbers of 1-based `step` for the global batch."""
-    latent = latent_shape(args.vae, args.resolution)
-    return step_draws(args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob)
-
-
 def main() -> None:
     """Parse, build, loop."""
     args = parse_args()
@@ -140,7 +135,7 @@ def main() -> None:
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):
-        draws = draws_of(args, step).rows(batch.rows).to(run.device)
+        draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:

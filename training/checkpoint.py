@@ -5,6 +5,8 @@ opt_disc, args, steps) plus what exact resume needs. A VAE is three files beside
 """
 
 import argparse
+import hashlib
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -42,7 +44,7 @@ def write_atomically(data: object, path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
-    """The plain data of a `.pt` file, on the CPU.
+    """The plain data of a `.pt` file, on the CPU, mapped into memory: what is not used is not kept there.
 
     Published files hold `args` as an argparse.Namespace, which is the one class that is let through; a file that would
     execute code is refused. The zip's checksums are verified, which torch.load alone does not do.
@@ -52,15 +54,16 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{what} {path}: no such file")
+        raise UserError(f"{what} {path}: no such file{neighbours(path)}")
     try:
-        if zipfile.is_zipfile(path):
+        is_zip = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UserError:
         raise
     except Exception as error:
@@ -69,6 +72,14 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{what} {path}: holds a {type(content).__name__}, expected a dict")
     return content
+
+
+def neighbours(path: Path) -> str:
+    """What there is instead of a missing file, for its message."""
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent} either"
+    names = sorted(other.name for other in path.parent.glob("*.pt"))
+    return f"; its folder holds {', '.join(names[-5:])}" if names else ""
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,8 +92,48 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-def load_weights(module: nn.Module, state: dict, source: str) -> None:
-    """Load a state dict strictly.
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Hash of a state dict's keys, shapes and values, whatever prefixes it has and in whatever order its keys come."""
+    digest = hashlib.sha256()
+    for key, value in sorted(strip_prefixes(state).items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def training_flags(checkpoint: dict, path: Path) -> dict:
+    """The flags a checkpoint's run was made with, by underscore name: from inside it, else from the run's args.json.
+
+    Raises:
+        UserError: args.json is damaged.
+    """
+    flags = checkpoint.get("args")
+    if flags is not None:
+        return vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    beside = path.parent.parent / "args.json"
+    if not beside.is_file():
+        return {}
+    try:
+        return json.loads(beside.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise UserError(f"{beside}: damaged ({error})") from None
+
+
+def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, Tensor]:
+    """Scale 1/sqrt(var), without eps, and bias mean, (1,C,1,1) each, that a transformer's state dict normalises by.
+
+    Raises:
+        UserError: the state dict has no such buffers.
+    """
+    ema = strip_prefixes(ema)
+    if missing := [key for key in ("bn.running_mean", "bn.running_var") if key not in ema]:
+        raise UserError(f"{source}: no {missing[0]} in ema; expected a checkpoint of REPA-E")
+    scale = torch.rsqrt(ema["bn.running_var"].float())
+    return scale.reshape(1, -1, 1, 1), ema["bn.running_mean"].float().reshape(1, -1, 1, 1)
+
+
+def check_weights(module: nn.Module, state: dict, source: str) -> dict[str, Tensor]:
+    """`state` without prefixes, if `module` (which may be on the meta device) can load it strictly.
 
     Raises:
         UserError: naming the first key that is missing, unexpected or of another shape.
@@ -99,7 +150,16 @@ def load_weights(module: nn.Module, state: dict, source: str) -> None:
                 f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}: "
                 "another architecture or size?"
             )
-    module.load_state_dict(state)
+    return state
+
+
+def load_weights(module: nn.Module, state: dict, source: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        UserError: as `check_weights`.
+    """
+    module.load_state_dict(check_weights(module, state, source))
 
 
 class VAEFiles(NamedTuple):
@@ -128,7 +188,10 @@ def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tens
     """
     path = vae_files(vae_weights).statistics
     if not path.is_file():
-        raise UserError(f"latent statistics {path}: no such file; train_vae.py writes it beside the VAE's weights")
+        raise UserError(
+            f"latent statistics {path}: no such file; train_vae.py and save_vae_weights.py write it beside the VAE's "
+            "weights"
+        )
     stats = read_checkpoint(path, "latent statistics")
     values = []
     for key in ("latents_scale", "latents_bias"):

@@ -196,6 +196,16 @@ def add_vae_flags(parser: argparse.ArgumentParser, vae: str, vae_ckpt: str | Non
     )
 
 
+def add_latent_flags(parser: argparse.ArgumentParser) -> None:
+    """Which cached latents."""
+    group = parser.add_argument_group("latents")
+    group.add_argument(
+        "--vae-latents-name",
+        default="e2e-vavae-400k",
+        help="folder of cache_latents.py below --data-dir (default: %(default)s)",
+    )
+
+
 def add_vae_loss_flags(parser: argparse.ArgumentParser) -> None:
     """How the VAE and its discriminator are trained."""
     group = parser.add_argument_group("VAE training")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,17 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from models.numerics import distributed_world_size
+
+
+def process_state():
+    """accelerate's PartialState of a script that only infers: device, process index, barriers.
+
+    Its processes meet only when their shares are done, so they wait for each other as long as it takes.
+    """
+    from accelerate import PartialState
+
+    # without cpu, several processes would not find each other on CPUs
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from training.checkpoint import load_weights, read_checkpoint
 from training.diffusion import TransformerNets
 from training.ema import copy_for_ema
 from training.precision import Optimizer, autocast_factory
+from training.randomness import Draws, step_draws
 from training.run import Run
 
 
@@ -38,7 +39,10 @@ def load_vae(name: str, path: str | None) -> AutoencoderKL:
     """The autoencoder of registry row `name`, fresh or with the weights at `path`."""
     vae = build_vae(name)
     if path is not None:
-        load_weights(vae, read_checkpoint(path, "VAE weights"), f"VAE weights {path} for --vae {name}")
+        weights = read_checkpoint(path, "VAE weights")
+        if isinstance(weights.get("vae"), dict):
+            raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
+        load_weights(vae, weights, f"VAE weights {path} for the architecture {name}")
     return vae
 
 
@@ -117,6 +121,12 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
     sit = run.prepare(sit)
     opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
     return TransformerNets(sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
+
+
+def transformer_draws(args: argparse.Namespace, step: int) -> Draws:
+    """The random numbers of 1-based `step` for the global batch."""
+    latent = latent_shape(args.vae, args.resolution)
+    return step_draws(args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob)
 
 
 def transformer_step_options(args: argparse.Namespace, device: torch.device) -> dict:

@@ -23,11 +23,11 @@ def evenly_spaced(data, count: int) -> Tensor:
     return torch.stack([data[i * len(data) // count][0] for i in range(count)])
 
 
-def grid(pixels: Tensor) -> Tensor:
-    """Tile uint8 pixels (N,3,R,R) into one picture (3,H,W), eight to a row."""
+def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
+    """Tile uint8 pixels (N,3,R,R) into one picture (3,H,W), `columns` to a row."""
     from torchvision.utils import make_grid
 
-    return make_grid(pixels.cpu(), nrow=COLUMNS, padding=2, pad_value=255)
+    return make_grid(pixels.cpu(), nrow=columns, padding=2, pad_value=255)
 
 
 @torch.no_grad()

@@ -39,7 +39,16 @@ FREE_FLAGS = {
     *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
     *("num_workers", "compile"),
     # files whose content is in the checkpoint, or is compared as part of the identity
-    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path"),
+    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name"),
+}
+
+
+# what a run's identity may name, and what it stands for
+IDENTITY = {
+    "data": "images than --data-dir holds",
+    "latents": "latents than --vae-latents-name holds",
+    "vae": "weights than --vae-ckpt holds",
+    "loss": "weights in --loss-cfg-path",
 }
 
 
@@ -50,6 +59,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,) int64
     step: int  # 0-based optimiser step
     rows: Rows  # which rows of the global batch these are
+    moments: Tensor | None = None  # (B,2C,h,w) float32, where latents are cached: mean, then std
 
 
 class Run:
@@ -208,8 +218,8 @@ class Run:
     def steps(self, data) -> Iterator[tuple[int, Batch]]:
         """Yield (1-based step, batch) to the end of training, once per micro-batch.
 
-        `data` is a map-style dataset of (pixels, label). After each step this logs, saves and obeys signals: SIGTERM or
-        SIGINT saves a checkpoint at the next step boundary and exits with code 75.
+        `data` is a map-style dataset of (pixels, label) or (pixels, label, moments). After each step this logs, saves
+        and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
 
         Raises:
             UserError: fewer images than a batch, or a loss that is not finite.
@@ -239,10 +249,11 @@ class Run:
             for step in range(self.step, last):
                 self.step = step + 1
                 for micro in range(args.gradient_accumulation_steps):
-                    pixels, labels = (tensor.to(self.device, non_blocking=True) for tensor in next(batches))
+                    loaded = (tensor.to(self.device, non_blocking=True) for tensor in next(batches))
+                    pixels, labels, moments = (*loaded, None)[:3]
                     self.step_complete = micro == args.gradient_accumulation_steps - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
-                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro))
+                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), moments)
                 self._finish_step(bar, last)
         finally:
             bar.close()
@@ -383,10 +394,9 @@ def refuse_changed_flags(checkpoint: dict, flags: dict, identity: dict, path: Pa
         what = ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {flags[name]}" for name in changed)
         raise UserError(f"{path} was made with other flags ({what}); use the same ones, or another --exp-name")
     known = checkpoint.get("identity") or {}
-    if known.get("data", identity.get("data")) != identity.get("data"):
-        raise UserError(f"{path} was made with other images than --data-dir holds; use the same, or another --exp-name")
-    if known.get("loss", identity.get("loss")) != identity.get("loss"):
-        raise UserError(f"{path} was made with other weights in --loss-cfg-path; use the same, or another --exp-name")
+    for name, what in IDENTITY.items():
+        if known.get(name, identity.get(name)) != identity.get(name):
+            raise UserError(f"{path} was made with other {what}; use the same, or another --exp-name")
 
 
 def truncate_log(path: Path, step: int) -> None:

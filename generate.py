@@ -1,0 +1,264 @@
+"""Sample a trained experiment: PNGs, and the `.npz` that the ADM evaluation suite reads.
+
+    torchrun --nproc_per_node=8 generate.py --exp-path exps/joint --train-steps 400000 --mode sde --num-steps 250 \\
+        --cfg-scale 1.0
+    python generate.py --exp-path exps/joint --classes 207,360 --num-fid-samples 16 --no-npz --grid   # for a look
+
+Sample i is a function of (--global-seed, i): its noise, its label and the noise of every step are the same on any
+number of processes and in any batch. The same command run again makes what is missing.
+"""
+
+import argparse
+import sys
+from argparse import BooleanOptionalAction
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import Parser, UserError, run_script
+from files import locked, require_space
+from models.autoencoder import image_to_pixels
+from sample_files import SampleFiles
+from samplers import Guidance, sample_ode, sample_sde
+from training.checkpoint import fingerprint
+from training.cli import COUNT, POSITIVE, number
+from training.distributed import process_state
+from training.experiment import Experiment, load_experiment
+from training.networks import use_tf32
+from training.precision import AUTOCAST_DTYPES, autocast_factory
+from training.previews import COLUMNS, grid
+from training.randomness import generator_for
+from transport import PATH_TYPES, TIME_CONVENTION
+
+DECODE_BATCH = 32
+GRID_SAMPLES = 64
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--exp-path", type=Path, required=True, help="a run's folder, with checkpoints/ and args.json")
+    parser.add_argument("--train-steps", type=COUNT, help="which checkpoint (default: the latest)")
+    parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
+    parser.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where samples go (default: samples)")
+    parser.add_argument("--num-fid-samples", type=POSITIVE, default=50000, help="how many (default: %(default)s)")
+    parser.add_argument("--pproc-batch-size", type=POSITIVE, default=256, help="of each process (default: %(default)s)")
+    parser.add_argument("--global-seed", type=int, default=0, help="decides every draw (default: %(default)s)")
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--mode", default="ode", choices=("ode", "sde"), help="(default: %(default)s)")
+    group.add_argument("--num-steps", type=number(int, at_least=2), default=50, help="(default: %(default)s)")
+    group.add_argument(
+        "--heun", action=BooleanOptionalAction, default=False, help="second-order steps, --mode ode only"
+    )
+    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: what its flags say)")
+    group.add_argument("--cfg-scale", type=number(float, at_least=1), default=1.5, help="1: no guidance (default: 1.5)")
+    group.add_argument("--guidance-low", type=number(float, at_least=0), default=0.0, help="guide from t (default: 0)")
+    group.add_argument("--guidance-high", type=number(float, at_least=0), default=1.0, help="up to t (default: 1)")
+    group.add_argument(
+        "--mixed-precision", default="no", choices=tuple(AUTOCAST_DTYPES), help="of the networks (default: no)"
+    )
+    group.add_argument("--tf32", action=BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
+    group = parser.add_argument_group("labels and files")
+    group.add_argument(
+        "--labels", default="random", choices=("random", "balanced"), help="balanced: i mod classes (default: random)"
+    )
+    group.add_argument("--classes", type=class_list, help="only these labels, in turn, like 207,360")
+    group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write a PNG file a sample")
+    group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
+    group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row a class of --classes")
+    args = parser.parse_args(argv)
+    if args.guidance_low >= args.guidance_high:
+        parser.error(
+            f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}; guidance acts "
+            "at times between them"
+        )
+    if args.heun and args.mode == "sde":
+        parser.error("--heun goes with --mode ode; the SDE is integrated by Euler-Maruyama")
+    if not (args.png or args.npz or args.grid):
+        parser.error("--no-png and --no-npz leave nothing to write; keep one, or ask for --grid")
+    return args
+
+
+def class_list(text: str) -> list[int]:
+    """An argparse type: integers joined by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 207,360") from None
+
+
+def sample_label(args: argparse.Namespace, num_classes: int, index: int) -> int:
+    """The label of sample `index`."""
+    if args.classes:
+        return args.classes[index % len(args.classes)]
+    if args.labels == "balanced":
+        return index % num_classes
+    return int(torch.randint(num_classes, (), generator=generator_for(args.global_seed, "label", index)))
+
+
+def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step."""
+    generators = [generator_for(seed, "sample", index) for index in indices]
+    while True:
+        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@torch.no_grad()
+def sample_pixels(experiment: Experiment, indices: list[int], args: argparse.Namespace, device: torch.device) -> Tensor:
+    """The samples with these indices, (B,3,R,R) uint8 on the CPU."""
+    sit, vae = experiment.sit, experiment.vae
+    autocast = autocast_factory(device, args.mixed_precision)
+    noise = sampling_noise(args.global_seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
+    labels = torch.tensor([sample_label(args, sit.num_classes, index) for index in indices], device=device)
+    guidance = None
+    if args.cfg_scale > 1:
+        guidance = Guidance(args.cfg_scale, sit.null_label, args.guidance_low, args.guidance_high)
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with autocast():
+            return sit(x, t, y)[0]
+
+    x = next(noise).to(device)
+    if args.mode == "ode":
+        z_norm = sample_ode(velocity, x, labels, args.num_steps, guidance, args.heun)
+    else:
+        z_norm = sample_sde(
+            velocity, x, labels, args.num_steps, args.path_type, lambda _: next(noise).to(device), guidance
+        )
+    z = sit.denormalise(z_norm).float()
+    with autocast():
+        return torch.cat([image_to_pixels(vae.decode(part)).cpu() for part in z.split(DECODE_BATCH)])
+
+
+def check_labels_and_path(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Fill in --path-type, and raise a UserError for classes, guidance or a path that the experiment does not have."""
+    trained = experiment.flags["path_type"]
+    args.path_type = args.path_type or trained
+    if args.path_type != trained:
+        raise UserError(f"--path-type {args.path_type}: the run was trained with {trained}; leave the flag out")
+    classes = experiment.sit.num_classes
+    if wrong := [label for label in args.classes or [] if not 0 <= label < classes]:
+        raise UserError(f"--classes {wrong[0]}: the run has classes 0 to {classes - 1}")
+    if args.cfg_scale > 1 and experiment.sit.null_label is None:
+        raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
+
+
+def describe(args: argparse.Namespace, experiment: Experiment) -> dict:
+    """Everything that shaped the samples."""
+    guided = args.cfg_scale > 1
+    return {
+        "experiment": experiment.name,
+        "train_steps": experiment.step,
+        "model": experiment.flags["model"],
+        "model_fingerprint": fingerprint(experiment.sit.state_dict()),
+        "vae": experiment.flags["vae"],
+        "vae_fingerprint": fingerprint(experiment.vae.state_dict()),
+        "count": args.num_fid_samples,
+        "resolution": experiment.flags["resolution"],
+        "num_classes": experiment.sit.num_classes,
+        "labels": args.classes or args.labels,
+        "seed": args.global_seed,
+        "mode": args.mode,
+        "num_steps": args.num_steps,
+        "heun": args.heun,
+        "path_type": args.path_type,
+        "time_convention": TIME_CONVENTION,
+        "cfg_scale": args.cfg_scale,
+        "guidance_low": args.guidance_low if guided else None,
+        "guidance_high": args.guidance_high if guided else None,
+        "mixed_precision": args.mixed_precision,
+        "tf32": args.tf32,
+        "pixels": "rounded",
+    }
+
+
+def environment(args: argparse.Namespace, state) -> dict:
+    """What made the samples without shaping more than their rounding."""
+    on_gpu = state.device.type == "cuda"
+    return {
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
+        "processes": state.num_processes,
+        "pproc_batch_size": args.pproc_batch_size,
+    }
+
+
+def set_name(args: argparse.Namespace, experiment: Experiment) -> str:
+    """Folder and file name of the samples, the reference's."""
+    guidance = f"cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
+    return f"{experiment.name}_{experiment.step:07d}_{guidance}"
+
+
+def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
+    """Make this process's share of the missing samples: every world-th batch of them."""
+    missing = files.missing()
+    state.wait_for_everyone()  # all see the same ones missing before the first is written
+    batches = [missing[i : i + args.pproc_batch_size] for i in range(0, len(missing), args.pproc_batch_size)]
+    bar = tqdm(total=args.num_fid_samples, unit="sample", desc="sampling", disable=not state.is_main_process)
+    bar.update(args.num_fid_samples - len(missing))
+    for first in range(0, len(batches), state.num_processes):
+        together = batches[first : first + state.num_processes]
+        if state.process_index < len(together):
+            indices = together[state.process_index]
+            pixels = sample_pixels(experiment, indices, args, state.device)
+            files.write(indices, pixels.permute(0, 2, 3, 1).numpy())
+        bar.update(sum(map(len, together)))
+    bar.close()
+
+
+def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
+    """One picture of the first samples: a row a class of --classes, or else eight to a row."""
+    from PIL import Image
+
+    samples = [torch.from_numpy(row.copy()).permute(2, 0, 1) for row in islice(files.in_order(), GRID_SAMPLES)]
+    columns = COLUMNS
+    if args.classes:
+        rows = len(args.classes)
+        columns = min(COLUMNS, -(-len(samples) // rows))
+        blank = torch.full_like(samples[0], 255)
+        cells = [[i * rows + row for i in range(columns)] for row in range(rows)]
+        samples = [samples[i] if i < len(samples) else blank for row in cells for i in row]
+    picture = grid(torch.stack(samples), columns).permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save(files.picture)
+
+
+def main() -> None:
+    """Load, sample what is missing, and put it together."""
+    args = parse_args()
+    use_tf32(args.tf32)
+    experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt)
+    check_labels_and_path(args, experiment)
+    resolution = experiment.flags["resolution"]
+    files = SampleFiles(
+        args.sample_dir, set_name(args, experiment), args.num_fid_samples, resolution, args.png, args.npz
+    )
+    require_space(args.sample_dir, files.bytes_needed, f"{args.num_fid_samples} samples of {resolution} px")
+    state = process_state()
+    samples = describe(args, experiment)
+    experiment.sit.to(state.device)
+    experiment.vae.to(state.device)
+    with locked(files.parts) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            files.begin(samples, environment(args, state))
+        state.wait_for_everyone()
+        make_missing(files, experiment, args, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            files.finish()
+            if args.grid:
+                write_grid(files, args)
+            files.clean()
+            made = [files.pngs, files.npz, files.picture if args.grid else None, files.manifest]
+            print(f"{args.num_fid_samples} samples: " + ", ".join(str(path) for path in made if path is not None))
+
+
+if __name__ == "__main__":
+    run_script(main)

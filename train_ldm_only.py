@@ -1,0 +1,129 @@
+"""Train a SiT on the cached latents of a frozen VAE, such as the one that joint training tuned.
+
+    accelerate launch train_ldm_only.py --exp-name ldm --vae f16d32 --vae-ckpt exps/e2e-vae/e2e-vae.pt \\
+        --vae-latents-name e2e-vae --model SiT-XL/1
+
+This is the transformer's part of the joint step (REPA, Yu et al., arXiv 2410.06940), on samples of cached posteriors
+(cache_latents.py), normalised by the VAE's statistics. The same command run again continues from the last checkpoint.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from dataset import open_images, open_latents
+from errors import Parser, UserError, run_script
+from training import cli
+from training.autoencoding import detached
+from training.checkpoint import TrainingState, fingerprint, read_latent_statistics
+from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
+from training.distributed import unwrap
+from training.networks import (
+    build_transformer_nets,
+    check_labels,
+    latent_shape,
+    load_vae,
+    transformer_draws,
+    transformer_step_options,
+    use_tf32,
+)
+from training.previews import sample_grid
+from training.randomness import Draws
+from training.run import Batch, Run
+
+
+def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: TransformerStepConfig) -> dict[str, Tensor | None]:
+    """One step on one batch of cached moments; updates `nets` in place and returns its metrics as scalars.
+
+    As `repae_step`, `draws` holds every random number, so the step is deterministic.
+    """
+    # 1. The frozen encoders' tokens of the images.
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg.autocast)
+
+    # 2. A sample of the cached posterior, normalised by the VAE's statistics, which stay as they are.
+    mean, std = batch.moments.to(draws.posterior.dtype).chunk(2, dim=1)
+    z_norm = unwrap(nets.sit).bn.by_running_statistics(mean + std * draws.posterior)
+
+    # 3. Transformer update, and the average that samples are drawn from.
+    return detached(update_transformer(nets, z_norm, batch.labels, zs, draws, cfg))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    cli.add_run_flags(parser)
+    cli.add_data_flags(parser)
+    cli.add_vae_flags(parser, vae="f16d32", vae_ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
+    cli.add_latent_flags(parser)
+    cli.add_transformer_flags(parser, model="SiT-XL/1")
+    cli.add_optimisation_flags(parser)
+    return parser.parse_args(argv)
+
+
+def open_data(args: argparse.Namespace):
+    """The cached latents that the flags name, with their images unless no encoder looks at them.
+
+    Raises:
+        UserError: they are missing, of another size, or have more classes than the transformer.
+    """
+    images = None if args.enc_type == "none" else open_images(args.data_dir, args.resolution)
+    latents = open_latents(args.data_dir, args.vae_latents_name, images)
+    check_labels(latents, args.num_classes)
+    if latents.shape != (shape := latent_shape(args.vae, args.resolution)):
+        raise UserError(
+            f"{latents.source} holds latents of {latents.shape}, but --vae {args.vae} at --resolution "
+            f"{args.resolution} gives {shape}; cache them again, or change the flags"
+        )
+    return latents
+
+
+def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: argparse.Namespace, run: Run) -> None:
+    """Raise a UserError unless the latents were cached with the VAE at --vae-ckpt, of fingerprint `weights`."""
+    if latents.vae_fingerprint is None:
+        run.print(f"warning: {latents.source} does not say which VAE it was cached with; that is taken on trust")
+        return
+    what = f"{latents.source} was cached with {{}} than those of --vae-ckpt {args.vae_ckpt}; cache again, or change it"
+    if latents.vae_fingerprint != weights:
+        raise UserError(what.format("other VAE weights"))
+    for key, value in zip(("latents_scale", "latents_bias"), statistics, strict=True):
+        if not torch.equal(torch.tensor(latents.statistics[key]), value.flatten()):
+            raise UserError(what.format(f"other statistics ({key})"))
+
+
+def build(
+    args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]
+) -> tuple[TransformerNets, TrainingState]:
+    """Everything that trains, on this process's device, as the flags say."""
+    torch.manual_seed(args.seed)
+    nets = build_transformer_nets(args, run, statistics)
+    state = TrainingState({"model": nets.sit, "ema": nets.ema}, {"opt": nets.opt_sit}, tensors={})
+    return nets, state
+
+
+def main() -> None:
+    """Parse, build, loop."""
+    args = parse_args()
+    use_tf32(args.allow_tf32)
+    data = open_data(args)
+    statistics = read_latent_statistics(args.vae_ckpt, data.shape[0])
+    vae = load_vae(args.vae, args.vae_ckpt).eval().requires_grad_(False)
+    vae_fingerprint = fingerprint(vae.state_dict())
+    run = Run(args)
+    check_vae(data, vae_fingerprint, statistics, args, run)
+    nets, state = build(args, run, statistics)
+    run.begin(state, {"data": data.image_fingerprint, "latents": data.fingerprint, "vae": vae_fingerprint})
+    cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
+    vae.to(run.device)
+
+    for step, batch in run.steps(data):
+        draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
+        metrics = ldm_step(nets, batch, draws, cfg)
+        run.log({**metrics, **nets.opt_sit.health("sit")})
+        if run.due(args.sampling_steps) and run.is_main:
+            run.save_image("samples", sample_grid(nets.ema, vae, args.seed, cfg.autocast))
+    run.end()
+
+
+if __name__ == "__main__":
+    run_script(main)
