@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -28,4 +28,4 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt constraint
 	@touch $@
 
 clean:
-	rm -rf exps/demo* data-demo pretrained/demo
+	rm -rf exps/demo data-demo pretrained/demo

@@ -1,30 +1,36 @@
-"""The demo's pictures: loss curves from metrics.jsonl files, and reconstructions before and after joint tuning."""
+"""The report's pictures: loss curves, reconstructions, latents as colours, samples."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dataset import ImageDataset  # noqa: E402
-from models.autoencoder import build_vae, image_to_pixels, pixels_to_image  # noqa: E402
-from training.previews import COLUMNS, evenly_spaced, grid  # noqa: E402
+from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image  # noqa: E402
 
-PANELS = {
-    "L1 reconstruction": ("reconstruction_loss",),
-    "LPIPS": ("perceptual_loss",),
-    "PSNR of reconstructions, dB": ("psnr",),
-    "discriminator loss": ("d_loss",),
-    "diffusion loss": ("denoising_loss",),
-    "alignment loss": ("vae_align_loss", "proj_loss"),
-}
-LABELS = {"vae_align_loss": "through the VAE", "proj_loss": "of the transformer"}
 SMOOTHING = 0.9
+# panel title -> metric -> what it is called, where a panel has several
+PANELS = {
+    "L1 reconstruction": {"reconstruction_loss": ""},
+    "LPIPS": {"perceptual_loss": ""},
+    "PSNR of reconstructions, dB": {"psnr": ""},
+    "Discriminator loss": {"d_loss": ""},
+    "Diffusion loss": {"denoising_loss": ""},
+    "Alignment loss": {"vae_align_loss": " (through the VAE)", "proj_loss": ""},
+}
+# colours that the report's style sheet replaces by those of its theme
+INK, GRID = "#010101", "#020202"
+SERIES = {"vae": "#030301", "joint": "#030302", "frozen": "#030303"}
+RUNS = {"vae": "VAE alone", "joint": "joint", "frozen": "on the frozen tuned VAE"}
+CSS = {INK: "var(--muted)", GRID: "var(--grid)", **{color: f"var(--{run})" for run, color in SERIES.items()}}
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -41,55 +47,105 @@ def smooth(values: list[float]) -> list[float]:
     return out
 
 
-def plot_curves(logs: dict[str, Path], target: Path) -> None:
-    """Draw every panel whose metrics a run has; runs follow each other on the x axis, as they did in time."""
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), constrained_layout=True)
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for ax, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        start, series = 0, 0
-        for run, path in logs.items():
-            records = read_metrics(path)
-            for name in (name for name in names if name in records[-1]):
-                points = [(start + r["step"], r[name]) for r in records if r[name] is not None]
-                steps, values = zip(*points, strict=True)
-                colour = colours[series % len(colours)]
-                ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                # dashes, because the two alignment losses lie on each other
-                style = "--" if name == "proj_loss" else "-"
-                ax.plot(steps, smooth(values), style, color=colour, label=LABELS.get(name, run))
-                series += 1
-            start += records[-1]["step"]
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
+def draw_panel(ax, metrics: dict[str, str], logs: dict[str, list[dict]], colors: dict[str, str]) -> None:
+    """Curves of `metrics` in every run that has them. What the joint run continues, the VAE's, follows on the x axis;
+    transformers start at 0 both times."""
+    for metric, suffix in metrics.items():
+        for run, records in logs.items():
+            if metric not in records[-1]:
+                continue
+            start = logs["vae"][-1]["step"] if run == "joint" and metric in logs["vae"][-1] else 0
+            points = [(start + r["step"], r[metric]) for r in records if r[metric] is not None]
+            steps, values = zip(*points, strict=True)
+            style = "--" if suffix else "-"  # dashes, because the two alignment losses nearly coincide
+            ax.plot(steps, values, color=colors[run], alpha=0.22, linewidth=0.8)
+            ax.plot(steps, smooth(values), style, color=colors[run], linewidth=1.8, label=RUNS[run] + suffix)
+    ax.set_xlabel("step", fontsize=9)
+    ax.tick_params(labelsize=8, length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.grid(axis="y", linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
+def themed_svg(metrics: dict[str, str], logs: dict[str, list[dict]]) -> str:
+    """One panel as inline SVG whose colours are the page's variables and whose text is text."""
+    style = {
+        **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
+        "axes.labelcolor": INK,
+        "axes.edgecolor": GRID,
+        "grid.color": GRID,
+        "svg.fonttype": "none",
+    }
+    with plt.rc_context(style):
+        figure, ax = plt.subplots(figsize=(4.6, 2.7), constrained_layout=True)
+        draw_panel(ax, metrics, logs, SERIES)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True)
+        plt.close(figure)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", file.getvalue())
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for color, variable in CSS.items():
+        svg = svg.replace(color, variable)
+    return svg[svg.index("<svg") :]
 
 
 @torch.no_grad()
-def draw_reconstructions(vaes: list[dict[str, Tensor]], data_dir: Path, target: Path) -> None:
-    """Held-out photographs in rows of eight, below each row its reconstructions by every VAE state dict in turn."""
-    pixels = evenly_spaced(ImageDataset(data_dir), 4 * COLUMNS)
-    versions = [pixels]
-    for state in vaes:
-        vae = build_vae("f4d4-small")
-        vae.load_state_dict(state)
-        versions.append(image_to_pixels(vae.decode(vae.encode(pixels_to_image(pixels)).mean)))
-    rows = [row for rows in zip(*(v.split(COLUMNS) for v in versions), strict=True) for row in rows]
-    picture = Image.fromarray(grid(torch.cat(rows)).permute(1, 2, 0).numpy())
-    picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(target)
+def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means (N,C,h,w) and reconstructions (N,3,R,R) uint8 of uint8 pixels."""
+    means, recons = [], []
+    for part in pixels.split(50):
+        mean = vae.encode(pixels_to_image(part)).mean
+        means.append(mean)
+        recons.append(image_to_pixels(vae.decode(mean)))
+    return torch.cat(means), torch.cat(recons)
 
 
-def draw_overview(folder: Path) -> None:
-    """Put the folder's pictures on one page, overview.png: reconstructions and samples above, curves below."""
-    names = ("reconstructions", "samples", "curves")
-    recon, samples, curves = (Image.open(folder / f"{name}.png").convert("RGB") for name in names)
-    samples = samples.resize((recon.height, recon.height), Image.Resampling.NEAREST)
-    gap = max(0, curves.width - recon.width - samples.width)
-    page = Image.new("RGB", (recon.width + gap + samples.width, recon.height + 20 + curves.height), "white")
-    page.paste(recon, (0, 0))
-    page.paste(samples, (recon.width + gap, 0))
-    page.paste(curves, (0, recon.height + 20))
-    page.save(folder / "overview.png", optimize=True)
+def latent_colors(latents: Tensor) -> Tensor:
+    """Latents (N,C,h,w) -> (N,3,h,w) uint8: three principal components of all positions as red, green, blue."""
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    # the sign of a component is arbitrary: take the one that makes its largest weight positive
+    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    projected = flat @ directions[:3].T
+    low, high = torch.quantile(projected, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+    colors = ((projected - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return colors.unflatten(0, (latents.shape[0], *latents.shape[2:])).permute(0, 3, 1, 2)
+
+
+def strip(pixels: Tensor, side: int) -> Image.Image:
+    """uint8 (N,3,R,R) side by side, each enlarged to `side` without smoothing, with narrow gaps that are clear."""
+    gap = max(2, side // 32)
+    picture = Image.new("RGBA", (len(pixels) * (side + gap) - gap, side))
+    for i, image in enumerate(pixels):
+        tile = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+        picture.paste(tile.resize((side, side), Image.Resampling.NEAREST), (i * (side + gap), 0))
+    return picture
+
+
+def draw_overview(
+    rows: dict[str, Tensor], samples: dict[str, Tensor], classes: list[str], logs: dict[str, list[dict]], target: Path
+) -> None:
+    """One picture for the README: labelled strips of images, samples by class (K,n,3,R,R), and the curves below."""
+    colors = {"vae": "#2a78d6", "joint": "#d9622b", "frozen": "#1f9e77"}
+    figure = plt.figure(figsize=(13, 9.4), constrained_layout=True)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    left, *right = above.subfigures(1, 1 + len(samples), width_ratios=(1, *(0.62 for _ in samples)))
+    for ax, (title, pixels) in zip(left.subplots(len(rows), 1), rows.items(), strict=True):
+        ax.imshow(strip(pixels, 64))
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.axis("off")
+    for part, (title, images) in zip(right, samples.items(), strict=True):
+        part.suptitle(title, fontsize=10)
+        for ax, name, pixels in zip(part.subplots(len(classes), 1), classes, images, strict=True):
+            ax.imshow(strip(pixels, 64))
+            ax.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, (title, metrics) in zip(below.subplots(2, 3).flat, PANELS.items(), strict=True):
+        draw_panel(ax, metrics, logs, colors)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.legend(frameon=False, fontsize=7)
+        ax.grid(axis="y", linewidth=0.6, alpha=0.4)
+    figure.savefig(target, dpi=100, facecolor="white")
+    plt.close(figure)

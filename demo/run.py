@@ -1,24 +1,53 @@
 """The whole method on 4500 real photographs of 32 pixels, in minutes on two CPU cores: `make demo`.
 
-Runs the real scripts by their real command lines, one after the other. Each continues where it stopped, so an
-interrupted demo goes on when it is started again. The pictures end up in exps/demo/.
+Runs the real scripts by their real command lines, one after the other, and writes exps/demo/report.html. Each script
+continues where it stopped, so an interrupted demo goes on when it is started again.
 """
 
+import argparse
+import json
+import os
+import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from demo.pictures import draw_overview, draw_reconstructions, plot_curves  # noqa: E402
-from training.checkpoint import read_checkpoint  # noqa: E402
+from files import replace_text  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-PICTURES = ROOT / "exps" / "demo"
+FOLDER = Path("exps/demo")
+CLASSES, SAMPLES_A_CLASS = 10, 8
+GUIDANCE = 2.5
+
+
+class Stage(NamedTuple):
+    """One script's run; `line` is its command line."""
+
+    name: str
+    title: str
+    line: str
+
+
+class Plan(NamedTuple):
+    """How long the demo's runs are."""
+
+    precision: str
+    vae_steps: int
+    joint_steps: int
+    frozen_steps: int
+
+
+def make_plan(steps: int | None) -> Plan:
+    """Runs sized by the joint run's steps; by default for a quarter of an hour, shorter ones where all is float32."""
+    precision, default = ("bf16", 220) if cpu_has_bfloat16() else ("no", 110)
+    steps = steps or default
+    return Plan(precision, round(1.5 * steps), steps, 3 * steps)
 
 
 def cpu_has_bfloat16() -> bool:
@@ -29,62 +58,145 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
-def stages() -> dict[str, str]:
-    """Title -> command line of every stage, sized for ten minutes on two cores; shorter runs where all is float32."""
-    precision, vae_steps, joint_steps = ("bf16", 320, 220) if cpu_has_bfloat16() else ("no", 200, 120)
-    common = f"""--output-dir exps --data-dir data-demo/train --resolution 32 --batch-size 32 --num-workers 1
-        --report-to none --mixed-precision {precision} --vae f4d4-small --loss-cfg-path demo/loss.yaml
-        --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"""
-    return {
-        "photographs: sheets in the repository -> a folder a class": "demo/cifar10.py unpack data-demo/cifar10",
-        "LPIPS: VGG16's convolutions in torchvision's keys": "demo/convert_lpips.py pretrained/demo/vgg16-features.pt",
-        "preprocessing, training images": """preprocessing.py --imagenet-path data-demo/cifar10/train
-            --output-path data-demo/train --resolution 32 --num-workers 2""",
-        "preprocessing, held-out images": """preprocessing.py --imagenet-path data-demo/cifar10/test
-            --output-path data-demo/test --resolution 32 --num-workers 2""",
-        "VAE and discriminator from scratch": f"""train_vae.py --exp-name demo-vae {common}
-            --vae-learning-rate 1e-3 --max-train-steps {vae_steps} --sampling-steps {vae_steps // 2}
-            --checkpointing-steps 100""",
-        "REPA-E: VAE and transformer, jointly": f"""train_repae.py --exp-name demo-joint {common}
-            --vae-ckpt exps/demo-vae/demo-vae.pt
-            --disc-pretrained-ckpt exps/demo-vae/demo-vae-discriminator-ckpt.pt
-            --model SiT-XS/1 --num-classes 10 --enc-type efficientnet-lite0 --encoder-depth 3
-            --learning-rate 5e-4 --vae-learning-rate 3e-4 --ema-decay 0.98
-            --max-train-steps {joint_steps} --sampling-steps {joint_steps // 2} --checkpointing-steps 50""",
-    }
+def stages(plan: Plan) -> list[Stage]:
+    """Every stage in order."""
+    data = "--data-dir data-demo/train --resolution 32 --batch-size 32 --num-workers 1"
+    run = f"--output-dir {FOLDER} --report-to none --mixed-precision {plan.precision} --checkpointing-steps 50"
+    vae_loss = "--loss-cfg-path demo/loss.yaml --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"
+    transformer = f"""--model SiT-XS/1 --num-classes {CLASSES} --enc-type efficientnet-lite0 --encoder-depth 3
+        --learning-rate 5e-4"""
+    sampling = f"""--sample-dir {FOLDER}/samples --labels balanced --num-fid-samples {CLASSES * SAMPLES_A_CLASS}
+        --pproc-batch-size 40 --num-steps 50 --mixed-precision {plan.precision} --no-png"""
+    tuned = f"{FOLDER}/e2e-vae/e2e-vae.pt"
+    return [
+        Stage("unpack", "Photographs: a folder a class", "demo/cifar10.py unpack data-demo/cifar10"),
+        Stage("lpips", "LPIPS weights", "demo/convert_lpips.py pretrained/demo/vgg16-features.pt"),
+        *(
+            Stage(
+                f"preprocess-{split}",
+                f"Preprocess {what} images",
+                f"""preprocessing.py --imagenet-path data-demo/cifar10/{split} --output-path data-demo/{split}
+                    --resolution 32 --num-workers 2""",
+            )
+            for split, what in (("train", "training"), ("test", "held-out"))
+        ),
+        Stage(
+            "vae",
+            "Train a VAE from scratch",
+            f"""train_vae.py --exp-name vae {run} {data} --vae f4d4-small {vae_loss} --vae-learning-rate 1e-3
+                --max-train-steps {plan.vae_steps} --sampling-steps {plan.vae_steps}""",
+        ),
+        Stage(
+            "joint",
+            "REPA-E: train VAE and transformer jointly",
+            f"""train_repae.py --exp-name joint {run} {data} --vae f4d4-small --vae-ckpt {FOLDER}/vae/vae.pt
+                --disc-pretrained-ckpt {FOLDER}/vae/vae-discriminator-ckpt.pt {vae_loss} {transformer}
+                --vae-learning-rate 3e-4 --ema-decay 0.98
+                --max-train-steps {plan.joint_steps} --sampling-steps {plan.joint_steps}""",
+        ),
+        Stage(
+            "extract",
+            "Extract the tuned VAE",
+            f"""save_vae_weights.py --repae-ckpt {FOLDER}/joint/checkpoints/{plan.joint_steps:07d}.pt
+                --vae-name e2e-vae --save-dir {FOLDER}""",
+        ),
+        Stage(
+            "cache",
+            "Cache its latents",
+            f"""cache_latents.py --vae-arch f4d4-small --vae-ckpt-path {tuned} --vae-latents-name e2e-vae
+                --data-dir data-demo/train --output-dir data-demo/train --num-workers 1 --mirrored""",
+        ),
+        Stage(
+            "frozen",
+            "Train a transformer on the frozen tuned VAE",
+            f"""train_ldm_only.py --exp-name frozen {run} {data} --vae f4d4-small --vae-ckpt {tuned}
+                --vae-latents-name e2e-vae {transformer} --ema-decay 0.99
+                --max-train-steps {plan.frozen_steps} --sampling-steps {plan.frozen_steps}""",
+        ),
+        *(
+            Stage(
+                f"samples-{name}-{scale}",
+                f"Sample the {name} run, {'with' if scale > 1 else 'without'} guidance",
+                f"generate.py --exp-path {FOLDER}/{name} --train-steps {steps} --cfg-scale {scale} {sampling}",
+            )
+            for name, steps in (("joint", plan.joint_steps), ("frozen", plan.frozen_steps))
+            for scale in (1.0, GUIDANCE)
+        ),
+    ]
 
 
-def run_stage(title: str, line: str) -> None:
+class Record:
+    """What the stages took, kept in exps/demo/stages.json over interruptions."""
+
+    def __init__(self, plan: Plan):
+        self.path = ROOT / FOLDER / "stages.json"
+        self.content = {"plan": plan._asdict(), "machine": machine(), "stages": {}}
+        if self.path.is_file():
+            self.content = json.loads(self.path.read_text(encoding="utf8"))
+            if self.content["plan"] != plan._asdict():
+                sys.exit(
+                    f"error: {FOLDER} holds a demo of {self.content['plan']['joint_steps']} joint steps, not of "
+                    f"{plan.joint_steps}; continue it with STEPS={self.content['plan']['joint_steps']}, or `make clean`"
+                )
+
+    def add(self, stage: Stage, seconds: float, peak_bytes: int, done: bool) -> None:
+        """Add to what `stage` took, unless it was done before."""
+        entry = self.content["stages"].setdefault(stage.name, {"seconds": 0.0, "peak_bytes": 0, "done": False})
+        if not entry["done"]:
+            entry.update(title=stage.title, command=f"python {shlex.join(shlex.split(stage.line))}", done=done)
+            entry["seconds"] += seconds
+            entry["peak_bytes"] = max(entry["peak_bytes"], peak_bytes)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, json.dumps(self.content, indent=1))
+
+
+def machine() -> str:
+    """What this runs on, in words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.machine()
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def run_stage(stage: Stage, record: Record) -> None:
     """Run one script, showing its command line; stop the demo with its exit code if it fails."""
-    arguments = shlex.split(line)
-    print(f"\n== {title}\n$ python {shlex.join(arguments)}", flush=True)
+    arguments = shlex.split(stage.line)
+    print(f"\n== {stage.title}\n$ python {shlex.join(arguments)}", flush=True)
     started = time.monotonic()
     script = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
     # the terminal sends Ctrl-C to the script as well, which saves its work and exits
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    code = script.wait()
+    _, status, usage = os.wait4(script.pid, 0)
     signal.signal(signal.SIGINT, previous)
+    script.returncode = code = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - started
+    # ru_maxrss is of the largest of the script's processes, in KiB on Linux
+    record.add(stage, seconds, usage.ru_maxrss * 1024, done=code == 0)
     if code:
         print(f"stopped: {arguments[0]} exited with {code}; `make demo` continues from here", file=sys.stderr)
-        sys.exit(code)
-    print(f"-- {time.monotonic() - started:.0f} s", flush=True)
+        sys.exit(code if code > 0 else 128 - code)
+    print(f"-- {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
-    """All stages, then the pictures."""
-    started = time.monotonic()
-    for title, line in stages().items():
-        run_stage(title, line)
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    alone, joint = ROOT / "exps/demo-vae", ROOT / "exps/demo-joint"
-    plot_curves({"VAE alone": alone / "metrics.jsonl", "joint": joint / "metrics.jsonl"}, PICTURES / "curves.png")
-    shutil.copyfile(max((joint / "samples").glob("*.png")), PICTURES / "samples.png")
-    vaes = [read_checkpoint(max((run / "checkpoints").glob("*.pt")))["vae"] for run in (alone, joint)]
-    draw_reconstructions(vaes, ROOT / "data-demo/test", PICTURES / "reconstructions.png")
-    draw_overview(PICTURES)
-    print(f"\ndone in {(time.monotonic() - started) / 60:.1f} minutes; look at")
-    for path in sorted(PICTURES.glob("*.png")):
-        print(f"  {path.relative_to(ROOT)}")
+    """All stages, then the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help="of the joint run; the others are in proportion")
+    steps = parser.parse_args().steps
+    if steps is not None and steps < 10:
+        sys.exit(f"error: STEPS={steps} is too small, expected at least 10")
+    plan = make_plan(steps)
+    record = Record(plan)
+    for stage in stages(plan):
+        run_stage(stage, record)
+
+    from demo.report import write_report
+
+    write_report(ROOT, ROOT / FOLDER, record.content)
+    minutes = sum(entry["seconds"] for entry in record.content["stages"].values()) / 60
+    print(f"\ndone, {minutes:.1f} minutes in all; open {FOLDER / 'report.html'}")
 
 
 if __name__ == "__main__":

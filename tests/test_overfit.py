@@ -50,7 +50,7 @@ def test_reconstructions_of_64_images_exceed_30_db():
         lecam=torch.zeros(2),
     )
     loss = VAELossConfig(discriminator_start=10**9, reconstruction_loss="l2")
-    cfg = VAEStepConfig(loss, autocast_factory(device, "no"))
+    cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(device, "no"))
     for step in range(900):
         draws = step_draws(0, step, 64, (16, 8, 8))
         metrics = vae_step(nets, Batch(pixels, torch.zeros(64), step, Rows(0, 64)), draws, cfg)

@@ -1,0 +1,166 @@
+"""exps/demo/report.html: what the demo ran and what came out, on one page that needs no other file."""
+
+import base64
+import html
+import io
+from datetime import date
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataset import open_images
+from demo.pictures import PANELS, RUNS, draw_overview, latent_colors, read_metrics, reconstruct, strip, themed_svg
+from files import replace_text
+from models.autoencoder import pixels_to_image
+from training.networks import load_lpips, load_vae
+
+VAE = "f4d4-small"
+SHOWN, A_ROW = 20, 10
+TILE = 64
+
+
+def write_report(root: Path, folder: Path, record: dict) -> None:
+    """Write report.html and overview.png into the demo's `folder`; `record` is the content of stages.json."""
+    test = open_images(root / "data-demo/test")
+    logs = {run: read_metrics(folder / run / "metrics.jsonl") for run in RUNS}
+    vaes = {"before": folder / "vae/vae.pt", "after": folder / "e2e-vae/e2e-vae.pt"}
+    pixels = torch.stack([test[i][0] for i in range(len(test))])
+    coded = {name: reconstruct(load_vae(VAE, str(path)).eval(), pixels) for name, path in vaes.items()}
+    lpips = load_lpips(str(root / "pretrained/demo/vgg16-features.pt"))
+    quality = {name: measure(pixels, recon, lpips) for name, (_, recon) in coded.items()}
+    shown = torch.arange(SHOWN) * len(test) // SHOWN
+    recons = {"photograph": pixels, **{name: recon for name, (_, recon) in coded.items()}}
+    colors = {"photograph": pixels, **{name: latent_colors(latents) for name, (latents, _) in coded.items()}}
+    samples = {path.stem: read_samples(path, len(test.classes)) for path in sorted((folder / "samples").glob("*.npz"))}
+    latent = tuple(coded["before"][0].shape[1:])
+    page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf8")).substitute(
+        facts=facts(record),
+        tiles=tiles(quality, logs, record),
+        key="".join(f'<span><i style="background: var(--{run})"></i>{name}</span>' for run, name in RUNS.items()),
+        charts="".join(
+            f'<div class="card"><h3>{title}</h3>{themed_svg(metrics, logs)}</div>' for title, metrics in PANELS.items()
+        ),
+        reconstructions=groups({name: value[shown] for name, value in recons.items()}),
+        latents=groups({name: value[shown] for name, value in colors.items()}),
+        latent=" x ".join(map(str, latent)),
+        samples="".join(
+            sample_card(sample_title(name), images, test.classes)
+            for name, images in sorted(samples.items(), key=lambda item: (-item[0].startswith("joint"), item[0]))
+        ),
+        stages=stage_rows(record),
+    )
+    replace_text(folder / "report.html", page)
+    few = shown[:A_ROW] if len(shown) > A_ROW else shown
+    overview = {
+        "held-out photographs": pixels[few],
+        "reconstructed before joint tuning": coded["before"][1][few],
+        "reconstructed after": coded["after"][1][few],
+        "latents before (PCA)": colors["before"][few],
+        "latents after": colors["after"][few],
+    }
+    guided = {sample_title(name): images for name, images in samples.items() if "cfg1.0" not in name}
+    draw_overview(overview, guided, test.classes, logs, folder / "overview.png")
+
+
+@torch.no_grad()
+def measure(pixels: Tensor, recon: Tensor, lpips) -> dict[str, float]:
+    """PSNR in dB (mean over images) and LPIPS of reconstructions, both uint8 (N,3,R,R)."""
+    error = (pixels.double() - recon.double()).square().flatten(1).mean(1)
+    pairs = zip(pixels.split(50), recon.split(50), strict=True)
+    distances = [lpips(pixels_to_image(a), pixels_to_image(b)).flatten() for a, b in pairs]
+    return {"psnr": float((10 * torch.log10(255**2 / error)).mean()), "lpips": float(torch.cat(distances).mean())}
+
+
+def read_samples(path: Path, classes: int) -> Tensor:
+    """Class-balanced samples of an npz, (classes, n, 3, R, R) uint8: sample i is of class i mod classes."""
+    pixels = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
+    return pixels.unflatten(0, (-1, classes)).transpose(0, 1)
+
+
+def sample_title(name: str) -> str:
+    """What a set of samples is called, from its file name RUN_STEP_cfgSCALE-LOW-HIGH."""
+    run, step, guidance = name.split("_")
+    scale = float(guidance.removeprefix("cfg").split("-")[0])
+    origin = {"joint": "Joint run", "frozen": "Run on the frozen tuned VAE"}[run]
+    return f"{origin}, step {int(step)}, " + (f"guidance {scale:g}" if scale > 1 else "no guidance")
+
+
+def embedded(picture: Image.Image, alt: str) -> str:
+    """An img element that holds its picture."""
+    file = io.BytesIO()
+    picture.save(file, "png", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def groups(rows: dict[str, Tensor]) -> str:
+    """Blocks of ten columns, each with one labelled row for every entry of `rows`, uint8 (N,3,R,R)."""
+    blocks = []
+    for first in range(0, SHOWN, A_ROW):
+        lines = [
+            f'<div class="row"><span>{name}</span>{embedded(strip(images[first : first + A_ROW], TILE), name)}</div>'
+            for name, images in rows.items()
+        ]
+        blocks.append(f'<div class="group">{"".join(lines)}</div>')
+    return "".join(blocks)
+
+
+def sample_card(title: str, images: Tensor, classes: list[str]) -> str:
+    """A card of samples with one row a class."""
+    rows = [
+        f'<div class="row"><span>{html.escape(name)}</span>{embedded(strip(row, TILE), name)}</div>'
+        for name, row in zip(classes, images, strict=True)
+    ]
+    return f'<div class="card"><h3>{title}</h3>{"".join(rows)}</div>'
+
+
+def last_mean(records: list[dict], metric: str, count: int = 20) -> float:
+    """Mean of a metric over a run's last steps."""
+    return float(np.mean([record[metric] for record in records[-count:]]))
+
+
+def tiles(quality: dict[str, dict[str, float]], logs: dict[str, list[dict]], record: dict) -> str:
+    """The numbers at the top."""
+    before, after = quality["before"], quality["after"]
+    seconds = sum(entry["seconds"] for entry in record["stages"].values())
+    numbers = {
+        f"{before['psnr']:.1f} &rarr; {after['psnr']:.1f} dB": "PSNR of held-out reconstructions, before and after",
+        f"{before['lpips']:.3f} &rarr; {after['lpips']:.3f}": "their LPIPS (lower is better)",
+        f"{last_mean(logs['joint'], 'proj_loss'):.2f}": "alignment loss at the end of joint training (-1 is perfect)",
+        f"{last_mean(logs['frozen'], 'denoising_loss'):.2f}": "diffusion loss at the end, on the frozen tuned VAE",
+        duration(seconds): "in all",
+    }
+    return "".join(f'<div class="card"><b>{value}</b><span>{what}</span></div>' for value, what in numbers.items())
+
+
+def facts(record: dict) -> str:
+    """How long, on what, when."""
+    plan = record["plan"]
+    precision = {"bf16": "bfloat16", "no": "float32"}[plan["precision"]]
+    return html.escape(
+        f"{plan['vae_steps']} steps of the VAE alone, {plan['joint_steps']} joint ones, {plan['frozen_steps']} on the "
+        f"frozen VAE, 32 images each, in {precision}, on {record['machine']}. CIFAR-10 photographs; alignment to "
+        f"EfficientNet-Lite0; PyTorch {torch.__version__}; {date.today():%d %B %Y}."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 42 s, or 3 min 05 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def stage_rows(record: dict) -> str:
+    """The table of stages."""
+    longest = max(entry["seconds"] for entry in record["stages"].values())
+    return "".join(
+        f"<tr><td><details><summary>{html.escape(entry['title'])}</summary><pre>{html.escape(entry['command'])}</pre>"
+        f'</details><div class="bar" style="width: {100 * entry["seconds"] / longest:.1f}%"></div></td>'
+        f'<td class="number">{duration(entry["seconds"])}</td>'
+        f'<td class="number">{entry["peak_bytes"] / 1e9:.1f} GB</td></tr>'
+        for entry in record["stages"].values()
+    )
