@@ -21,7 +21,7 @@ from training.diffusion import TransformerNets, TransformerStepConfig, encoder_t
 from training.distributed import unwrap
 from training.networks import (
     build_transformer_nets,
-    check_labels,
+    check_data,
     latent_shape,
     load_vae,
     transformer_draws,
@@ -65,11 +65,11 @@ def open_data(args: argparse.Namespace):
     """The cached latents that the flags name, with their images unless no encoder looks at them.
 
     Raises:
-        UserError: they are missing, of another size, or have more classes than the transformer.
+        UserError: they are missing, too few, of another size, or have more classes than the transformer.
     """
     images = None if args.enc_type == "none" else open_images(args.data_dir, args.resolution)
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
-    check_labels(latents, args.num_classes)
+    check_data(latents, args)
     if latents.shape != (shape := latent_shape(args.vae, args.resolution)):
         raise UserError(
             f"{latents.source} holds latents of {latents.shape}, but --vae {args.vae} at --resolution "

@@ -25,7 +25,7 @@ from training.distributed import frozen_call, unwrap
 from training.networks import (
     build_transformer_nets,
     build_vae_nets,
-    check_labels,
+    check_data,
     latent_shape,
     transformer_draws,
     transformer_step_options,
@@ -126,7 +126,7 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = open_images(args.data_dir, args.resolution)
-    check_labels(data, args.num_classes)
+    check_data(data, args)
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)

@@ -26,7 +26,7 @@ from training.autoencoding import (
 )
 from training.checkpoint import TrainingState, vae_files, write_atomically
 from training.distributed import unwrap
-from training.networks import build_vae_nets, latent_shape, use_tf32
+from training.networks import build_vae_nets, check_data, latent_shape, use_tf32
 from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
 from training.randomness import Draws, step_draws
@@ -92,6 +92,7 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = open_images(args.data_dir, args.resolution)
+    check_data(data, args)
     loss = cli.load_loss_config(args.loss_cfg_path)
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)

@@ -47,7 +47,9 @@ def smooth(values: list[float]) -> list[float]:
     return out
 
 
-def draw_panel(ax, metrics: dict[str, str], logs: dict[str, list[dict]], colors: dict[str, str]) -> None:
+def draw_panel(
+    ax, metrics: dict[str, str], logs: dict[str, list[dict]], colors: dict[str, str], fontsize: int = 8
+) -> None:
     """Curves of `metrics` in every run that has them. What the joint run continues, the VAE's, follows on the x axis;
     transformers start at 0 both times."""
     for metric, suffix in metrics.items():
@@ -60,8 +62,8 @@ def draw_panel(ax, metrics: dict[str, str], logs: dict[str, list[dict]], colors:
             style = "--" if suffix else "-"  # dashes, because the two alignment losses nearly coincide
             ax.plot(steps, values, color=colors[run], alpha=0.22, linewidth=0.8)
             ax.plot(steps, smooth(values), style, color=colors[run], linewidth=1.8, label=RUNS[run] + suffix)
-    ax.set_xlabel("step", fontsize=9)
-    ax.tick_params(labelsize=8, length=0)
+    ax.set_xlabel("step", fontsize=fontsize)
+    ax.tick_params(labelsize=fontsize, length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.grid(axis="y", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -78,7 +80,7 @@ def themed_svg(metrics: dict[str, str], logs: dict[str, list[dict]]) -> str:
     }
     with plt.rc_context(style):
         figure, ax = plt.subplots(figsize=(4.6, 2.7), constrained_layout=True)
-        draw_panel(ax, metrics, logs, SERIES)
+        draw_panel(ax, metrics, logs, SERIES, fontsize=11)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
         plt.close(figure)

@@ -12,7 +12,6 @@ from PIL import Image
 
 import scripts
 from files import locked
-from golden_weights import GOLDEN
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
@@ -216,51 +215,10 @@ def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
     assert len(records(output / "tracked/metrics.jsonl")) == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--model", "SiT-XL/3"), "did you mean 'SiT-XL/"),
-        (("--vae", "f16d23"), "did you mean 'f16d32'"),
-        (("--enc-type", "dinov2-vit-c"), "did you mean 'dinov2-vit-"),
-        (("--learning-rate", "-1"), "expected more than 0"),
-        (("--learning-rate", "inf"), "expected less than inf"),
-        (("--adam-beta1", "1"), "expected less than 1"),
-        (("--output-dir", "README.md"), "README.md"),
-        (
-            ("--batch-size", "5", "--gradient-accumulation-steps", "2"),
-            "--batch-size 5 (over all processes) is no multiple",
-        ),
-        (("--batch-size", "64"), "holds 18 images, fewer than --batch-size 64"),
-        (("--resolution", "64"), "holds images of 32 px, but --resolution is 64"),
-        (("--num-classes", "2"), "labels up to 2, but --num-classes is 2"),
-        (
-            ("--model", "SiT-XXS/2", "--encoder-depth", "9"),
-            "encoder depth 9 is outside this transformer's blocks 1 to 4",
-        ),
-        (("--model", "SiT-XXS/1", "--enc-type", "dinov2-vit-s"), "dinov2-vit-s gives 2x2 tokens at 32 px, but"),
-        (("--vae-ckpt", "nowhere.pt"), "VAE weights nowhere.pt: no such file"),
-        (("--vae", "f4d4-small"), "another architecture"),
-        (("--disc-pretrained-ckpt", str(GOLDEN / "lpips.npz")), "not a readable PyTorch file"),
-        (("--data-dir", "nowhere"), "run preprocessing.py"),
-        (("--loss-cfg-path", "nowhere.yaml"), "nowhere.yaml: no such file"),
-        (("--lpips-vgg-ckpt", "nowhere.pt"), "nowhere.pt: no such file"),
-    ],
-)
-def test_bad_input_is_one_clear_line(joint, flags, message):
-    _, good = joint
-    failed = run("train_repae.py", *good, "--exp-name", "bad", *flags, code=2)
-    (line,) = failed.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-
-
-def test_changed_flags_and_missing_statistics_are_refused(joint, whole_run, tiny_vae, tmp_path):
+def test_changed_flags_are_refused(joint, whole_run):
     _, flags = joint
     failed = run("train_repae.py", *flags, "--exp-name", "whole", "--seed", "1", code=2)
     assert "made with other flags (--seed 0 -> 1)" in failed.stderr
-    write_atomically(read_checkpoint(tiny_vae[1]), tmp_path / "alone.pt")
-    failed = run("train_repae.py", *flags, "--exp-name", "bad", "--vae-ckpt", tmp_path / "alone.pt", code=2)
-    assert "alone-latents-stats.pt: no such file" in failed.stderr
 
 
 def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae, tmp_path):

@@ -152,8 +152,11 @@ def optimizer_options(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-def check_labels(data, num_classes: int) -> None:
-    """Raise a UserError if a data set of dataset.py has more classes than the transformer."""
+def check_data(data, args: argparse.Namespace) -> None:
+    """Raise a UserError if a data set of dataset.py has fewer images than a batch, or more classes than the model."""
+    if len(data) < args.batch_size:
+        raise UserError(f"{data.source} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
+    num_classes = getattr(args, "num_classes", data.num_classes)  # a VAE has none
     if data.num_classes > num_classes:
         raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
 

@@ -222,13 +222,11 @@ class Run:
         and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
 
         Raises:
-            UserError: fewer images than a batch, or a loss that is not finite.
+            UserError: a loss that is not finite.
         """
         from tqdm import tqdm
 
         args = self.args
-        if len(data) < args.batch_size:
-            raise UserError(f"{args.data_dir} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
         last = min(args.max_train_steps, args.epochs * (len(data) // args.batch_size))
         order = BatchOrder(
             len(data),

@@ -1,0 +1,122 @@
+"""Files in the layout of the reference's published ones, at tiny sizes: VAEs, joint and frozen-VAE runs, HDF5 data.
+
+Published checkpoints hold their flags as an argparse.Namespace, keys carry the prefixes of wrappers, and flags that
+came later are absent.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.autoencoder import AutoencoderKL, build_vae
+from models.discriminator import PatchDiscriminator
+from models.sit import SiT, SiT_models
+
+VAE, MODEL, CLASSES, STEP = "f4d4-tiny", "SiT-XXS/2", 3, 400000
+# what the reference's args.json says of a run; ema_decay, enc_ckpt and the like did not exist
+FLAGS = {
+    "model": MODEL,
+    "vae": VAE,
+    "num_classes": CLASSES,
+    "encoder_depth": 2,
+    "resolution": 32,
+    "path_type": "linear",
+    "qk_norm": False,
+    "fused_attn": True,
+    "enc_type": "dinov2-vit-b",
+    "bn_momentum": 0.1,
+}
+STATISTICS = {"latents_scale": torch.tensor([0.5, 1, 2, 4.0]), "latents_bias": torch.tensor([0.1, -0.2, 0.3, 0.0])}
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A state dict as a wrapper saves it."""
+    return {prefix + key: value for key, value in state.items()}
+
+
+def fresh_vae(seed: int = 0) -> AutoencoderKL:
+    """A VAE of random weights."""
+    torch.manual_seed(seed)
+    return build_vae(VAE).eval()
+
+
+def fresh_sit(seed: int = 1) -> SiT:
+    """A transformer of random weights, final layer included, with the statistics above in its normaliser."""
+    torch.manual_seed(seed)
+    sit = SiT_models[MODEL](input_size=8, num_classes=CLASSES, z_dims=(24, 16), encoder_depth=2)
+    for parameter in sit.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    sit.set_latent_statistics(*(value.reshape(1, -1, 1, 1) for value in STATISTICS.values()))
+    return sit.eval()
+
+
+def write_vae(folder: Path, seed: int = 0) -> Path:
+    """A VAE's three files; returns the one of its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sdvae.pt"
+    torch.save(fresh_vae(seed).state_dict(), path)
+    torch.save(
+        {key: value.reshape(1, -1, 1, 1) for key, value in STATISTICS.items()}, folder / "sdvae-latents-stats.pt"
+    )
+    torch.save(PatchDiscriminator().state_dict(), folder / "sdvae-discriminator-ckpt.pt")
+    return path
+
+
+def optimizer_state(network: nn.Module) -> dict:
+    """What AdamW saves before its first step, over all parameters as the reference lists them."""
+    return torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0).state_dict()
+
+
+def write_run(folder: Path, joint: bool, vae_ckpt: Path | None = None, args_json: bool = True) -> Path:
+    """A run's folder with the checkpoint of step 400000; returns the checkpoint's path."""
+    (folder / "checkpoints").mkdir(parents=True)
+    sit, vae, discriminator = fresh_sit(), fresh_vae(), PatchDiscriminator()
+    flags = {**FLAGS, "vae_ckpt": str(vae_ckpt)}
+    content = {
+        "model": prefixed(sit.state_dict(), "module."),
+        "ema": prefixed(sit.state_dict(), "_orig_mod."),
+        "opt": optimizer_state(sit),
+        "args": argparse.Namespace(**flags),
+        "steps": STEP,
+    }
+    if joint:
+        content |= {
+            "vae": prefixed(vae.state_dict(), "module._orig_mod."),
+            "discriminator": prefixed(discriminator.state_dict(), "module."),
+            "opt_vae": optimizer_state(vae),
+            "opt_disc": optimizer_state(discriminator),
+        }
+    if args_json:
+        (folder / "args.json").write_text(json.dumps(flags))
+    path = folder / "checkpoints" / f"{STEP:07d}.pt"
+    torch.save(content, path)
+    return path
+
+
+def write_hdf5(folder: Path, images: list[Tensor], labels: list[int], name: str, moments: list[Tensor]) -> None:
+    """images.h5 of PNG bytes and NAME.h5 of moments, with their labels inside and their lists of names beside."""
+    import h5py
+    from PIL import Image
+
+    def write(stem: str, names: list[str], arrays: list[np.ndarray]) -> None:
+        labelled = {"labels": [[entry, label] for entry, label in zip(names, labels, strict=True)]}
+        with h5py.File(folder / f"{stem}.h5", "w") as file:
+            for entry, array in zip(names, arrays, strict=True):
+                file.create_dataset(entry, data=array)
+            file.create_dataset("dataset.json", data=np.frombuffer(json.dumps(labelled).encode(), np.uint8))
+        (folder / f"{stem}_h5.json").write_text(json.dumps([*names, "dataset.json"]))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pngs = []
+    for image in images:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
+        pngs.append(np.frombuffer(file.getvalue(), np.uint8))
+    numbers = range(len(images))
+    write("images", [f"{i // 1000:05d}/img{i:08d}.png" for i in numbers], pngs)
+    write(name, [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in numbers], [m.numpy() for m in moments])

@@ -1,0 +1,259 @@
+"""The table of docs/errors.md, row by row: each mistake gives its one line and exit code 2, and spoils nothing."""
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import files
+import preprocessing
+import published
+from images import make_data
+from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command
+from training.checkpoint import vae_files
+
+TABLE = {
+    row[0]: (row[1], row[3].strip("`"))
+    for row in (
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in (ROOT / "docs/errors.md").read_text(encoding="utf8").splitlines()
+        if line.startswith("| ") and not line.startswith("| case")
+    )
+}
+
+# case -> the flags that make the mistake, after good ones; {places} are those of the fixture
+CASES = {
+    "tree-missing": "--imagenet-path nowhere",
+    "tree-empty": "--imagenet-path {empty}",
+    "preprocessing-space": "--resolution 300000 --output-path {new}",
+    "other-resolution-there": "--resolution 16 --output-path {data}",
+    "flag-missing": "",
+    "flag-unknown": "--lerning-rate 1",
+    "flag-value": "--learning-rate -1",
+    "flag-infinite": "--learning-rate inf",
+    "flag-decay": "--adam-beta1 1",
+    "model-unknown": "--model SiT-XL/3",
+    "vae-unknown": "--vae f16d23",
+    "encoder-unknown": "--enc-type dinov2-vit-c",
+    "data-missing": "--data-dir nowhere",
+    "data-other-size": "--resolution 64",
+    "shard-missing": "--data-dir {missing}",
+    "shard-truncated": "--data-dir {truncated}",
+    "index-damaged": "--data-dir {damaged}",
+    "labels-too-many": "--num-classes 2",
+    "batch-indivisible": "--batch-size 5 --gradient-accumulation-steps 2",
+    "batch-too-large": "--batch-size 64",
+    "depth-too-deep": "--encoder-depth 9",
+    "grid-mismatch": "--model SiT-XXS/1 --enc-type dinov2-vit-s",
+    "patch-indivisible": "--data-dir {data36} --resolution 36",
+    "resolution-indivisible": "--data-dir {data34} --resolution 34",
+    "weights-missing": "--vae-ckpt {vae_folder}/nowhere.pt",
+    "weights-truncated": "--vae-ckpt {cut}",
+    "weights-other": "--vae f4d4-small",
+    "weights-checkpoint": "--vae-ckpt {joint_ckpt}",
+    "statistics-missing": "--vae-ckpt {alone}",
+    "discriminator-other": "--disc-pretrained-ckpt README.md",
+    "loss-missing": "--loss-cfg-path nowhere.yaml",
+    "lpips-missing": "--lpips-vgg-ckpt nowhere.pt",
+    "output-is-a-file": "--output-dir README.md",
+    "latents-missing": "--vae-latents-name nothing",
+    "latents-other-size": "--vae f8d4-small",
+    "latents-other-vae": "--vae-ckpt {other_vae}",
+    "latents-other-images": "--vae-latents-name other-images",
+    "latents-truncated": "--vae-latents-name truncated",
+    "latents-batch": "--batch-size 64",
+    "cache-arch-unknown": "--vae-arch f16d33",
+    "cache-weights-missing": "--vae-ckpt-path nowhere.pt",
+    "cache-weights-other": "--vae-arch f4d4-small",
+    "cache-statistics-missing": "--vae-ckpt-path {alone}",
+    "cache-name-taken": "--vae-latents-name images",
+    "cache-other-there": "--dtype float16",
+    "extract-missing": "--repae-ckpt nowhere/0400000.pt",
+    "extract-truncated": "--repae-ckpt {cut}",
+    "extract-frozen": "--repae-ckpt {frozen_ckpt}",
+    "extract-taken": "--save-dir {taken} --vae-name sdvae",
+    "run-missing": "--exp-path nowhere",
+    "run-empty": "--exp-path {empty}",
+    "step-missing": "--train-steps 5",
+    "run-of-vae": "--exp-path {vae_as_run} --train-steps 1",
+    "run-model-unknown": "--exp-path {unknown_model}",
+    "run-other-size": "--exp-path {other_size}",
+    "vae-moved": "--exp-path {moved}",
+    "vae-other": "--exp-path {frozen} --vae-ckpt {other_statistics}",
+    "vae-needless": "--vae-ckpt {vae}",
+    "interval-empty": "--guidance-low 0.7 --guidance-high 0.5",
+    "scale-below-1": "--cfg-scale 0.9",
+    "heun-sde": "--heun --mode sde",
+    "classes-wrong": "--classes 0,3",
+    "classes-text": "--classes cat,dog",
+    "path-other": "--path-type cosine",
+    "nothing-to-write": "--no-png --no-npz",
+    "samples-space": "--num-fid-samples 1000000000",
+    "samples-other-there": "--num-fid-samples 3",
+}
+
+
+def write_runs(root: Path, places: dict) -> None:
+    """Runs in the published layout: good ones, and such with wrong flags."""
+    places["joint_ckpt"] = published.write_run(root / "joint", joint=True)
+    places["frozen_ckpt"] = published.write_run(root / "frozen", joint=False, vae_ckpt=places["vae"])
+    published.write_run(root / "moved", joint=False, vae_ckpt="nowhere.pt")
+    for name, change in (("unknown_model", {"model": "SiT-XXL/2"}), ("other_size", {"resolution": 64})):
+        path = published.write_run(root / name, joint=True)
+        content = torch.load(path, weights_only=False)
+        vars(content["args"]).update(change)
+        torch.save(content, path)
+    (root / "vae_as_run/checkpoints").mkdir(parents=True)
+    shutil.copyfile(places["vae"], root / "vae_as_run/checkpoints/0000001.pt")
+    for name in ("joint", "frozen", "moved", "unknown_model", "other_size", "vae_as_run"):
+        places[name] = root / name
+
+
+def write_vaes(root: Path, places: dict) -> None:
+    """A VAE, another, one without statistics, one with others, one cut short."""
+    places["vae"], places["vae_folder"] = published.write_vae(root / "vae"), root / "vae"
+    places["other_vae"] = published.write_vae(root / "other", seed=5)
+    places["other_statistics"] = published.write_vae(root / "other-statistics")
+    statistics = {"latents_scale": torch.ones(1, 4, 1, 1), "latents_bias": torch.zeros(1, 4, 1, 1)}
+    torch.save(statistics, vae_files(places["other_statistics"]).statistics)
+    places["alone"] = shutil.copyfile(places["vae"], root / "alone.pt")
+    places["cut"] = root / "cut.pt"
+    places["cut"].write_bytes(places["vae"].read_bytes()[:5000])
+
+
+def write_data(root: Path, places: dict) -> None:
+    """Images in five shards, copies of them that lack something, and others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
+        places["data"] = make_data(root / "good", per_class=6)
+    for side in (34, 36):
+        places[f"data{side}"] = make_data(root / str(side), per_class=2, resolution=side)
+    for name in ("missing", "truncated", "damaged"):
+        places[name] = shutil.copytree(places["data"], root / name)
+    (places["missing"] / "images/00001.safetensors").unlink()
+    for path in (places["truncated"] / "images/00001.safetensors", places["damaged"] / "images/index.json"):
+        path.write_bytes(path.read_bytes()[:150])
+    places["tree"], places["empty"], places["new"] = root / "good/tree", root / "empty", root / "new"
+    places["empty"].mkdir()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, vgg_weights) -> dict:
+    """Good files and spoilt ones, by name."""
+    root = tmp_path_factory.mktemp("bad input")
+    found = {"vgg": vgg_weights, "root": root}
+    write_data(root, found)
+    write_vaes(root, found)
+    write_runs(root, found)
+    cached = call("cache_latents.py", *good_flags("cache_latents.py", found))
+    other = make_data(root / "others", per_class=4)
+    flags = ("--data-dir", other, "--vae-latents-name", "other-images")
+    cached += call("cache_latents.py", *good_flags("cache_latents.py", found), *flags)
+    assert cached[::2] == (0, 0), cached
+    shutil.copytree(found["data"] / "latents", found["data"] / "truncated")
+    path = found["data"] / "truncated/00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    found["taken"] = root / "taken"
+    published.write_vae(found["taken"] / "sdvae", seed=5)
+    assert call("generate.py", *good_flags("generate.py", found))[0] == 0
+    return found
+
+
+def good_flags(script: str, places: dict) -> list:
+    """Flags with which the script would do its work."""
+    exp = ("--exp-name", "bad", "--output-dir", places["root"] / "exps", "--data-dir", places["data"])
+    return {
+        "preprocessing.py": ["--imagenet-path", places["tree"], "--output-path", places["new"], "--num-workers", 1],
+        "train_repae.py": [
+            *(*TINY, *TINY_SIT, *exp, "--vae-ckpt", places["vae"], "--lpips-vgg-ckpt", places["vgg"]),
+        ],
+        "train_ldm_only.py": [*TINY, *TINY_SIT, *exp, "--vae-ckpt", places["vae"], "--vae-latents-name", "latents"],
+        "cache_latents.py": [
+            *("--vae-arch", published.VAE, "--vae-ckpt-path", places["vae"], "--vae-latents-name", "latents"),
+            *("--data-dir", places["data"], "--output-dir", places["data"], "--num-workers", 0),
+        ],
+        "save_vae_weights.py": ["--repae-ckpt", places.get("joint_ckpt"), "--save-dir", places["root"] / "saved"],
+        "generate.py": [
+            *("--exp-path", places.get("joint"), "--sample-dir", places["root"] / "samples"),
+            *("--num-fid-samples", 2, "--num-steps", 2),
+        ],
+    }[script]
+
+
+def contents(root: Path) -> dict[Path, int]:
+    """Every file below `root` but locks, with its time of change."""
+    paths = (path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def test_the_table_has_a_case_for_every_row_and_no_other():
+    assert TABLE.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_clear_line(places, case):
+    script, message = TABLE[case]
+    good = good_flags(script, places)
+    if case == "flag-missing":
+        good.remove("--exp-name")
+        good.remove("bad")
+    before = contents(places["root"])
+    code, stderr = call(script, *good, *(word.format(**places) for word in CASES[case].split()))
+    assert code == 2, stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    assert re.search(pattern, lines[0]), lines[0]
+    after = contents(places["root"])
+    assert all(after.get(path) == time for path, time in before.items()), "something was changed"
+
+
+def test_no_space_for_latents(places, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    code, stderr = call("cache_latents.py", *good_flags("cache_latents.py", places), "--vae-latents-name", "more")
+    assert (code, stderr.count("error: ")) == (2, 1)
+    assert "no space left for the latents" in stderr
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_ends_training_with_one_line_and_keeps_the_last_checkpoint(places):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+
+    flags = [*good_flags("train_repae.py", places), "--exp-name", "full", "--max-train-steps", "1"]
+    done = subprocess.run(command("train_repae.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    checkpoint = places["root"] / "exps/full/checkpoints/0000001.pt"
+    before = checkpoint.read_bytes()
+    assert len(before) > 20_000_000
+    flags[-1] = "2"
+    done = subprocess.run(
+        command("train_repae.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    assert "Traceback" not in done.stderr
+    assert checkpoint.read_bytes() == before
+    assert os.listdir(checkpoint.parent) == [checkpoint.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["preprocessing.py", "train_repae.py", "train_ldm_only.py", "generate.py"])
+def test_as_a_process_too_it_is_one_line(places, script):
+    wrong = {
+        "preprocessing.py": ("--imagenet-path", "nowhere"),
+        "train_repae.py": ("--batch-size", "5", "--gradient-accumulation-steps", "2"),
+        "train_ldm_only.py": ("--vae-ckpt", places["other_vae"]),
+        "generate.py": ("--path-type", "cosine"),
+    }[script]
+    done = subprocess.run(
+        command(script, *good_flags(script, places), *wrong), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line[:7]) == (2, "error: ")

@@ -1,0 +1,205 @@
+"""Cached latents and the reference's HDF5 data, as training reads them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import preprocessing
+import published
+from dataset import ImageDataset, open_images, open_latents
+from errors import UserError
+from images import make_data
+from models.autoencoder import pixels_to_image
+from scripts import call
+from train_ldm_only import check_vae
+from training.checkpoint import fingerprint
+
+
+def cache(data, vae, *flags, name="latents", code=0) -> str:
+    """Run cache_latents.py in this process, check its exit code and give back what it said on stderr."""
+    paths = ("--data-dir", data, "--output-dir", data, "--vae-ckpt-path", vae, "--vae-latents-name", name)
+    options = ("--vae-arch", published.VAE, "--num-workers", "0", "--pproc-batch-size", "3")
+    found, stderr = call("cache_latents.py", *options, *paths, *flags)
+    assert found == code, stderr
+    return stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eighteen images in five shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
+        return make_data(tmp_path_factory.mktemp("sharded"), per_class=6)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return published.write_vae(tmp_path_factory.mktemp("vae"))
+
+
+@torch.no_grad()
+def moments_of(pixels: torch.Tensor) -> torch.Tensor:
+    posterior = published.fresh_vae().encode(pixels_to_image(pixels[None]))
+    return torch.cat([posterior.mean, posterior.std], dim=1)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, vae, dtype):
+    cache(data, vae, "--dtype", dtype, "--mirrored", name=dtype)
+    images = open_images(data)
+    latents = open_latents(data, dtype, images)
+    assert (len(latents), latents.shape) == (36, (4, 8, 8))
+    tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == "float16" else {"atol": 1e-5, "rtol": 1e-5}
+    for i in (0, 5, 17):
+        pixels, label, moments = latents[i]
+        assert torch.equal(pixels, images[i][0])
+        assert label == images[i][1]
+        assert moments.dtype == torch.float32
+        torch.testing.assert_close(moments, moments_of(pixels), **tolerance)
+        mirrored, label_again, moments = latents[18 + i]
+        assert torch.equal(mirrored, pixels.flip(-1))
+        assert label_again == label
+        torch.testing.assert_close(moments, moments_of(mirrored), **tolerance)
+    stored = (data / dtype / "00001.safetensors").stat().st_size
+    rows = 4 * 2 * 8 * 8 * 8 * (2 if dtype == "float16" else 4)
+    assert rows < stored < rows + 1000
+
+
+def test_the_index_holds_the_vaes_fingerprint_and_statistics(data, vae):
+    cache(data, vae, name="indexed")
+    index = json.loads((data / "indexed/index.json").read_text())
+    assert index["vae_fingerprint"] == fingerprint(published.fresh_vae().state_dict())
+    for key, value in published.STATISTICS.items():
+        assert index["statistics"][key] == pytest.approx(value.tolist())
+    assert index["shards"] == [{"file": f"{i:05d}.safetensors", "images": min(4, 18 - 4 * i)} for i in range(5)]
+    assert torch.equal(open_latents(data, "indexed")[3][0], torch.empty(0, dtype=torch.uint8))
+
+
+def test_caching_again_makes_only_what_is_missing_or_cut_short(data, vae):
+    cache(data, vae, name="again")
+    folder = data / "again"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    kept = [torch.stack([open_latents(data, "again")[i][2] for i in range(18)])]
+    (folder / "00001.safetensors").unlink()
+    cut = (folder / "00003.safetensors").read_bytes()
+    (folder / "00003.safetensors").write_bytes(cut[: len(cut) // 2])
+    cache(data, vae, name="again")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert {name for name in after if after[name] != before[name]} == {"00001.safetensors", "00003.safetensors"}
+    assert torch.equal(kept[0], torch.stack([open_latents(data, "again")[i][2] for i in range(18)]))
+
+
+def test_another_vae_images_or_form_in_the_same_folder_are_refused(data, vae, tmp_path):
+    cache(data, vae, name="taken")
+    other = published.write_vae(tmp_path / "other", seed=5)
+    for flags in (("--vae-ckpt-path", other), ("--dtype", "float16"), ("--mirrored",)):
+        assert "holds shards of another VAE" in cache(data, vae, *flags, name="taken", code=2)
+    assert len(open_latents(data, "taken")) == 18
+
+
+class Printer:
+    def print(self, text: str) -> None:
+        self.text = text
+
+
+def test_latents_of_another_vae_or_other_images_are_refused_at_training(data, vae, tmp_path):
+    from argparse import Namespace
+
+    cache(data, vae, name="checked")
+    latents, args = open_latents(data, "checked"), Namespace(vae_ckpt="vae.pt")
+    good = fingerprint(published.fresh_vae().state_dict())
+    statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
+    check_vae(latents, good, statistics, args, Printer())
+    with pytest.raises(UserError, match="other VAE weights than those of --vae-ckpt vae.pt"):
+        check_vae(latents, fingerprint(published.fresh_vae(5).state_dict()), statistics, args, Printer())
+    with pytest.raises(UserError, match=r"other statistics \(latents_bias\)"):
+        check_vae(latents, good, (statistics[0], statistics[1] + 1e-3), args, Printer())
+    other = make_data(tmp_path, per_class=2)
+    with pytest.raises(UserError, match="latents of other images"):
+        open_latents(data, "checked", ImageDataset(other))
+
+
+def test_fingerprint_sees_every_value_and_no_prefix():
+    state = published.fresh_vae().state_dict()
+    shuffled = dict(reversed(published.prefixed(state, "module._orig_mod.").items()))
+    before = fingerprint(state)
+    assert before == fingerprint(shuffled)
+    state["decoder.conv_out.bias"][0] += 1e-6
+    assert before != fingerprint(state)
+
+
+@pytest.fixture(scope="module")
+def hdf5(data, tmp_path_factory):
+    """The images of `data` and their moments in the reference's HDF5 layout."""
+    images = open_images(data)
+    pixels, labels = zip(*(images[i] for i in range(len(images))), strict=True)
+    folder = tmp_path_factory.mktemp("hdf5")
+    published.write_hdf5(folder, list(pixels), list(labels), "e2e-vavae", [moments_of(image) for image in pixels])
+    return folder
+
+
+def test_the_references_hdf5_is_read_as_it_is(data, hdf5):
+    from torch.utils.data import DataLoader
+
+    shards, images = open_images(data), open_images(hdf5, 32)
+    latents = open_latents(hdf5, "e2e-vavae", images)
+    assert (len(images), images.num_classes, images.resolution) == (18, 3, 32)
+    assert (latents.shape, latents.vae_fingerprint) == ((4, 8, 8), None)
+    batches = DataLoader(latents, 5, num_workers=2)  # every worker opens its own handle
+    rows = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    for i in range(18):
+        assert torch.equal(rows[0][i], shards[i][0])
+        assert rows[1][i] == shards[i][1]
+        torch.testing.assert_close(rows[2][i], moments_of(shards[i][0]))
+
+
+def test_latents_can_be_cached_from_hdf5_images(data, hdf5, vae):
+    cache(hdf5, vae, name="from-h5")
+    cache(data, vae, name="from-shards")
+    one, two = open_latents(hdf5, "from-h5", open_images(hdf5)), open_latents(data, "from-shards")
+    for i in range(18):
+        torch.testing.assert_close(one[i][2], two[i][2])
+
+
+@pytest.mark.parametrize("damage", ["no list", "bad list", "no label", "cut", "missing", "other labels"])
+def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, damage):
+    import shutil
+
+    folder = shutil.copytree(hdf5, tmp_path / "copy")
+    listing = folder / "images_h5.json"
+    names = json.loads(listing.read_text())
+    if damage == "no list":
+        listing.unlink()
+    elif damage == "bad list":
+        listing.write_text("{")
+    elif damage == "no label":
+        listing.write_text(json.dumps([*names, "00000/more.png"]))
+    elif damage == "cut":
+        content = (folder / "images.h5").read_bytes()
+        (folder / "images.h5").write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        import h5py
+
+        with h5py.File(folder / "images.h5", "a") as file:
+            del file[names[0]]
+    else:
+        listing.write_text(json.dumps(names[1:]))
+    with pytest.raises(UserError) as error:
+        open_latents(folder, "e2e-vavae", open_images(folder))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_pixels_stored_as_arrays_are_read_too(tmp_path):
+    import h5py
+
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3)).astype(np.uint8)
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        file.create_dataset("0.npy", data=pixels)
+        file.create_dataset("dataset.json", data=json.dumps({"labels": [["0.npy", 2]]}))
+    (tmp_path / "images_h5.json").write_text('["0.npy"]')
+    image, label = open_images(tmp_path)[0]
+    assert label == 2
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
