@@ -37,3 +37,25 @@ def tiny_vae(tmp_path_factory, tiny_data, vgg_weights) -> tuple[Path, Path]:
     flags = ("--exp-name", "vae", "--output-dir", output, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
     run("train_vae.py", *TINY, *flags, "--max-train-steps", 5, "--sampling-steps", 5)
     return output, output / "vae" / "vae.pt"
+
+
+@pytest.fixture(scope="session")
+def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
+    """Flags of a tiny joint run into a folder of its own, without its name and length."""
+    from scripts import TINY, TINY_SIT
+    from training.checkpoint import vae_files
+
+    output = tmp_path_factory.mktemp("joint")
+    paths = ("--output-dir", output, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    vae = ("--vae-ckpt", tiny_vae[1], "--disc-pretrained-ckpt", vae_files(tiny_vae[1]).discriminator)
+    return output, (*TINY, *TINY_SIT, *paths, *vae)
+
+
+@pytest.fixture(scope="session")
+def whole_run(joint):
+    """An uninterrupted joint run of LAST steps (eight epochs), with pictures on the way."""
+    from scripts import LAST, run
+
+    output, flags = joint
+    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--sampling-steps", LAST // 2)
+    return output / "whole"

@@ -28,7 +28,8 @@ FLAGS = {
     "path_type": "linear",
     "qk_norm": False,
     "fused_attn": True,
-    "enc_type": "dinov2-vit-b",
+    "enc_type": "efficientnet-lite0",
+    "cfg_prob": 0.3,
     "bn_momentum": 0.1,
 }
 STATISTICS = {"latents_scale": torch.tensor([0.5, 1, 2, 4.0]), "latents_bias": torch.tensor([0.1, -0.2, 0.3, 0.0])}
@@ -48,7 +49,7 @@ def fresh_vae(seed: int = 0) -> AutoencoderKL:
 def fresh_sit(seed: int = 1) -> SiT:
     """A transformer of random weights, final layer included, with the statistics above in its normaliser."""
     torch.manual_seed(seed)
-    sit = SiT_models[MODEL](input_size=8, num_classes=CLASSES, z_dims=(24, 16), encoder_depth=2)
+    sit = SiT_models[MODEL](input_size=8, num_classes=CLASSES, z_dims=(112,), encoder_depth=2)
     for parameter in sit.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

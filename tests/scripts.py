@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from errors import run_script
+from training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+LAST = 32  # steps of the joint run that others are compared to
 TINY = (
     *("--report-to", "none", "--mixed-precision", "no", "--num-workers", "1", "--resolution", "32"),
     *("--batch-size", "4", "--vae", "f4d4-tiny"),
@@ -25,6 +28,11 @@ TINY_SIT = (
     *("--model", "SiT-XXS/2", "--num-classes", "3", "--encoder-depth", "2"),
     *("--enc-type", "efficientnet-lite0", "--cfg-prob", "0.3", "--ema-decay", "0.9"),
 )
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    """What launches a script on several processes."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
 
 
 def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -68,3 +76,23 @@ def records(path: Path) -> list[dict]:
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two nested structures are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(a: Path, b: Path, last: int = LAST) -> None:
+    """Two runs' last checkpoints and logs agree bit for bit."""
+    one, two = (read_checkpoint(path / "checkpoints" / f"{last:07d}.pt") for path in (a, b))
+    for part in one.keys() - {"args"}:
+        assert equal(one[part], two[part]), f"{part} differs"
+    assert [record["step"] for record in records(b / "metrics.jsonl")] == list(range(1, last + 1))
+    assert records(a / "metrics.jsonl") == records(b / "metrics.jsonl")

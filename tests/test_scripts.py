@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,53 +15,15 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import TINY, TINY_SIT, interrupt, records, run
+from scripts import LAST, TINY, assert_same_run, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
-LAST = 32
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
 JOINT_METRICS = (
     *("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "vae_align_loss", "vae_loss", "psnr"),
     *("grad_norm_vae", "d_loss", "grad_norm_disc", "denoising_loss", "proj_loss", "grad_norm_sit"),
 )
-
-
-@pytest.fixture(scope="module")
-def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
-    """Flags of a tiny joint run into a folder of its own, without its name and length."""
-    output = tmp_path_factory.mktemp("joint")
-    paths = ("--output-dir", output, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    vae = ("--vae-ckpt", tiny_vae[1], "--disc-pretrained-ckpt", vae_files(tiny_vae[1]).discriminator)
-    return output, (*TINY, *TINY_SIT, *paths, *vae)
-
-
-@pytest.fixture(scope="module")
-def whole_run(joint):
-    """An uninterrupted joint run of LAST steps (eight epochs), with pictures on the way."""
-    output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--sampling-steps", LAST // 2)
-    return output / "whole"
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Two runs' last checkpoints and logs agree bit for bit."""
-    one, two = (read_checkpoint(path / "checkpoints" / f"{LAST:07d}.pt") for path in (a, b))
-    for part in one.keys() - {"args"}:
-        assert equal(one[part], two[part]), f"{part} differs"
-    assert [record["step"] for record in records(b / "metrics.jsonl")] == list(range(1, LAST + 1))
-    assert records(a / "metrics.jsonl") == records(b / "metrics.jsonl")
 
 
 def test_train_vae_writes_the_three_files(tiny_vae):
@@ -139,7 +100,7 @@ def test_a_finished_run_stays_finished(joint, whole_run):
 
 def test_two_processes_equal_one(joint, whole_run):
     output, flags = joint
-    done = run("train_repae.py", *flags, "--exp-name", "two", "--max-train-steps", 2, launcher=TORCHRUN)
+    done = run("train_repae.py", *flags, "--exp-name", "two", "--max-train-steps", 2, launcher=torchrun(2))
     assert "4 images a step = 2 processes x 1 accumulation steps x 2" in done.stdout + done.stderr
     log = records(output / "two/metrics.jsonl")
     assert [record["step"] for record in log] == [1, 2]

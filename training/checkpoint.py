@@ -24,7 +24,11 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def write_atomically(data: object, path: Path) -> None:
-    """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one."""
+    """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one.
+
+    Raises:
+        OSError: it cannot be written, for want of space above all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,14 +37,21 @@ def write_atomically(data: object, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise failed_write(error) or error from None
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def failed_write(error: BaseException) -> OSError | None:
+    """The OSError in whose handling `error` arose, if any: torch.save reports a full disk as trouble with its zip."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:

@@ -1,0 +1,228 @@
+"""Sampling: draws that depend on seed and index alone, files that are exactly what was asked for."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import published
+from models.autoencoder import image_to_pixels
+from sample_files import SampleFiles, read_npz
+from samplers import Guidance, sample_ode
+from scripts import call
+from training.checkpoint import fingerprint
+from training.experiment import load_experiment
+from training.randomness import generator_for
+
+STEP = published.STEP
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A joint and a frozen-VAE run in the published layout."""
+    root = tmp_path_factory.mktemp("published")
+    published.write_run(root / "joint", joint=True)
+    published.write_run(root / "frozen", joint=False, vae_ckpt=published.write_vae(root / "vae"), args_json=False)
+    return root
+
+
+def sample(run, folder, *flags, count=7):
+    """Run generate.py in this process; the path of the samples without suffix."""
+    flags = ("--exp-path", run, "--sample-dir", folder, "--num-fid-samples", count, "--num-steps", 3, *flags)
+    code, stderr = call("generate.py", *flags)
+    assert code == 0, stderr
+    (manifest,) = folder.glob("*.json")
+    return manifest.with_suffix("")
+
+
+def pixels_of(path) -> np.ndarray:
+    """The samples in an npz."""
+    return np.load(path.with_name(path.name + ".npz"))["arr_0"]
+
+
+def test_draws_are_functions_of_seed_and_index():
+    def draws(seed, indices):
+        return list(islice(generate.sampling_noise(seed, indices, SHAPE), 4))
+
+    together = draws(0, list(range(6)))
+    for indices in ([0, 1, 2], [3], [5, 4]):
+        for whole, part in zip(together, draws(0, indices), strict=True):
+            assert torch.equal(whole[indices], part)
+    assert not torch.equal(together[0][1], draws(1, [0])[0][0])  # (seed 0, index 1) is not (seed 1, index 0)
+    assert not torch.equal(together[0], together[1])
+    everything = torch.stack(together)
+    assert abs(float(everything.mean())) < 0.03
+    assert float(everything.std()) == pytest.approx(1, abs=0.03)
+
+
+def label_of(flags: list[str], index: int, classes: int = 10) -> int:
+    return generate.sample_label(generate.parse_args(["--exp-path", "x", *flags]), classes, index)
+
+
+def test_labels():
+    assert [label_of(["--labels", "balanced"], i) for i in range(12)] == [*range(10), 0, 1]
+    assert [label_of(["--classes", "7,2"], i) for i in range(4)] == [7, 2, 7, 2]
+    random = [label_of([], i) for i in range(400)]
+    assert set(random) == set(range(10))
+    assert max(random.count(label) for label in range(10)) < 70
+    assert random[:50] == [label_of([], i) for i in range(50)]
+    assert random[:50] != [label_of(["--global-seed", "1"], i) for i in range(50)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["joint", "frozen"])
+def test_a_published_run_is_sampled_by_its_average_and_its_vae(runs, tmp_path, name):
+    path = sample(runs / name, tmp_path, "--cfg-scale", 2, "--guidance-high", 0.8, "--labels", "balanced", count=3)
+    assert path.name == f"{name}_0400000_cfg2.0-0.0-0.8"
+    sit, vae = published.fresh_sit(), published.fresh_vae()
+    noise = torch.stack([torch.randn(SHAPE, generator=generator_for(0, "sample", i)) for i in range(3)])
+    guidance = Guidance(2.0, null_label=3, low=0.0, high=0.8)
+    z_norm = sample_ode(lambda x, t, y: sit(x, t, y)[0], noise, torch.arange(3), 3, guidance)
+    scale, bias = (value.reshape(1, 4, 1, 1) for value in published.STATISTICS.values())
+    expected = image_to_pixels(vae.decode((z_norm / scale + bias).float())).permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 10
+    assert np.abs(pixels_of(path).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("flags", [("--mode", "ode"), ("--mode", "ode", "--heun"), ("--mode", "sde")])
+def test_samples_do_not_depend_on_the_batch(runs, tmp_path, flags):
+    one = pixels_of(sample(runs / "joint", tmp_path / "one", *flags, "--no-png", "--pproc-batch-size", 1))
+    all_at_once = pixels_of(sample(runs / "joint", tmp_path / "all", *flags, "--no-png", "--pproc-batch-size", 7))
+    assert np.abs(one.astype(int) - all_at_once).max() <= 1
+    assert np.abs(one[0].astype(int) - one[1]).max() > 10
+
+
+def test_sampler_flags_change_the_samples(runs, tmp_path):
+    made = {
+        flags: pixels_of(sample(runs / "joint", tmp_path / "-".join(flags), "--no-png", *flags, count=2)).tobytes()
+        for flags in (
+            *((), ("--heun",), ("--mode", "sde"), ("--cfg-scale", "4"), ("--guidance-low", "0.5")),
+            *(("--guidance-high", "0.5"), ("--global-seed", "1"), ("--num-steps", "5"), ("--classes", "1")),
+        )
+    }
+    assert len(set(made.values())) == len(made)
+
+
+def test_pngs_and_npz_hold_the_same_and_nothing_else(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + ".json", path.name + ".npz"]
+    assert [entry.name for entry in sorted(path.iterdir())] == [f"{i:06d}.png" for i in range(7)]
+    stored = np.load(tmp_path / (path.name + ".npz"))
+    assert stored.files == ["arr_0"]
+    assert (stored["arr_0"].shape, stored["arr_0"].dtype) == ((7, 32, 32, 3), np.uint8)
+    for i, row in enumerate(stored["arr_0"]):
+        assert np.array_equal(row, np.asarray(Image.open(path / f"{i:06d}.png")))
+    assert np.array_equal(np.stack(list(read_npz(tmp_path / (path.name + ".npz")))), stored["arr_0"])
+
+
+def test_either_alone_by_flag(runs, tmp_path):
+    both = pixels_of(sample(runs / "joint", tmp_path / "both"))
+    only_npz = sample(runs / "joint", tmp_path / "npz", "--no-png")
+    assert not only_npz.exists()
+    assert np.array_equal(pixels_of(only_npz), both)
+    only_png = sample(runs / "joint", tmp_path / "png", "--no-npz")
+    assert len(list(only_png.glob("*.png"))) == 7
+    assert not list((tmp_path / "png").glob("*.npz"))
+
+
+def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
+    path = sample(runs / "frozen", tmp_path, "--mode", "sde", "--cfg-scale", 1.5, "--guidance-low", 0.1, count=2)
+    manifest = json.loads((tmp_path / (path.name + ".json")).read_text())
+    assert manifest["samples"] == {
+        "experiment": "frozen",
+        "train_steps": STEP,
+        "model": "SiT-XXS/2",
+        "vae": "f4d4-tiny",
+        "count": 2,
+        "resolution": 32,
+        "num_classes": 3,
+        "labels": "random",
+        "seed": 0,
+        "mode": "sde",
+        "num_steps": 3,
+        "heun": False,
+        "path_type": "linear",
+        "time_convention": "t=0 data, t=1 noise",
+        "cfg_scale": 1.5,
+        "guidance_low": 0.1,
+        "guidance_high": 1.0,
+        "mixed_precision": "no",
+        "tf32": True,
+        "pixels": "rounded",
+        "model_fingerprint": fingerprint(published.fresh_sit().state_dict()),
+        "vae_fingerprint": fingerprint(published.fresh_vae().state_dict()),
+    }
+    assert manifest["made_with"]["torch"] == torch.__version__
+
+
+def test_an_interrupted_set_is_finished_from_what_is_there(runs, tmp_path):
+    whole = pixels_of(sample(runs / "joint", tmp_path / "whole"))
+    path = sample(runs / "joint", tmp_path / "again")
+    npz = path.with_name(path.name + ".npz")
+    npz.unlink()  # as if it had stopped before the npz: three samples in parts, two PNGs missing
+    files = SampleFiles(tmp_path / "again", path.name, 7, 32, png=True, npz=True)
+    files.parts.mkdir()
+    mark = np.full((3, 32, 32, 3), 7, np.uint8)
+    files.write([1, 2, 5], mark)
+    (files.parts / "000004-1.npz").write_bytes(b"cut short")
+    (path / "000003.png").unlink()
+    assert files.missing() == [0, 3, 4, 6]
+    kept = (path / "000002.png").stat().st_mtime_ns
+    sample(runs / "joint", tmp_path / "again")
+    result = pixels_of(path)
+    assert np.array_equal(result[[1, 2, 5]], mark)
+    assert np.abs(result[[0, 3, 4, 6]].astype(int) - whole[[0, 3, 4, 6]]).max() <= 1
+    assert (path / "000002.png").stat().st_mtime_ns == kept
+    assert len(list(path.glob("*.png"))) == 7
+    assert not files.parts.exists()
+
+
+def test_a_finished_set_stays_as_it_is(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    before = {entry: entry.stat().st_mtime_ns for entry in tmp_path.rglob("*") if entry.is_file()}
+    sample(runs / "joint", tmp_path, "--pproc-batch-size", 2)
+    assert before == {entry: entry.stat().st_mtime_ns for entry in tmp_path.rglob("*") if entry.is_file()}
+    assert path.exists()
+
+
+def test_samples_of_unknown_origin_are_refused(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    path.with_name(path.name + ".json").unlink()
+    flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 7, "--num-steps", 3)
+    code, stderr = call("generate.py", *flags)
+    assert code == 2
+    assert "no joint_0400000_cfg1.5-0.0-1.0.json says how it was made" in stderr
+
+
+@pytest.mark.parametrize("kept", [("--no-png", "--no-npz"), ("--no-png",), ("--no-npz",)])
+def test_grid_shows_a_row_a_class(runs, tmp_path, kept):
+    path = sample(runs / "joint", tmp_path, "--classes", "2,0,1", "--grid", *kept, count=12)
+    picture = np.asarray(Image.open(path.with_name(path.name + ".png")))
+    assert picture.shape == (3 * 34 + 2, 4 * 34 + 2, 3)
+    if "--no-npz" not in kept:
+        pixels = pixels_of(path)
+        for row in range(3):
+            for column in range(4):
+                tile = picture[2 + 34 * row : 34 * (row + 1), 2 + 34 * column : 34 * (column + 1)]
+                assert np.array_equal(tile, pixels[3 * column + row])
+    assert not path.with_name(path.name + ".parts").exists()
+
+
+def test_a_checkpoint_without_label_dropping_has_no_guidance(tmp_path):
+    path = published.write_run(tmp_path / "run", joint=True)
+    content = torch.load(path, weights_only=False)
+    for part in ("model", "ema"):
+        (key,) = (key for key in content[part] if key.endswith("embedding_table.weight"))
+        content[part][key] = content[part][key][:3].clone()
+    torch.save(content, path)
+    assert load_experiment(tmp_path / "run", None, None).sit.null_label is None
+    flags = ("--exp-path", tmp_path / "run", "--sample-dir", tmp_path / "samples", "--num-fid-samples", 2)
+    code, stderr = call("generate.py", *flags)
+    assert code == 2
+    assert "the run was trained without dropping labels" in stderr
+    sample(tmp_path / "run", tmp_path / "samples", "--cfg-scale", 1, count=2)

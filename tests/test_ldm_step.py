@@ -1,0 +1,111 @@
+"""The step on cached latents: what it samples, normalises by and leaves alone."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+import published
+from models.autoencoder import pixels_to_image
+from train_ldm_only import ldm_step
+from training.diffusion import TransformerNets, TransformerStepConfig
+from training.ema import copy_for_ema
+from training.precision import Optimizer
+from training.randomness import Draws, Rows
+from training.run import Batch
+from transport import interpolate
+
+CPU = torch.device("cpu")
+CONFIG = TransformerStepConfig(autocast=contextlib.nullcontext, ema_decay=0.5)
+
+
+def nets(encoders=(), **options) -> TransformerNets:
+    sit = published.fresh_sit().train()
+    optimizer = Optimizer(sit.parameters(), CPU, **options)
+    return TransformerNets(sit=sit, ema=copy_for_ema(sit), encoders=list(encoders), opt_sit=optimizer)
+
+
+def batch_and_draws(count: int = 4) -> tuple[Batch, Draws]:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(count, 4, 8, 8, generator=generator)
+
+    moments = torch.cat([normal(), normal().abs() + 0.1], dim=1)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    batch = Batch(pixels, torch.arange(count) % 3, 0, Rows(0, count), moments)
+    drop = torch.arange(count) % 2 == 1
+    return batch, Draws(normal(), normal(), torch.rand(count, generator=generator), drop)
+
+
+def test_loss_is_the_formulas_on_a_sample_of_the_cached_posterior():
+    batch, draws = batch_and_draws()
+    mine = nets()
+    before = copy.deepcopy(mine.sit)
+    metrics = ldm_step(mine, batch, draws, CONFIG)
+    mean, std = batch.moments[:, :4], batch.moments[:, 4:]
+    scale, bias = (value.reshape(1, 4, 1, 1) for value in published.STATISTICS.values())
+    z_norm = (mean + std * draws.posterior - bias) / (scale**-2 + 1e-4).sqrt()
+    x_t, velocity = interpolate("linear", z_norm, draws.noise, draws.t)
+    labels = torch.where(draws.drop, torch.tensor(3), batch.labels)
+    with torch.no_grad():
+        expected = (before(x_t, draws.t, labels)[0] - velocity).square().mean()
+    torch.testing.assert_close(metrics["denoising_loss"], expected)
+    assert "proj_loss" not in metrics
+
+
+def test_latent_statistics_stay_and_everything_else_moves():
+    batch, draws = batch_and_draws()
+    mine = nets(encoders=[lambda pixels: pixels.float().flatten(1)[:, : 16 * 112].unflatten(1, (16, 112))])
+    before = copy.deepcopy(mine.sit.state_dict())
+    metrics = ldm_step(mine, batch, draws, CONFIG)
+    assert -1 <= float(metrics["proj_loss"]) <= 1
+    for key, value in mine.sit.state_dict().items():
+        fixed = key.startswith("bn.") or key == "pos_embed"
+        assert torch.equal(value, before[key]) == fixed, key
+        average = mine.ema.state_dict()[key]
+        torch.testing.assert_close(average, (before[key] + value) / 2 if value.is_floating_point() else value)
+
+
+def test_gradients_are_clipped():
+    batch, draws = batch_and_draws()
+    mine = nets(max_grad_norm=1e-3)
+    norms = []
+
+    def record(*_) -> None:
+        norms.append(torch.stack([p.grad.norm() for p in mine.opt_sit.parameters if p.grad is not None]).norm())
+
+    mine.opt_sit.adamw.register_step_pre_hook(record)
+    assert float(ldm_step(mine, batch, draws, CONFIG)["grad_norm_sit"]) > 1e-2
+    assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_training_from_a_cache_equals_moments_computed_on_the_fly(tmp_path, tiny_data):
+    from dataset import open_images, open_latents
+    from scripts import call
+
+    vae_path = published.write_vae(tmp_path / "vae")
+    paths = ("--data-dir", tiny_data, "--output-dir", tmp_path, "--vae-ckpt-path", vae_path)
+    flags = ("--vae-arch", published.VAE, "--vae-latents-name", "cache", "--num-workers", 0, "--pproc-batch-size", 5)
+    assert call("cache_latents.py", *paths, *flags)[0] == 0
+    images = open_images(tiny_data)
+    cached = open_latents(tmp_path, "cache")
+    vae = published.fresh_vae()
+    runs = {"cache": nets(), "fly": nets()}
+    for step in range(4):
+        _, draws = batch_and_draws()
+        rows = range(4 * step, 4 * step + 4)
+        pixels = torch.stack([images[i][0] for i in rows])
+        labels = torch.tensor([images[i][1] for i in rows])
+        with torch.no_grad():
+            posterior = vae.encode(pixels_to_image(pixels))
+        moments = {
+            "cache": torch.stack([cached[i][2] for i in rows]),
+            "fly": torch.cat([posterior.mean, posterior.std], dim=1),
+        }
+        one, two = (
+            ldm_step(runs[name], Batch(pixels, labels, step, Rows(0, 4), moments[name]), draws, CONFIG) for name in runs
+        )
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,190 @@
+"""From a joint checkpoint to samples, as a user types it: subprocesses, one and several, ours and published files."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import preprocessing
+import published
+from dataset import open_images, open_latents
+from images import make_data
+from models.autoencoder import build_vae
+from models.discriminator import PatchDiscriminator
+from models.sit import SiT_models
+from scripts import LAST, TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
+from training.checkpoint import load_weights, read_checkpoint, read_latent_statistics, vae_files
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A published joint run, its VAE extracted by the script, and images in five shards with its latents."""
+    root = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
+        make_data(root, per_class=6)
+    checkpoint = published.write_run(root / "published", joint=True)
+    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
+    run("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
+    return root
+
+
+def cache_flags(root: Path) -> tuple:
+    """Flags of cache_latents.py but for the name."""
+    paths = ("--data-dir", root / "data", "--output-dir", root / "data", "--vae-ckpt-path", root / "vaes/e2e/e2e.pt")
+    return (*paths, "--vae-arch", published.VAE, "--num-workers", 1, "--pproc-batch-size", 3)
+
+
+def frozen_flags(root: Path, name: str) -> tuple:
+    """Flags of a tiny run on the cached latents but for its length."""
+    paths = ("--data-dir", root / "data", "--output-dir", root / "exps", "--vae-ckpt", root / "vaes/e2e/e2e.pt")
+    return (*TINY, *TINY_SIT, *paths, "--vae-latents-name", "one", "--exp-name", name)
+
+
+@pytest.fixture(scope="module")
+def frozen(world) -> Path:
+    """An uninterrupted frozen-VAE run of LAST steps."""
+    run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
+    return world / "exps/whole"
+
+
+def test_the_extracted_vae_is_the_published_runs(world):
+    files = vae_files(world / "vaes/e2e/e2e.pt")
+    vae, discriminator = build_vae(published.VAE), PatchDiscriminator()
+    vae.load_state_dict(torch.load(files.weights, weights_only=True))
+    for key, value in published.fresh_vae().state_dict().items():
+        assert torch.equal(vae.state_dict()[key], value)
+    discriminator.load_state_dict(torch.load(files.discriminator, weights_only=True))
+    scale, bias = read_latent_statistics(files.weights, 4)
+    torch.testing.assert_close(scale.flatten(), published.STATISTICS["latents_scale"])
+    torch.testing.assert_close(bias.flatten(), published.STATISTICS["latents_bias"])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_caching_gives_the_same_rows_on_any_number_of_processes(world, processes):
+    name = f"by-{processes}"
+    run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=torchrun(processes))
+    one, several = open_latents(world / "data", "one"), open_latents(world / "data", name)
+    assert len(several) == 18
+    for i in range(18):
+        assert several[i][1] == one[i][1]
+        assert torch.equal(several[i][2], one[i][2])
+    indices = [json.loads((world / "data" / folder / "index.json").read_text()) for folder in ("one", name)]
+    assert indices[0] == indices[1]
+
+
+def test_a_frozen_run_writes_what_the_references_does(frozen):
+    checkpoint = torch.load(frozen / f"checkpoints/{LAST:07d}.pt", weights_only=True)
+    assert {"model", "ema", "opt", "args", "steps"} < checkpoint.keys()
+    assert not {"vae", "discriminator"} & checkpoint.keys()
+    assert checkpoint["args"] == json.loads((frozen / "args.json").read_text())
+    assert checkpoint["args"]["vae_latents_name"] == "one"
+    sit = SiT_models[published.MODEL](input_size=8, num_classes=3, z_dims=(112,), encoder_depth=2)
+    for part in ("model", "ema"):
+        sit.load_state_dict(checkpoint[part])
+        torch.testing.assert_close(sit.latent_statistics()[0].flatten(), published.STATISTICS["latents_scale"])
+        torch.testing.assert_close(sit.latent_statistics()[1].flatten(), published.STATISTICS["latents_bias"])
+    log = records(frozen / "metrics.jsonl")
+    assert [record["step"] for record in log] == list(range(1, LAST + 1))
+    assert {"denoising_loss", "proj_loss", "grad_norm_sit"} < log[0].keys()
+    assert [path.name for path in (frozen / "samples").iterdir()] == [f"{LAST:07d}.png"]
+
+
+def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
+    flags = (*frozen_flags(world, "interrupted"), "--max-train-steps", LAST, "--checkpointing-steps", 5)
+    log = world / "exps/interrupted/metrics.jsonl"
+    assert interrupt("train_ldm_only.py", *flags, log=log, lines=10, kind=signal.SIGTERM) == 75
+    run("train_ldm_only.py", *flags)
+    assert_same_run(frozen, world / "exps/interrupted")
+
+
+def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
+    run("train_ldm_only.py", *frozen_flags(world, "two"), "--max-train-steps", 3, launcher=torchrun(2))
+    log = records(world / "exps/two/metrics.jsonl")
+    assert len(log) == 3
+    for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
+        for name in ("denoising_loss", "proj_loss", "grad_norm_sit"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), f"step {two['step']}: {name}"
+
+
+def test_without_an_encoder_no_images_are_needed(world, tmp_path):
+    shutil.copytree(world / "data/one", tmp_path / "one")
+    flags = ("--data-dir", tmp_path, "--enc-type", "none", "--max-train-steps", 1)
+    run("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags)
+    assert "proj_loss" not in records(world / "exps/no-encoder/metrics.jsonl")[0]
+
+
+def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
+    flags = ("--exp-path", frozen, "--num-fid-samples", 7, "--mode", "sde", "--num-steps", 4, "--cfg-scale", 2)
+    arrays = []
+    for processes, batch in ((1, 7), (2, 2)):
+        folder = tmp_path / str(processes)
+        options = ("--sample-dir", folder, "--pproc-batch-size", batch)
+        done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
+        assert done.stdout.count("7 samples: ") == 1
+        (path,) = folder.glob("*.npz")
+        arrays.append(np.load(path)["arr_0"])
+        assert len(list(path.with_suffix("").glob("*.png"))) == 7
+    assert np.abs(arrays[0].astype(int) - arrays[1]).max() <= 1
+    assert arrays[0].std() > 10
+
+
+def test_training_goes_on_from_published_checkpoints(world, vgg_weights):
+    """Joint and frozen-VAE runs of the reference: Namespace inside, prefixes, flags that did not exist."""
+    joint = ("--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", world / "vaes/e2e/e2e.pt")
+    published.write_run(world / "published-frozen", joint=False, vae_ckpt=world / "vaes/e2e/e2e.pt")
+    for script, name, flags in (
+        ("train_repae.py", "published", joint),
+        ("train_ldm_only.py", "published-frozen", ()),
+    ):
+        length = ("--max-train-steps", published.STEP + 1, "--epochs", 10**6)
+        source = ("--continue-train-exp-dir", world / name)
+        done = run(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
+        assert f"continuing after step {published.STEP} from {world / name}" in done.stdout + done.stderr
+        saved = read_checkpoint(world / f"exps/{name}/checkpoints/{published.STEP + 1:07d}.pt")
+        before = published.fresh_sit().state_dict()
+        moved = saved["model"]["final_layer.linear.weight"] - before["final_layer.linear.weight"]
+        assert 0 < float(moved.abs().max()) < 3e-4  # one step of AdamW at 1e-4 from the published weights
+
+
+def frozen_or_joint(root: Path, script: str, name: str) -> tuple:
+    """Flags of a tiny run of either script, without latents for the joint one."""
+    flags = frozen_flags(root, name)
+    if script == "train_repae.py":
+        at = flags.index("--vae-latents-name")
+        flags = (*flags[:at], *flags[at + 2 :])
+    return flags
+
+
+def test_reference_hdf5_trains_as_shards_do(world, frozen):
+    """The same images and moments in the reference's files give the same run."""
+    latents = open_latents(world / "data", "one")
+    images = open_images(world / "data")
+    pixels, labels = zip(*(images[i] for i in range(18)), strict=True)
+    published.write_hdf5(world / "h5", list(pixels), list(labels), "one", [latents[i][2] for i in range(18)])
+    flags = (*frozen_flags(world, "hdf5"), "--data-dir", world / "h5", "--max-train-steps", 3)
+    done = run("train_ldm_only.py", *flags)
+    assert "does not say which VAE it was cached with" in done.stdout + done.stderr
+    for one, two in zip(records(frozen / "metrics.jsonl"), records(world / "exps/hdf5/metrics.jsonl"), strict=False):
+        assert one == two
+
+
+def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
+    checkpoint = max((whole_run / "checkpoints").glob("*.pt"))
+    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
+    saved = read_checkpoint(checkpoint)
+    vae = build_vae(published.VAE)
+    load_weights(vae, read_checkpoint(tmp_path / "own/own.pt"), "own")
+    assert all(torch.equal(vae.state_dict()[key], value) for key, value in saved["vae"].items())
+    scale, bias = read_latent_statistics(tmp_path / "own/own.pt", 4)
+    torch.testing.assert_close(scale.flatten(), saved["ema"]["bn.running_var"].rsqrt())
+    torch.testing.assert_close(bias.flatten(), saved["ema"]["bn.running_mean"])
+    flags = ("--exp-path", whole_run, "--sample-dir", tmp_path, "--num-fid-samples", 2, "--num-steps", 2, "--no-png")
+    run("generate.py", *flags)
+    assert len(list(tmp_path.glob("*.npz"))) == 1
