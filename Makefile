@@ -12,8 +12,8 @@ demo: $(STAMP)
 	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

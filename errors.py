@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Iterable
 
 # what a full disk, a path that cannot be, or missing permissions raise wherever a file is written
+FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *FULL_DISK_ERRORS,
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 EXIT_USER_ERROR = 2
@@ -50,7 +52,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        advice = "; free some space and run the same again" if error.errno in FULL_DISK_ERRORS else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = EXIT_KEYBOARD

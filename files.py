@@ -34,9 +34,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Within, no other process that asks for it may write to `folder`, which is made if it is not there.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or there is a file of that name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: a file is in the way of this folder; choose another place") from None
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep

@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--global-seed", type=int, default=0, help="decides every draw (default: %(default)s)")
     group = parser.add_argument_group("sampler")
     group.add_argument("--mode", default="ode", choices=("ode", "sde"), help="(default: %(default)s)")
-    group.add_argument("--num-steps", type=number(int, at_least=2), default=50, help="(default: %(default)s)")
+    group.add_argument("--num-steps", type=POSITIVE, default=50, help="(default: %(default)s)")
     group.add_argument(
         "--heun", action=BooleanOptionalAction, default=False, help="second-order steps, --mode ode only"
     )

@@ -132,8 +132,10 @@ class SampleFiles:
             raise UserError(f"{self.pngs} holds {found} samples instead of {self.count}; move it away and run again")
 
     def clean(self) -> None:
-        """Remove the parts."""
+        """Remove the parts, and what a process that was killed left half written."""
         shutil.rmtree(self.parts, ignore_errors=True)
+        for path in self.pngs.glob(".*.tmp") if self.pngs is not None else ():
+            path.unlink()
 
 
 def read_part(path: Path, name: str) -> np.ndarray:

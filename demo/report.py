@@ -154,6 +154,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def amount(count: int) -> str:
+    """Bytes in words: 41 MB, or 1.7 GB."""
+    return f"{count / 1e9:.1f} GB" if count > 1e8 else f"{count / 1e6:.0f} MB"
+
+
 def stage_rows(record: dict) -> str:
     """The table of stages."""
     longest = max(entry["seconds"] for entry in record["stages"].values())
@@ -161,6 +166,6 @@ def stage_rows(record: dict) -> str:
         f"<tr><td><details><summary>{html.escape(entry['title'])}</summary><pre>{html.escape(entry['command'])}</pre>"
         f'</details><div class="bar" style="width: {100 * entry["seconds"] / longest:.1f}%"></div></td>'
         f'<td class="number">{duration(entry["seconds"])}</td>'
-        f'<td class="number">{entry["peak_bytes"] / 1e9:.1f} GB</td></tr>'
+        f'<td class="number">{amount(entry["peak_bytes"])}</td></tr>'
         for entry in record["stages"].values()
     )

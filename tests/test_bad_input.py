@@ -237,7 +237,9 @@ def test_a_disk_that_fills_up_ends_training_with_one_line_and_keeps_the_last_che
         command("train_repae.py", *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, preexec_fn=limit
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: [Errno 27] File too large")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: [Errno 27] File too large: ")
+    assert last.endswith("0000002.pt'; free some space and run the same again")
     assert "Traceback" not in done.stderr
     assert checkpoint.read_bytes() == before
     assert os.listdir(checkpoint.parent) == [checkpoint.name]

@@ -9,9 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+import test_ldm_step
 from joint_golden import CONFIG
 from models.numerics import GlobalBatchNorm2d, global_moments
 from test_joint_step import small_batch, small_nets
+from train_ldm_only import ldm_step
 from train_repae import JointNets, repae_step
 from training.autoencoding import latent_statistics
 from training.distributed import gradient_sync, unwrap
@@ -93,6 +95,37 @@ def test_two_processes_equal_one_in_float64(tmp_path, accumulation):
                     torch.testing.assert_close((a[name] + b[name]) / 2, value, atol=1e-9, rtol=1e-9, msg=name)
                 if name.startswith("grad_norm"):
                     assert torch.equal(a[name], b[name])
+
+
+def frozen_steps(rank: int, world: int, accumulation: int) -> dict:
+    """Three float64 steps on cached moments: this process's rows of a global batch of eight."""
+    nets = test_ldm_step.nets([test_ldm_step.toy_encoder], accumulation_steps=accumulation)
+    nets.sit.double()
+    nets.ema.double()
+    sit = nets.sit
+    if world > 1:
+        nets.sit = DistributedDataParallel(sit, broadcast_buffers=False)
+    batch, draws = test_ldm_step.batch_and_draws(8)
+    draws = Draws(draws.posterior.double(), draws.noise.double(), draws.t.double(), draws.drop)
+    size = 8 // (world * accumulation)
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            rows = Rows((micro * world + rank) * size, (micro * world + rank + 1) * size)
+            mine = slice(*rows)
+            part = Batch(batch.pixels[mine], batch.labels[mine], step, rows, batch.moments[mine])
+            with gradient_sync([nets.sit], sync=micro == accumulation - 1):
+                ldm_step(nets, part, draws.rows(rows), test_ldm_step.CONFIG)
+    return {"sit": sit.state_dict(), "ema": nets.ema.state_dict()}
+
+
+def test_frozen_training_is_the_same_on_any_processes_and_micro_batches(tmp_path):
+    one = frozen_steps(0, 1, 1)
+    others = [frozen_steps(0, 1, 4), *in_two_processes(frozen_steps, tmp_path, 2)]
+    assert not torch.equal(one["sit"]["final_layer.linear.weight"], one["ema"]["final_layer.linear.weight"])
+    for name, state in one.items():
+        for key, value in state.items():
+            for other in others:
+                torch.testing.assert_close(other[name][key], value, atol=1e-10, rtol=1e-10, msg=f"{name} {key}")
 
 
 def batch_norm_gradients(rank: int, world: int) -> dict:

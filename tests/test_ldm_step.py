@@ -26,6 +26,11 @@ def nets(encoders=(), **options) -> TransformerNets:
     return TransformerNets(sit=sit, ema=copy_for_ema(sit), encoders=list(encoders), opt_sit=optimizer)
 
 
+def toy_encoder(pixels: torch.Tensor) -> torch.Tensor:
+    """Tokens (B,16,112) for pixels (B,3,32,32), as an encoder gives them."""
+    return pixels.double().flatten(1)[:, : 16 * 112].unflatten(1, (16, 112))
+
+
 def batch_and_draws(count: int = 4) -> tuple[Batch, Draws]:
     generator = torch.Generator().manual_seed(3)
 
@@ -57,7 +62,7 @@ def test_loss_is_the_formulas_on_a_sample_of_the_cached_posterior():
 
 def test_latent_statistics_stay_and_everything_else_moves():
     batch, draws = batch_and_draws()
-    mine = nets(encoders=[lambda pixels: pixels.float().flatten(1)[:, : 16 * 112].unflatten(1, (16, 112))])
+    mine = nets(encoders=[toy_encoder])
     before = copy.deepcopy(mine.sit.state_dict())
     metrics = ldm_step(mine, batch, draws, CONFIG)
     assert -1 <= float(metrics["proj_loss"]) <= 1

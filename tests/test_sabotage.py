@@ -66,6 +66,14 @@ SABOTAGES = {
         "= frozen_call(nets.discriminator.eval(), recon)",
         "discriminators_statistics",
     ),
+    "frozen training normalised by batch statistics": (
+        *("train_ldm_only.py", "bn.by_running_statistics(mean", "bn(mean"),
+        "test_ldm_step.py -k latent_statistics_stay",
+    ),
+    "cached deviation taken for the log-variance": (
+        *("train_ldm_only.py", "mean + std * draws", "mean + (0.5 * std).exp() * draws"),
+        "test_ldm_step.py -k sample_of_the_cached_posterior",
+    ),
     "position embedding trained": (
         *("models/sit.py", "self.grid), requires_grad=False)", "self.grid))"),
         "pos_embed_never_moves",
@@ -78,7 +86,8 @@ SABOTAGES = {
 
 
 def run_test(tree: Path, test: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_joint_step.py", "-k", test]
+    file, words = test.split(" -k ") if " -k " in test else ("test_joint_step.py", test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", words]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     return subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import json
 import os
 import pickle
@@ -286,10 +287,10 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     write_atomically({"a": 1}, path)
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full.*file.pt"):
         write_atomically({"a": 2}, path)
     assert read_checkpoint(path) == {"a": 1}
 

@@ -27,7 +27,7 @@ def write_atomically(data: object, path: Path) -> None:
     """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one.
 
     Raises:
-        OSError: it cannot be written, for want of space above all.
+        OSError: it cannot be written, for want of space above all; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,7 +39,9 @@ def write_atomically(data: object, path: Path) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise failed_write(error) or error from None
+        if (failure := failed_write(error)) is not None:
+            raise OSError(failure.errno, failure.strerror, str(path)) from None
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
