@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 from argparse import BooleanOptionalAction
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import LATENT_FORMAT, images_directory, latents_directory, open_images
@@ -73,20 +74,6 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """uint8 pixels (B,3,R,R) -> moments (B,2C,h,w) float32: mean, then standard deviation."""
     posterior = vae.encode(pixels_to_image(pixels))
     return torch.cat([posterior.mean, posterior.std], dim=1)
-
-
-def encode_shard(vae: AutoencoderKL, images, rows: range, args: argparse.Namespace, device: torch.device) -> dict:
-    """The arrays of one shard. Batches start at its first row, so that they do not depend on the processes."""
-    loader = DataLoader(Subset(images, rows), args.pproc_batch_size, num_workers=args.num_workers)
-    moments, mirrored, labels = [], [], []
-    for pixels, label in loader:
-        pixels = pixels.to(device)
-        moments.append(encode(vae, pixels).cpu().numpy().astype(args.dtype))
-        if args.mirrored:
-            mirrored.append(encode(vae, pixels.flip(-1)).cpu().numpy().astype(args.dtype))
-        labels.append(label.numpy())
-    arrays = {"moments": moments, "labels": labels, **({"mirrored": mirrored} if args.mirrored else {})}
-    return {name: np.concatenate(parts) for name, parts in arrays.items()}
 
 
 def describe(images, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
@@ -145,17 +132,39 @@ def write_shards(
     """Write this process's share of the missing shards: every world-th of them."""
     plan = index["fingerprint"]
     missing = [(name, rows) for name, rows in shards if shard_metadata(directory / name).get("plan") != plan]
-    state.wait_for_everyone()  # all see the same ones missing before the first is written
     numbers = 2 * int(np.prod(index["shape"])) * (1 + args.mirrored) * sum(len(rows) for _, rows in missing)
     require_space(directory, numbers * np.dtype(args.dtype).itemsize, "the latents")
+    state.wait_for_everyone()  # all see the same ones missing before the first is written
     share = missing[state.process_index :: state.num_processes]
+    # batches end with their shard, so that rows do not depend on the processes
+    size = args.pproc_batch_size
+    batches = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers))
     total = sum(len(rows) for _, rows in share)
     with tqdm(total=total, unit="image", desc=args.vae_latents_name, disable=not state.is_main_process) as bar:
         for name, rows in share:
-            arrays = encode_shard(vae, images, rows, args, state.device)
-            metadata = {"plan": plan, "vae_fingerprint": index["vae_fingerprint"]}
-            write_shard(directory / name, arrays, metadata)
+            arrays = encode_shard(vae, loader, len(rows), index, state.device)
+            write_shard(directory / name, arrays, {"plan": plan, "vae_fingerprint": index["vae_fingerprint"]})
             bar.update(len(rows))
+
+
+def encode_shard(vae: AutoencoderKL, loader: Iterator, rows: int, index: dict, device: torch.device) -> dict:
+    """The arrays of one shard, from the next `rows` images of `loader`."""
+    channels, *sides = index["shape"]
+    names = ("moments", "mirrored") if index["mirrored"] else ("moments",)
+    arrays = {name: np.empty((rows, 2 * channels, *sides), index["dtype"]) for name in names}
+    arrays["labels"] = np.empty(rows, np.int64)
+    done = 0
+    while done < rows:
+        pixels, labels = next(loader)
+        part = slice(done, done + len(labels))
+        pixels = pixels.to(device)
+        arrays["moments"][part] = encode(vae, pixels).cpu().numpy()
+        if index["mirrored"]:
+            arrays["mirrored"][part] = encode(vae, pixels.flip(-1)).cpu().numpy()
+        arrays["labels"][part] = labels.numpy()
+        done += len(labels)
+    return arrays
 
 
 if __name__ == "__main__":

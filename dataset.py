@@ -66,7 +66,7 @@ class LatentDataset:
     mirrored, pixels and latents.
 
     Attributes:
-        source, resolution, num_classes, classes, fingerprint: as for images.
+        source, num_classes, fingerprint: as for images.
         shape: (C, h, w).
         vae_fingerprint: the hash of the VAE's weights.
         statistics: latents_scale and latents_bias, C floats each.
@@ -75,18 +75,18 @@ class LatentDataset:
     Args:
         data_dir: the `--output-dir` of cache_latents.py.
         name: its `--vae-latents-name`.
-        images: what the pixels are read from; without, each row's pixels are an empty tensor.
+        images: from `open_images`, what the pixels are read from; with None each row's pixels are an empty tensor.
 
     Raises:
         UserError: no index or one of another format, or a shard that is missing or cut short.
     """
 
-    def __init__(self, data_dir: str | Path, name: str, images: ImageDataset | None):
+    def __init__(self, data_dir: str | Path, name: str, images):
         self.source, self.images = latents_directory(data_dir, name), images
         remedy = f"run cache_latents.py with --vae-latents-name {name} to the end"
         index = read_index(self.source, LATENT_FORMAT, remedy)
-        self.resolution, self.num_classes, self.classes = index["resolution"], index["num_classes"], index["classes"]
-        self.fingerprint, self.image_fingerprint = index["fingerprint"], index["image_fingerprint"]
+        self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
+        self.image_fingerprint = index["image_fingerprint"]
         self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
         self.vae_fingerprint, self.statistics = index["vae_fingerprint"], index["statistics"]
         self.shards = Shards(self.source, index, remedy)
@@ -131,10 +131,20 @@ def open_latents(data_dir: str | Path, name: str, images=None):
     Raises:
         UserError: there are none, or they are not the latents of `images`.
     """
-    if not latents_directory(data_dir, name).is_dir() and (Path(data_dir) / f"{name}.h5").is_file():
+    if not (latents_directory(data_dir, name) / "index.json").is_file() and (Path(data_dir) / f"{name}.h5").is_file():
         from reference_hdf5 import HDF5Latents
 
-        return HDF5Latents(data_dir, name, images)
+        if isinstance(images, ImageDataset):
+            raise UserError(
+                f"{data_dir}/{name}.h5 belongs to an images.h5, not to {images.source}; cache latents again"
+            )
+        latents = HDF5Latents(data_dir, name, images)
+        if images is not None and images.file.labels != latents.file.labels:
+            raise UserError(
+                f"{latents.source} holds {len(latents)} latents, which are not those of the {len(images)} images of "
+                f"{images.source}: their labels differ"
+            )
+        return latents
     latents = LatentDataset(data_dir, name, images)
     if images is not None and images.fingerprint != latents.image_fingerprint:
         raise UserError(f"{latents.source} holds latents of other images than {images.source}; cache them again")

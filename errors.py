@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 # what a full disk, a path that cannot be, or missing permissions raise wherever a file is written
@@ -16,6 +17,7 @@ DISK_ERRORS = {
 }
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD = 130
+SECONDS_TO_END = 5
 
 
 class UserError(Exception):
@@ -46,8 +48,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_TO_END)  # what all found, the first one says, and the launcher ends the others
+        # from a data worker it comes with that one's traceback, of which it is the last line
+        print("error: " + str(error).strip().splitlines()[-1].removeprefix("errors.UserError: "), file=sys.stderr)
         code = EXIT_USER_ERROR
     except OSError as error:
         if error.errno not in DISK_ERRORS:

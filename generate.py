@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
-from files import locked, require_space
-from models.autoencoder import image_to_pixels
+from files import locked, require_space, written_whole
 from sample_files import SampleFiles
 from samplers import Guidance, sample_ode, sample_sde
 from training.checkpoint import fingerprint
@@ -32,11 +32,10 @@ from training.distributed import process_state
 from training.experiment import Experiment, load_experiment
 from training.networks import use_tf32
 from training.precision import AUTOCAST_DTYPES, autocast_factory
-from training.previews import COLUMNS, grid
+from training.previews import COLUMNS, decode_pixels, grid
 from training.randomness import generator_for
 from transport import PATH_TYPES, TIME_CONVENTION
 
-DECODE_BATCH = 32
 GRID_SAMPLES = 64
 
 
@@ -68,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--labels", default="random", choices=("random", "balanced"), help="balanced: i mod classes (default: random)"
     )
-    group.add_argument("--classes", type=class_list, help="only these labels, in turn, like 207,360")
+    group.add_argument("--classes", type=class_list, help="these labels in turn, like 207,360, whatever --labels says")
     group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write a PNG file a sample")
     group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
     group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row a class of --classes")
@@ -131,22 +130,25 @@ def sample_pixels(experiment: Experiment, indices: list[int], args: argparse.Nam
         z_norm = sample_sde(
             velocity, x, labels, args.num_steps, args.path_type, lambda _: next(noise).to(device), guidance
         )
-    z = sit.denormalise(z_norm).float()
     with autocast():
-        return torch.cat([image_to_pixels(vae.decode(part)).cpu() for part in z.split(DECODE_BATCH)])
+        return decode_pixels(vae, sit.denormalise(z_norm).float()).cpu()
 
 
-def check_labels_and_path(args: argparse.Namespace, experiment: Experiment) -> None:
-    """Fill in --path-type, and raise a UserError for classes, guidance or a path that the experiment does not have."""
-    trained = experiment.flags["path_type"]
-    args.path_type = args.path_type or trained
-    if args.path_type != trained:
-        raise UserError(f"--path-type {args.path_type}: the run was trained with {trained}; leave the flag out")
+def check_labels(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Raise a UserError for classes or guidance that the experiment does not have."""
     classes = experiment.sit.num_classes
     if wrong := [label for label in args.classes or [] if not 0 <= label < classes]:
         raise UserError(f"--classes {wrong[0]}: the run has classes 0 to {classes - 1}")
     if args.cfg_scale > 1 and experiment.sit.null_label is None:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
+
+
+def trained_path(path_type: str | None, experiment: Experiment) -> str:
+    """The interpolant that the experiment was trained with; a UserError if --path-type names another."""
+    trained = experiment.flags["path_type"]
+    if path_type not in (None, trained):
+        raise UserError(f"--path-type {path_type}: the run was trained with {trained}; leave the flag out")
+    return trained
 
 
 def describe(args: argparse.Namespace, experiment: Experiment) -> dict:
@@ -216,8 +218,6 @@ def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Name
 
 def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
     """One picture of the first samples: a row a class of --classes, or else eight to a row."""
-    from PIL import Image
-
     samples = [torch.from_numpy(row.copy()).permute(2, 0, 1) for row in islice(files.in_order(), GRID_SAMPLES)]
     columns = COLUMNS
     if args.classes:
@@ -227,7 +227,8 @@ def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
         cells = [[i * rows + row for i in range(columns)] for row in range(rows)]
         samples = [samples[i] if i < len(samples) else blank for row in cells for i in row]
     picture = grid(torch.stack(samples), columns).permute(1, 2, 0).numpy()
-    Image.fromarray(picture).save(files.picture)
+    with written_whole(files.picture) as file:
+        Image.fromarray(picture).save(file, "png")
 
 
 def main() -> None:
@@ -235,19 +236,19 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.tf32)
     experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt)
-    check_labels_and_path(args, experiment)
-    resolution = experiment.flags["resolution"]
-    files = SampleFiles(
-        args.sample_dir, set_name(args, experiment), args.num_fid_samples, resolution, args.png, args.npz
-    )
-    require_space(args.sample_dir, files.bytes_needed, f"{args.num_fid_samples} samples of {resolution} px")
-    state = process_state()
+    check_labels(args, experiment)
+    args.path_type = trained_path(args.path_type, experiment)
     samples = describe(args, experiment)
+    files = SampleFiles(args.sample_dir, set_name(args, experiment), samples, args.png, args.npz)
+    files.check()
+    what = f"{files.count} samples of {files.resolution} px"
+    require_space(args.sample_dir, files.bytes_needed, what)
+    state = process_state()
     experiment.sit.to(state.device)
     experiment.vae.to(state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
-            files.begin(samples, environment(args, state))
+            files.begin(environment(args, state))
         state.wait_for_everyone()
         make_missing(files, experiment, args, state)
         state.wait_for_everyone()
@@ -256,8 +257,8 @@ def main() -> None:
             if args.grid:
                 write_grid(files, args)
             files.clean()
-            made = [files.pngs, files.npz, files.picture if args.grid else None, files.manifest]
-            print(f"{args.num_fid_samples} samples: " + ", ".join(str(path) for path in made if path is not None))
+            wanted = {files.png_folder: args.png, files.npz_file: args.npz, files.picture: args.grid}
+            print(f"{what}: " + ", ".join(str(path) for path in (*filter(wanted.get, wanted), files.manifest)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each also holds a `dataset.json` of labels, {"labels": [[name, label], ...]}, an
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import ImageDataset
 from errors import UserError
 
 LABELS = "dataset.json"
@@ -24,7 +24,7 @@ CHECKED_NAMES = 1000  # looking each of a million up would take many seconds
 
 
 class HDF5File:
-    """The named data sets of one file, opened once in every process that reads.
+    """The named data sets of one file and their labels; every process that reads opens its own handle.
 
     Raises:
         UserError: h5py is not installed, a file is missing or damaged, or an image has no label.
@@ -35,7 +35,7 @@ class HDF5File:
             import h5py  # noqa: F401
         except ImportError:
             raise UserError(f"{path}: reading HDF5 needs h5py; pip install -r requirements-hdf5.txt") from None
-        self.path, self.handle = path, None
+        self.path, self.opened = path, (0, None)
         listing = path.with_name(f"{path.stem}_h5.json")
         for file in (path, listing):
             if not file.is_file():
@@ -44,39 +44,40 @@ class HDF5File:
             self.names = sorted(name for name in json.loads(listing.read_text(encoding="utf8")) if name != LABELS)
         except (ValueError, TypeError):
             raise UserError(f"{listing}: expected a JSON list of names") from None
-        try:
-            labels = dict(json.loads(as_bytes(self.open()[LABELS]))["labels"])
-            self.labels = [int(labels[name]) for name in self.names]
-        except OSError as error:
-            raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: its {LABELS} gives no label for every name ({error})") from None
         if not self.names:
             raise UserError(f"{listing} names no images")
+        self.labels = self._read_labels()
         for name in self.names[:: 1 + len(self.names) // CHECKED_NAMES]:
-            if name not in self.open():
+            if name not in self.handle:
                 raise UserError(f"{path}: holds no {name}, which {listing.name} names")
-        self.close()
 
-    def open(self):
-        """This process's handle."""
-        if self.handle is None:
+    def _read_labels(self) -> list[int]:
+        try:
+            labels = dict(json.loads(as_bytes(self.handle[LABELS]))["labels"])
+            return [int(labels[name]) for name in self.names]
+        except OSError as error:
+            raise UserError(f"{self.path}: not a readable HDF5 file ({error})") from None
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path}: its {LABELS} gives no label for every name ({error})") from None
+
+    @property
+    def handle(self):
+        """The open file. A handle of the process that this one forked from is not used."""
+        if self.opened[0] != os.getpid():
             import h5py
 
-            self.handle = h5py.File(self.path, "r")
-        return self.handle
-
-    def close(self) -> None:
-        """Close it: what is open in one process must not be used by those that fork from it."""
-        if self.handle is not None:
-            self.handle.close()
-            self.handle = None
+            self.opened = (os.getpid(), h5py.File(self.path, "r"))
+        return self.opened[1]
 
     def __getitem__(self, i: int):
-        return self.open()[self.names[i]]
+        """The data set of row `i`. Raises a UserError if there is none."""
+        try:
+            return self.handle[self.names[i]]
+        except KeyError:
+            raise UserError(f"{self.path}: holds no {self.names[i]}, which its list names") from None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "handle": None}
+        return {**self.__dict__, "opened": (0, None)}
 
     def fingerprint(self) -> str:
         """Hash of names, labels and the file's size: hashing the content would mean reading all of it."""
@@ -94,67 +95,54 @@ class HDF5Images:
         self.num_classes = max(self.file.labels) + 1
         rows = len(self.file.names)
         self.sizes = [min(ROWS_A_SHARD, rows - first) for first in range(0, rows, ROWS_A_SHARD)]
-        self.resolution = self.decode(0).shape[-1]
-        self.file.close()
+        self.resolution = self._decode(0).shape[0]
 
     def __len__(self) -> int:
         return len(self.file.names)
 
-    def decode(self, i: int) -> Tensor:
-        """Image `i`, (3,R,R) uint8.
-
-        Raises:
-            UserError: it is no square image.
-        """
-        stored = self.file[i]
-        if stored.ndim == 3:  # pixels (R,R,3) instead of a PNG's bytes
-            pixels = np.asarray(stored)
-        else:
-            with Image.open(io.BytesIO(as_bytes(stored))) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        if pixels.shape[0] != pixels.shape[1]:
-            raise UserError(f"{self.source}: {self.file.names[i]} is {pixels.shape[1]}x{pixels.shape[0]}, not square")
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    def _decode(self, i: int) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(as_bytes(self.file[i]))) as image:
+                return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{self.source}: {self.file.names[i]} is no readable image ({error})") from None
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.decode(i), self.file.labels[i]
+        pixels = self._decode(i)
+        if pixels.shape[:2] != (self.resolution, self.resolution):
+            size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+            raise UserError(f"{self.source}: {self.file.names[i]} is {size}, expected {self.resolution} px squared")
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.file.labels[i]
 
 
 class HDF5Latents:
     """`NAME.h5` as a map-style dataset of (pixels, label, moments), with the attributes of dataset.LatentDataset.
 
     The file does not say which VAE and which statistics it was made with, so `vae_fingerprint` and `statistics` are
-    None.
-
-    Raises:
-        UserError: as HDF5File, or the labels are not those of `images`.
+    None. `images` are what the pixels are read from, or None.
     """
 
     def __init__(self, data_dir: str | Path, name: str, images: HDF5Images | None):
         self.source, self.images = Path(data_dir) / f"{name}.h5", images
         self.file = HDF5File(self.source)
-        self.fingerprint, self.classes = self.file.fingerprint(), None
-        self.num_classes = max(self.file.labels) + 1
-        self.vae_fingerprint = self.statistics = self.resolution = None
+        self.fingerprint, self.num_classes = self.file.fingerprint(), max(self.file.labels) + 1
+        self.vae_fingerprint = self.statistics = None
         self.image_fingerprint = None if images is None else images.fingerprint
-        self.mirrored = False
-        channels, height, width = self.file[0].shape
-        self.shape = (channels // 2, height, width)
-        self.file.close()
-        if isinstance(images, ImageDataset):
-            raise UserError(f"{self.source} belongs to an images.h5, but {data_dir} holds shards; cache latents again")
-        if images is not None and images.file.labels != self.file.labels:
-            raise UserError(
-                f"{self.source} holds {len(self)} latents, which are not those of the {len(images)} images of "
-                f"{images.source}: their labels differ"
-            )
+        channels, *sides = self._moments(0).shape
+        self.shape = (channels // 2, *sides)
 
     def __len__(self) -> int:
         return len(self.file.names)
 
+    def _moments(self, i: int) -> np.ndarray:
+        return np.asarray(self.file[i], dtype=np.float32)
+
     def __getitem__(self, i: int) -> tuple[Tensor, int, Tensor]:
         pixels = torch.empty(0, dtype=torch.uint8) if self.images is None else self.images[i][0]
-        return pixels, self.file.labels[i], torch.from_numpy(np.asarray(self.file[i], dtype=np.float32))
+        moments = torch.from_numpy(self._moments(i))
+        if moments.shape != (2 * self.shape[0], *self.shape[1:]):
+            raise UserError(f"{self.source}: {self.file.names[i]} has shape {tuple(moments.shape)}, unlike the first")
+        return pixels, self.file.labels[i], moments
 
 
 def as_bytes(stored) -> bytes:

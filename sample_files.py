@@ -1,11 +1,12 @@
 """The files of a set of samples: PNGs, the `.npz` of the ADM evaluation suite, and the manifest of what made them.
 
-In a folder, a set NAME is NAME/000000.png ..., NAME.npz and NAME.json. Until all are there, the npz's samples lie in
-NAME.parts/, one file a batch; every file is written under a temporary name and renamed, so that work can stop anywhere.
+In a folder, a set NAME is NAME/000000.png ..., NAME.npz and NAME.json. Where no PNGs are wanted, samples lie in
+NAME.parts/ until the npz is written, one file a batch. Every file is written under a temporary name, synced and
+renamed, so that work can stop anywhere; what is there in one form is never sampled again for another.
 """
 
+import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -15,152 +16,174 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
-from files import replace_text
+from files import replace_text, written_whole
 
 MANIFEST_FORMAT = "repae-samples/1"
-ZIP_ERRORS = (OSError, ValueError, KeyError, zipfile.BadZipFile)
+DAMAGE = (OSError, EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
 
 
 class SampleFiles:
-    """A set of `count` samples of `resolution` pixels at FOLDER/NAME, kept as PNGs, as an npz, or both.
+    """A set of samples at FOLDER/NAME, kept as PNGs, as an npz, or both; with neither, as parts until `clean`.
 
-    With neither, samples stay in NAME.parts/ until `clean`.
+    Args:
+        folder: where the set goes.
+        name: what it is called.
+        samples: everything that shaped the samples, plain data; "count" and "resolution" are used here.
+        png: whether PNGs are wanted.
+        npz: whether an npz is wanted.
     """
 
-    def __init__(self, folder: Path, name: str, count: int, resolution: int, png: bool, npz: bool):
-        self.count, self.resolution = count, resolution
-        self.pngs, self.npz = (folder / name if png else None), (folder / f"{name}.npz" if npz else None)
+    def __init__(self, folder: Path, name: str, samples: dict, png: bool, npz: bool):
+        self.samples, self.png, self.npz = samples, png, npz
+        self.count, self.resolution = samples["count"], samples["resolution"]
+        self.plan = hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
+        self.png_folder, self.npz_file, self.picture = folder / name, folder / f"{name}.npz", folder / f"{name}.png"
         self.parts, self.manifest = folder / f"{name}.parts", folder / f"{name}.json"
-        self.picture = folder / f"{name}.png"
-        self.others = [path for path in (folder / name, folder / f"{name}.npz") if path.exists()]
 
-    @property
-    def bytes_needed(self) -> int:
-        """Disk space for what is missing: an npz is written from parts, and a PNG takes at most about raw pixels."""
-        copies = (self.pngs is not None) + self._needs_parts
-        npz = 0 if self.npz is None or self.npz.is_file() else self.count
-        return ((self.count - len(self._done())) * copies + npz) * 3 * self.resolution**2
-
-    def begin(self, samples: dict, made_with: dict) -> None:
-        """Write the manifest, or check the one that is there: it must say the same of the samples.
-
-        Raises:
-            UserError: the name is taken by samples that were made otherwise.
-        """
+    def check(self) -> None:
+        """Raise a UserError if the name is taken by samples that were made otherwise."""
         if self.manifest.is_file():
             try:
-                before = json.loads(self.manifest.read_text(encoding="utf8"))["samples"]
+                before = dict(json.loads(self.manifest.read_text(encoding="utf8"))["samples"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self.manifest}: damaged; delete it together with its samples") from None
-            changed = [key for key in samples.keys() | before.keys() if before.get(key) != samples.get(key)]
+            changed = [key for key in self.samples.keys() | before.keys() if before.get(key) != self.samples.get(key)]
             if changed:
-                what = ", ".join(f"{key} {before.get(key)} -> {samples.get(key)}" for key in sorted(changed))
+                what = ", ".join(f"{key} {before.get(key)} -> {self.samples.get(key)}" for key in sorted(changed))
                 raise UserError(f"{self.manifest} is of other samples ({what}); choose another --sample-dir")
-        elif self.others:
-            raise UserError(
-                f"{self.others[0]} is there, but no {self.manifest.name} says how it was made; move it away"
-            )
-        else:
-            content = {"format": MANIFEST_FORMAT, "samples": samples, "made_with": made_with}
+        elif other := next((path for path in (self.png_folder, self.npz_file) if path.exists()), None):
+            raise UserError(f"{other} is there, but no {self.manifest.name} says how it was made; move it")
+
+    def begin(self, made_with: dict) -> None:
+        """Write the manifest if it is not there; `made_with` is what made the samples without shaping them."""
+        self.check()
+        if not self.manifest.is_file():
+            content = {"format": MANIFEST_FORMAT, "samples": self.samples, "made_with": made_with}
             replace_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
     def missing(self) -> list[int]:
         """The indices of the samples that still have to be made, in order."""
-        done = self._done()
+        if self.npz_file.is_file():
+            return []
+        done = self._png_indices() | self._part_rows().keys()
         return [index for index in range(self.count) if index not in done]
 
-    def _done(self) -> set[int]:
-        kept = []
-        if self.pngs is not None:
-            kept.append({int(path.stem) for path in self.pngs.glob("*.png") if path.stem.isdigit()})
-        if self._needs_parts:
-            kept.append({int(index) for path in self._part_files() for index in read_part(path, "indices")})
-        return set.intersection(*kept) if kept else set(range(self.count))
-
     @property
-    def _needs_parts(self) -> bool:
-        return not self.npz.is_file() if self.npz is not None else self.pngs is None
+    def bytes_needed(self) -> int:
+        """Disk space for what is not there yet; a PNG takes at most about the raw pixels."""
+        there = self.count if self.npz_file.is_file() else len(self._png_indices() | self._part_rows().keys())
+        pngs = self.count - len(self._png_indices()) if self.png else self.count - there
+        npz = self.count if self.npz and not self.npz_file.is_file() else 0
+        return (pngs + npz) * 3 * self.resolution**2
 
-    def _part_files(self) -> list[Path]:
-        return sorted(self.parts.glob("*.npz"))
+    def _png_path(self, index: int) -> Path:
+        return self.png_folder / f"{index:06d}.png"
+
+    def _png_indices(self) -> set[int]:
+        paths = self.png_folder.glob("*.png")
+        return {int(path.stem) for path in paths if path.stem.isdigit() and path.stat().st_size > 0}
+
+    def _part_rows(self) -> dict[int, tuple[Path, int]]:
+        """Index -> part and row, for the parts of this set that are whole."""
+        rows = {}
+        for path in sorted(self.parts.glob("*.npz")):
+            try:
+                with np.load(path) as part:
+                    indices, plan = part["indices"].tolist(), str(part["plan"])
+                    stored = part.zip.getinfo("pixels.npy").file_size
+            except DAMAGE:
+                continue
+            if plan == self.plan and stored > len(indices) * 3 * self.resolution**2:
+                rows.update({index: (path, row) for row, index in enumerate(indices)})
+        return rows
 
     def write(self, indices: list[int], pixels: np.ndarray) -> None:
         """Keep samples: `pixels` (B,R,R,3) uint8 of the given indices."""
-        if self.pngs is not None:
-            self.pngs.mkdir(exist_ok=True)
+        if self.png:
             for index, image in zip(indices, pixels, strict=True):
-                temporary = self.pngs / f".{index:06d}.tmp"
-                Image.fromarray(image).save(temporary, "png")
-                os.replace(temporary, self.pngs / f"{index:06d}.png")
-        if self._needs_parts:
-            path = self.parts / f"{indices[0]:06d}-{len(indices)}.npz"
-            with open(temporary := path.with_suffix(".tmp"), "wb") as file:
-                np.savez(file, indices=np.array(indices), pixels=pixels)
-            os.replace(temporary, path)
+                self._write_png(index, image)
+        else:
+            digest = hashlib.sha256(f"{self.plan} {indices}".encode()).hexdigest()[:12]
+            with written_whole(self.parts / f"{indices[0]:06d}-{digest}.npz") as file:
+                np.savez(file, indices=np.array(indices), pixels=pixels, plan=np.array(self.plan))
+
+    def _write_png(self, index: int, image: np.ndarray) -> None:
+        self.png_folder.mkdir(exist_ok=True)
+        with written_whole(self._png_path(index)) as file:
+            Image.fromarray(image).save(file, "png")
 
     def in_order(self) -> Iterator[np.ndarray]:
         """All samples by index, (R,R,3) uint8 each.
 
         Raises:
-            UserError: one is missing.
+            UserError: one is missing or damaged; a damaged part is removed, so that its samples are made again.
         """
-        if self.pngs is not None:
-            for index in range(self.count):
-                yield np.asarray(Image.open(self.pngs / f"{index:06d}.png"))
-        elif self._part_files():
-            yield from self._from_parts()
-        else:
-            yield from read_npz(self.npz)
-
-    def _from_parts(self) -> Iterator[np.ndarray]:
-        where = {int(i): (path, row) for path in self._part_files() for row, i in enumerate(read_part(path, "indices"))}
+        if self.npz_file.is_file():
+            yield from read_npz(self.npz_file)
+            return
+        pngs, rows = self._png_indices(), self._part_rows()
         opened, pixels = None, None
         for index in range(self.count):
-            if index not in where:
-                raise UserError(f"{self.parts} lacks sample {index}; run the same again")
-            path, row = where[index]
-            if path != opened:
-                opened, pixels = path, read_part(path, "pixels")
-            yield pixels[row]
+            if index in pngs:
+                yield read_png(self._png_path(index))
+            elif index in rows:
+                path, row = rows[index]
+                if path != opened:
+                    opened, pixels = path, read_part(path)
+                yield pixels[row]
+            else:
+                raise UserError(f"sample {index} of {self.manifest.stem} is missing; run the same again")
 
     def finish(self) -> None:
-        """Write the npz from the parts, sample by sample, and check that there are exactly `count` PNGs."""
-        if self.npz is not None and not self.npz.is_file():
-            shape = (self.count, self.resolution, self.resolution, 3)
-            write_npz(self.npz, shape, self._from_parts())
-        if self.pngs is not None and (found := len(list(self.pngs.glob("*.png")))) != self.count:
-            raise UserError(f"{self.pngs} holds {found} samples instead of {self.count}; move it away and run again")
+        """Write what is wanted and not there yet from what is, and check that there are exactly `count` PNGs."""
+        if self.npz and not self.npz_file.is_file():
+            write_npz(self.npz_file, (self.count, self.resolution, self.resolution, 3), self.in_order())
+        if self.png:
+            pngs = self._png_indices()
+            if len(pngs) < self.count:
+                for index, image in enumerate(self.in_order()):
+                    if index not in pngs:
+                        self._write_png(index, image)
+            if (found := len(list(self.png_folder.glob("*.png")))) != self.count:
+                raise UserError(f"{self.png_folder} holds {found} samples instead of {self.count}; move it, run again")
 
     def clean(self) -> None:
         """Remove the parts, and what a process that was killed left half written."""
         shutil.rmtree(self.parts, ignore_errors=True)
-        for path in self.pngs.glob(".*.tmp") if self.pngs is not None else ():
+        for path in self.png_folder.glob(".*.tmp"):
             path.unlink()
 
 
-def read_part(path: Path, name: str) -> np.ndarray:
-    """An array of a part; no indices where the part is damaged, which makes its samples missing again."""
+def read_png(path: Path) -> np.ndarray:
+    """A PNG's pixels. Raises a UserError if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run the same again") from None
+
+
+def read_part(path: Path) -> np.ndarray:
+    """A part's pixels. If they are damaged, removes the part and raises a UserError."""
     try:
         with np.load(path) as part:
-            return part[name]
-    except ZIP_ERRORS:
-        return np.empty(0, int)
+            return part["pixels"]
+    except DAMAGE as error:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path} was damaged ({error}) and is removed; run the same again") from None
 
 
 def write_npz(path: Path, shape: tuple[int, ...], rows: Iterator[np.ndarray]) -> None:
     """Write uint8 `rows` as `arr_0` of an uncompressed npz of that shape, one at a time, atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        written_whole(path) as target,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for row in rows:
             file.write(row.tobytes())
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_npz(path: Path) -> Iterator[np.ndarray]:

@@ -10,7 +10,11 @@ the averaged transformer's batch normalisation: scale 1/sqrt(running_var), bias 
 import argparse
 from pathlib import Path
 
+import torch
+
 from errors import Parser, UserError, run_script
+from models.autoencoder import VAE_CONFIGS, build_vae
+from models.discriminator import PatchDiscriminator
 from training.checkpoint import (
     check_weights,
     ema_latent_statistics,
@@ -49,11 +53,6 @@ def extract(path: Path) -> list[dict]:
 
 def check_architecture(checkpoint: dict, path: Path) -> None:
     """Raise a UserError if VAE or discriminator are not the networks that the checkpoint's flags name."""
-    import torch
-
-    from models.autoencoder import VAE_CONFIGS, build_vae
-    from models.discriminator import PatchDiscriminator
-
     name = training_flags(checkpoint, path).get("vae")
     with torch.device("meta"):
         networks = {"discriminator": PatchDiscriminator()}

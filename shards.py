@@ -5,8 +5,10 @@ continued and shards of something else are never mixed in. Opening one maps it i
 copy, and any number of workers, forked or spawned, may read.
 """
 
+import errno
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Collection
 from itertools import accumulate
@@ -39,7 +41,7 @@ def write_shard(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write numpy arrays, contiguous and of equally many rows, so that `path` holds nothing or the whole shard.
 
     Raises:
-        UserError: the file cannot be written, for want of space above all.
+        OSError: the file cannot be written, for want of space above all; it names `path`.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -49,7 +51,8 @@ def write_shard(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error}; free some space and run the same again") from error
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from None
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from dataset import ImageDataset, open_images
+from dataset import open_images
 from errors import Parser, run_script
 from models.autoencoder import pixels_to_image
 from training import cli
@@ -67,7 +67,7 @@ def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:
     return nets, state
 
 
-def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data: ImageDataset) -> None:
+def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data) -> None:
     """Measure the latents' statistics over all images and write the VAE's three files."""
     vae, discriminator = unwrap(nets.vae), unwrap(nets.discriminator)
     statistics = latent_statistics(

@@ -54,7 +54,7 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
         stages=stage_rows(record),
     )
     replace_text(folder / "report.html", page)
-    few = shown[:A_ROW] if len(shown) > A_ROW else shown
+    few = shown[:A_ROW]
     overview = {
         "held-out photographs": pixels[few],
         "reconstructed before joint tuning": coded["before"][1][few],

@@ -133,10 +133,12 @@ class Record:
         self.content = {"plan": plan._asdict(), "machine": machine(), "stages": {}}
         if self.path.is_file():
             self.content = json.loads(self.path.read_text(encoding="utf8"))
-            if self.content["plan"] != plan._asdict():
+            before = self.content["plan"]
+            if before != plan._asdict():
                 sys.exit(
-                    f"error: {FOLDER} holds a demo of {self.content['plan']['joint_steps']} joint steps, not of "
-                    f"{plan.joint_steps}; continue it with STEPS={self.content['plan']['joint_steps']}, or `make clean`"
+                    f"error: {FOLDER} holds a demo of {before['joint_steps']} joint steps in {before['precision']}, "
+                    f"not of {plan.joint_steps} in {plan.precision}; continue it with STEPS={before['joint_steps']} "
+                    "on the machine it began on, or `make clean`"
                 )
 
     def add(self, stage: Stage, seconds: float, peak_bytes: int, done: bool) -> None:

@@ -18,19 +18,14 @@ from models.discriminator import PatchDiscriminator
 from models.sit import SiT, SiT_models
 
 VAE, MODEL, CLASSES, STEP = "f4d4-tiny", "SiT-XXS/2", 3, 400000
-# what the reference's args.json says of a run; ema_decay, enc_ckpt and the like did not exist
+# what the reference's args.json says of a run, but for what older ones lack: path_type, cfg_prob, qk_norm, ema_decay...
 FLAGS = {
     "model": MODEL,
     "vae": VAE,
     "num_classes": CLASSES,
     "encoder_depth": 2,
     "resolution": 32,
-    "path_type": "linear",
-    "qk_norm": False,
-    "fused_attn": True,
     "enc_type": "efficientnet-lite0",
-    "cfg_prob": 0.3,
-    "bn_momentum": 0.1,
 }
 STATISTICS = {"latents_scale": torch.tensor([0.5, 1, 2, 4.0]), "latents_bias": torch.tensor([0.1, -0.2, 0.3, 0.0])}
 
@@ -61,7 +56,7 @@ def write_vae(folder: Path, seed: int = 0) -> Path:
     """A VAE's three files; returns the one of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sdvae.pt"
-    torch.save(fresh_vae(seed).state_dict(), path)
+    torch.save(prefixed(fresh_vae(seed).state_dict(), "module."), path)
     torch.save(
         {key: value.reshape(1, -1, 1, 1) for key, value in STATISTICS.items()}, folder / "sdvae-latents-stats.pt"
     )
@@ -74,7 +69,9 @@ def optimizer_state(network: nn.Module) -> dict:
     return torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0).state_dict()
 
 
-def write_run(folder: Path, joint: bool, vae_ckpt: Path | None = None, args_json: bool = True) -> Path:
+def write_run(
+    folder: Path, joint: bool, vae_ckpt: Path | None = None, args_json: bool = True, args_inside: bool = True
+) -> Path:
     """A run's folder with the checkpoint of step 400000; returns the checkpoint's path."""
     (folder / "checkpoints").mkdir(parents=True)
     sit, vae, discriminator = fresh_sit(), fresh_vae(), PatchDiscriminator()
@@ -83,9 +80,10 @@ def write_run(folder: Path, joint: bool, vae_ckpt: Path | None = None, args_json
         "model": prefixed(sit.state_dict(), "module."),
         "ema": prefixed(sit.state_dict(), "_orig_mod."),
         "opt": optimizer_state(sit),
-        "args": argparse.Namespace(**flags),
         "steps": STEP,
     }
+    if args_inside:
+        content["args"] = argparse.Namespace(**flags)
     if joint:
         content |= {
             "vae": prefixed(vae.state_dict(), "module._orig_mod."),

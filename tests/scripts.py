@@ -35,6 +35,11 @@ def torchrun(processes: int) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
 
 
+def accelerate(processes: int) -> tuple[str, ...]:
+    """The same by accelerate."""
+    return ("-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1")
+
+
 def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list[str]:
     """The command line of a script, by default in a single process."""
     return [sys.executable, *launcher, script, *map(str, flags)]

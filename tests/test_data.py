@@ -1,16 +1,20 @@
 """Cached latents and the reference's HDF5 data, as training reads them."""
 
+import io
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import preprocessing
 import published
 from dataset import ImageDataset, open_images, open_latents
 from errors import UserError
-from images import make_data
+from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
 from scripts import call
 from train_ldm_only import check_vae
@@ -147,7 +151,8 @@ def test_the_references_hdf5_is_read_as_it_is(data, hdf5):
     latents = open_latents(hdf5, "e2e-vavae", images)
     assert (len(images), images.num_classes, images.resolution) == (18, 3, 32)
     assert (latents.shape, latents.vae_fingerprint) == ((4, 8, 8), None)
-    batches = DataLoader(latents, 5, num_workers=2)  # every worker opens its own handle
+    latents[0]  # what is open here must not be used by the workers that fork from here
+    batches = DataLoader(latents, 5, num_workers=2)
     rows = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     for i in range(18):
         assert torch.equal(rows[0][i], shards[i][0])
@@ -165,8 +170,6 @@ def test_latents_can_be_cached_from_hdf5_images(data, hdf5, vae):
 
 @pytest.mark.parametrize("damage", ["no list", "bad list", "no label", "cut", "missing", "other labels"])
 def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, damage):
-    import shutil
-
     folder = shutil.copytree(hdf5, tmp_path / "copy")
     listing = folder / "images_h5.json"
     names = json.loads(listing.read_text())
@@ -192,14 +195,51 @@ def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-def test_pixels_stored_as_arrays_are_read_too(tmp_path):
+def test_a_forked_process_opens_its_own_hdf5_handle(hdf5):
+    images = open_images(hdf5)
+    mine = images.file.handle
+    assert images.file.handle is mine
+    child = os.fork()
+    if child == 0:
+        fresh = images.file.handle is not mine and images.file.opened[0] == os.getpid()
+        os._exit(0 if fresh else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("damage", ["no image", "other size", "other moments"])
+def test_hdf5_content_that_differs_is_one_clear_line_even_from_a_worker(hdf5, vae, tmp_path, damage):
     import h5py
 
-    pixels = np.random.RandomState(0).randint(0, 256, (16, 16, 3)).astype(np.uint8)
-    with h5py.File(tmp_path / "images.h5", "w") as file:
-        file.create_dataset("0.npy", data=pixels)
-        file.create_dataset("dataset.json", data=json.dumps({"labels": [["0.npy", 2]]}))
-    (tmp_path / "images_h5.json").write_text('["0.npy"]')
-    image, label = open_images(tmp_path)[0]
-    assert label == 2
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+    folder = shutil.copytree(hdf5, tmp_path / "copy")
+    name = "e2e-vavae" if damage == "other moments" else "images"
+    entry = json.loads((folder / f"{name}_h5.json").read_text())[4]
+    Image.new("RGB", (16, 16)).save(small := io.BytesIO(), "png")
+    content = {
+        "no image": np.frombuffer(b"nothing", np.uint8),
+        "other size": np.frombuffer(small.getvalue(), np.uint8),
+        "other moments": np.zeros((8, 4, 4), np.float32),
+    }[damage]
+    with h5py.File(folder / f"{name}.h5", "a") as file:
+        del file[entry]
+        file.create_dataset(entry, data=content)
+    if damage == "other moments":
+        with pytest.raises(UserError, match="has shape"):
+            open_latents(folder, "e2e-vavae")[4]
+        return
+    stderr = cache(folder, vae, "--num-workers", "1", name="broken", code=2)
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert entry in line
+    assert "Traceback" not in stderr
+
+
+def test_a_shard_without_images_is_cached_as_one(tmp_path, vae, monkeypatch):
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 3)
+    tree = make_tree(tmp_path / "tree", per_class=3)
+    for path in (tree / "bee").iterdir():
+        path.write_bytes(b"no image")
+    preprocessing.preprocess(tree, tmp_path / "data", 32, 1, None)
+    cache(tmp_path / "data", vae)
+    images = open_images(tmp_path / "data")
+    assert images.sizes == [3, 0, 3]
+    latents = open_latents(tmp_path / "data", "latents", images)
+    assert [latents[i][1] for i in range(6)] == [0, 0, 0, 2, 2, 2]

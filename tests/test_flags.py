@@ -1,8 +1,15 @@
 """Flags: the reference's names and defaults, and where they end up."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
+import cache_latents
+import generate
+import save_vae_weights
+import train_ldm_only
 import train_repae
 import train_vae
 from errors import UserError
@@ -62,12 +69,102 @@ JOINT = {
     "ema_decay": 0.9999,
     "vae_ckpt": "pretrained/sdvae-f8d4/sdvae-f8d4.pt",
 }
-PUBLISHED = """--max-train-steps=400000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
-    --output-dir=exps --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/2
-    --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4
-    --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/sdvae-f8d4-discriminator-ckpt.pt
-    --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1
-    --exp-name=NAME"""
+TRANSFORMER = {key: JOINT[key] for key in JOINT if key not in ("bn_momentum", "vae_align_proj_coeff")}
+FROZEN = {
+    **{key: value for key, value in COMMON.items() if not key.startswith(("disc_", "loss_", "vae_learning", "lpips"))},
+    **TRANSFORMER,
+    "model": "SiT-XL/1",
+    "vae": "f16d32",
+    "vae_ckpt": "pretrained/e2e-vavae-400k/e2e-vavae-400k.pt",
+    "vae_latents_name": "e2e-vavae-400k",
+}
+CACHE = {
+    "vae_arch": "f16d32",
+    "vae_latents_name": "repae-invae-400k",
+    "data_dir": "data",
+    "output_dir": "data",
+    "pproc_batch_size": 128,
+    "dtype": "float32",
+    "mirrored": False,
+    "num_workers": 4,
+    "allow_tf32": True,
+}
+GENERATE = {
+    "global_seed": 0,
+    "tf32": True,
+    "sample_dir": Path("samples"),
+    "train_steps": None,
+    "pproc_batch_size": 256,
+    "num_fid_samples": 50000,
+    "mode": "ode",
+    "cfg_scale": 1.5,
+    "path_type": None,
+    "num_steps": 50,
+    "heun": False,
+    "guidance_low": 0.0,
+    "guidance_high": 1.0,
+    "vae_ckpt": None,
+    "mixed_precision": "no",
+    "labels": "random",
+    "classes": None,
+    "png": True,
+    "npz": True,
+    "grid": False,
+}
+# the command lines that people already type, and what a few of their flags must become
+PUBLISHED = {
+    "preprocessing.py": ("--imagenet-path /PATH/TO/IMAGENET_TRAIN", {"resolution": 256, "num_workers": 16}),
+    "train_repae.py": (
+        """--max-train-steps=400000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
+        --output-dir=exps --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/2
+        --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4
+        --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8
+        --disc-pretrained-ckpt=pretrained/sdvae/sdvae-f8d4-discriminator-ckpt.pt --vae-align-proj-coeff=1.5
+        --bn-momentum=0.1 --exp-name=NAME""",
+        {"vae_ckpt": "pretrained/sdvae/sdvae-f8d4.pt", "bn_momentum": 0.1},
+    ),
+    "save_vae_weights.py": (
+        "--repae-ckpt pretrained/sit-repae-vavae/checkpoints/0400000.pt --vae-name e2e-vavae --save-dir exps",
+        {"vae_name": "e2e-vavae", "save_dir": Path("exps")},
+    ),
+    "cache_latents.py": (
+        """--vae-arch=f16d32 --vae-ckpt-path=pretrained/e2e-vavae/e2e-vavae-400k.pt --vae-latents-name=e2e-vavae
+        --pproc-batch-size=128""",
+        {"vae_arch": "f16d32", "vae_latents_name": "e2e-vavae", "dtype": "float32"},
+    ),
+    "train_ldm_only.py": (
+        """--max-train-steps=4000000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
+        --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/1
+        --checkpointing-steps=50000 --vae=f16d32 --vae-ckpt=pretrained/e2e-vavae/e2e-vavae-400k.pt
+        --vae-latents-name=e2e-vavae --learning-rate=1e-4 --enc-type=dinov2-vit-b --proj-coeff=0.5
+        --encoder-depth=8 --output-dir=exps --exp-name=NAME""",
+        {"model": "SiT-XL/1", "vae_latents_name": "e2e-vavae"},
+    ),
+    "generate.py": (
+        """--num-fid-samples 50000 --path-type linear --mode sde --num-steps 250 --cfg-scale 1.0 --guidance-high 1.0
+        --guidance-low 0.0 --exp-path pretrained/sit-ldm-e2e-vavae --train-steps 4000000""",
+        {"mode": "sde", "cfg_scale": 1.0, "train_steps": 4000000, "num_fid_samples": 50000},
+    ),
+}
+
+
+@pytest.mark.parametrize("script", PUBLISHED)
+def test_the_published_command_lines_are_taken(script):
+    line, expected = PUBLISHED[script]
+    args = vars(importlib.import_module(script.removesuffix(".py")).parse_args(line.split()))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_defaults_of_frozen_training():
+    assert vars(train_ldm_only.parse_args(["--exp-name", "x"])) == {**FROZEN, "exp_name": "x"}
+
+
+def test_defaults_of_caching_extraction_and_sampling():
+    path = "weights.pt"
+    assert vars(cache_latents.parse_args(["--vae-ckpt-path", path])) == {**CACHE, "vae_ckpt_path": path}
+    assert vars(generate.parse_args(["--exp-path", "run"])) == {**GENERATE, "exp_path": Path("run")}
+    expected = {"repae_ckpt": Path(path), "vae_name": "e2e-vae", "save_dir": Path("exps")}
+    assert vars(save_vae_weights.parse_args(["--repae-ckpt", path])) == expected
 
 
 def test_defaults_of_joint_training():
@@ -79,9 +176,7 @@ def test_defaults_of_vae_training():
     assert vars(train_vae.parse_args(["--exp-name", "x"])) == expected
 
 
-def test_the_published_command_line_is_taken_and_booleans_can_be_negated():
-    args = train_repae.parse_args(PUBLISHED.split())
-    assert args.vae_ckpt == "pretrained/sdvae/sdvae-f8d4.pt"
+def test_booleans_can_be_negated():
     args = train_repae.parse_args(
         ["--exp-name", "x", "--no-compile", "--no-allow-tf32", "--no-fused-attn", "--qk-norm"]
     )

@@ -11,11 +11,12 @@ from PIL import Image
 import generate
 import published
 from models.autoencoder import image_to_pixels
+from models.sit import SiT_models
 from sample_files import SampleFiles, read_npz
 from samplers import Guidance, sample_ode
 from scripts import call
 from training.checkpoint import fingerprint
-from training.experiment import load_experiment
+from training.experiment import REFERENCE_DEFAULTS, load_experiment, load_transformer
 from training.randomness import generator_for
 
 STEP = published.STEP
@@ -26,7 +27,7 @@ SHAPE = (4, 8, 8)
 def runs(tmp_path_factory):
     """A joint and a frozen-VAE run in the published layout."""
     root = tmp_path_factory.mktemp("published")
-    published.write_run(root / "joint", joint=True)
+    published.write_run(root / "joint", joint=True, args_inside=False)
     published.write_run(root / "frozen", joint=False, vae_ckpt=published.write_vae(root / "vae"), args_json=False)
     return root
 
@@ -133,6 +134,7 @@ def test_either_alone_by_flag(runs, tmp_path):
 def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
     path = sample(runs / "frozen", tmp_path, "--mode", "sde", "--cfg-scale", 1.5, "--guidance-low", 0.1, count=2)
     manifest = json.loads((tmp_path / (path.name + ".json")).read_text())
+    state = published.fresh_sit().state_dict()
     assert manifest["samples"] == {
         "experiment": "frozen",
         "train_steps": STEP,
@@ -154,32 +156,77 @@ def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
         "mixed_precision": "no",
         "tf32": True,
         "pixels": "rounded",
-        "model_fingerprint": fingerprint(published.fresh_sit().state_dict()),
+        "model_fingerprint": fingerprint({k: v for k, v in state.items() if not k.startswith("projectors.")}),
         "vae_fingerprint": fingerprint(published.fresh_vae().state_dict()),
     }
     assert manifest["made_with"]["torch"] == torch.__version__
 
 
+def files_of(path, npz=True, png=True) -> SampleFiles:
+    """The set that generate.py made at `path`."""
+    samples = json.loads(path.with_name(path.name + ".json").read_text())["samples"]
+    return SampleFiles(path.parent, path.name, samples, png, npz)
+
+
 def test_an_interrupted_set_is_finished_from_what_is_there(runs, tmp_path):
     whole = pixels_of(sample(runs / "joint", tmp_path / "whole"))
     path = sample(runs / "joint", tmp_path / "again")
-    npz = path.with_name(path.name + ".npz")
-    npz.unlink()  # as if it had stopped before the npz: three samples in parts, two PNGs missing
-    files = SampleFiles(tmp_path / "again", path.name, 7, 32, png=True, npz=True)
+    path.with_name(path.name + ".npz").unlink()  # as if it had stopped before the npz
+    (path / "000000.png").unlink()
+    (path / "000003.png").write_bytes(b"")  # as after a power cut
+    (path / ".000004.png.1.tmp").write_bytes(b"half")
+    kept = (path / "000002.png").stat().st_mtime_ns
+    assert files_of(path).missing() == [0, 3]
+    sample(runs / "joint", tmp_path / "again")
+    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
+    assert (path / "000002.png").stat().st_mtime_ns == kept
+    assert sorted(entry.name for entry in path.iterdir()) == [f"{i:06d}.png" for i in range(7)]
+
+
+def test_without_pngs_parts_are_kept_until_the_npz_is_whole(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path, "--no-png")
+    whole = pixels_of(path)
+    path.with_name(path.name + ".npz").unlink()
+    files = files_of(path, png=False)
     files.parts.mkdir()
     mark = np.full((3, 32, 32, 3), 7, np.uint8)
     files.write([1, 2, 5], mark)
+    files.write([6], mark[:1])
     (files.parts / "000004-1.npz").write_bytes(b"cut short")
-    (path / "000003.png").unlink()
-    assert files.missing() == [0, 3, 4, 6]
-    kept = (path / "000002.png").stat().st_mtime_ns
-    sample(runs / "joint", tmp_path / "again")
-    result = pixels_of(path)
-    assert np.array_equal(result[[1, 2, 5]], mark)
-    assert np.abs(result[[0, 3, 4, 6]].astype(int) - whole[[0, 3, 4, 6]]).max() <= 1
-    assert (path / "000002.png").stat().st_mtime_ns == kept
-    assert len(list(path.glob("*.png"))) == 7
+    (files.parts / "000005-1.npz").write_bytes(b"")
+    other = SampleFiles(tmp_path, path.name, {**files.samples, "seed": 9}, png=False, npz=True)
+    other.write([0, 3], mark[:2])  # samples that other flags made are not taken for these
+    assert files.missing() == [0, 3, 4]
+    sample(runs / "joint", tmp_path, "--no-png")
+    assert np.array_equal(pixels_of(path)[[1, 2, 5, 6]], np.full((4, 32, 32, 3), 7))
+    assert np.abs(pixels_of(path)[[0, 3, 4]].astype(int) - whole[[0, 3, 4]]).max() <= 1
     assert not files.parts.exists()
+
+
+def test_what_is_there_in_one_form_is_not_sampled_again_for_another(runs, tmp_path, monkeypatch):
+    path = sample(runs / "joint", tmp_path, "--no-npz")
+    monkeypatch.setattr(generate, "sample_pixels", None)
+    sample(runs / "joint", tmp_path)
+    from_pngs = pixels_of(path)
+    for png in path.iterdir():
+        png.unlink()
+    sample(runs / "joint", tmp_path, "--grid")
+    assert np.array_equal(from_pngs, np.stack([np.asarray(Image.open(path / f"{i:06d}.png")) for i in range(7)]))
+    assert path.with_name(path.name + ".png").is_file()
+
+
+def test_damage_is_named_and_made_again(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    whole = pixels_of(path)
+    path.with_name(path.name + ".npz").unlink()
+    (path / "000003.png").write_bytes((path / "000003.png").read_bytes()[:40])
+    flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 7, "--num-steps", 3)
+    code, stderr = call("generate.py", *flags)
+    assert (code, stderr.count("error: ")) == (2, 1)
+    assert "000003.png: damaged" in stderr
+    (path / "000003.png").unlink()
+    sample(runs / "joint", tmp_path)
+    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
 
 
 def test_a_finished_set_stays_as_it_is(runs, tmp_path):
@@ -226,3 +273,12 @@ def test_a_checkpoint_without_label_dropping_has_no_guidance(tmp_path):
     assert code == 2
     assert "the run was trained without dropping labels" in stderr
     sample(tmp_path / "run", tmp_path / "samples", "--cfg-scale", 1, count=2)
+
+
+def test_flags_that_did_not_exist_mean_what_was_done_then():
+    with torch.device("meta"):
+        ema = SiT_models["SiT-S/2"](qk_norm=True).state_dict()
+    sit = load_transformer(ema, {**REFERENCE_DEFAULTS, "model": "SiT-S/2", "vae": "f8d4"}, "ema")
+    assert (sit.input_size, sit.num_classes, sit.null_label) == (32, 1000, 1000)
+    assert any("q_norm" in key for key in sit.state_dict())
+    assert REFERENCE_DEFAULTS["path_type"] == "linear"

@@ -15,11 +15,10 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import LAST, TINY, assert_same_run, interrupt, records, run, torchrun
+from scripts import LAST, TINY, accelerate, assert_same_run, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
-ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
 JOINT_METRICS = (
     *("reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "vae_align_loss", "vae_loss", "psnr"),
     *("grad_norm_vae", "d_loss", "grad_norm_disc", "denoising_loss", "proj_loss", "grad_norm_sit"),
@@ -39,6 +38,17 @@ def test_train_vae_writes_the_three_files(tiny_vae):
     assert json.loads((output / "vae/args.json").read_text())["vae_learning_rate"] == 1e-4
     assert np.asarray(Image.open(output / "vae/reconstructions/0000005.png")).std() > 10
     assert len(records(output / "vae/metrics.jsonl")) == 5
+
+
+def test_train_vae_on_two_processes_does_as_one(tmp_path, tiny_vae, tiny_data, vgg_weights):
+    flags = ("--exp-name", "two", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    run("train_vae.py", *TINY, *flags, "--max-train-steps", 2, launcher=torchrun(2))
+    log = records(tmp_path / "two/metrics.jsonl")
+    assert len(log) == 2
+    for one, two in zip(records(tiny_vae[0] / "vae/metrics.jsonl"), log, strict=False):
+        for name in ("reconstruction_loss", "perceptual_loss", "kl_loss", "grad_norm_vae", "d_loss", "grad_norm_disc"):
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), f"step {two['step']}: {name}"
+    assert vae_files(tmp_path / "two/two.pt").statistics.is_file()
 
 
 def test_train_vae_continues_from_weights(tmp_path, tiny_vae, tiny_data, vgg_weights):
@@ -112,7 +122,7 @@ def test_two_processes_equal_one(joint, whole_run):
 
 def test_accelerate_launch_equals_plain_python(joint, whole_run):
     output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=ACCELERATE)
+    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=accelerate(1))
     assert_same_run(whole_run, output / "launched")
 
 

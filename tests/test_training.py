@@ -330,6 +330,10 @@ def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
     refuse_changed_flags(known, {}, {"data": "a", "loss": {"kl_weight": 1e-6}}, tmp_path)
     with pytest.raises(UserError, match="other images"):
         refuse_changed_flags(known, {}, {"data": "b", "loss": {"kl_weight": 1e-6}}, tmp_path)
+    for name, what in (("latents", "latents than --vae-latents-name"), ("vae", "weights than --vae-ckpt")):
+        refuse_changed_flags({"identity": {name: "a"}}, {}, {name: "a"}, tmp_path)
+        with pytest.raises(UserError, match=what):
+            refuse_changed_flags({"identity": {name: "a"}}, {}, {name: "b"}, tmp_path)
     with pytest.raises(UserError, match="other weights in --loss-cfg-path"):
         refuse_changed_flags(known, {}, {"data": "a", "loss": {"kl_weight": 1.0}}, tmp_path)
 

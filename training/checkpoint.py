@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from files import written_whole
 from training.distributed import unwrap
 from training.precision import Optimizer
 from transport import TIME_CONVENTION
@@ -30,15 +31,10 @@ def write_atomically(data: object, path: Path) -> None:
         OSError: it cannot be written, for want of space above all; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(path) as file:
             torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
+    except Exception as error:
         if (failure := failed_write(error)) is not None:
             raise OSError(failure.errno, failure.strerror, str(path)) from None
         raise
@@ -115,21 +111,18 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def training_flags(checkpoint: dict, path: Path) -> dict:
-    """The flags a checkpoint's run was made with, by underscore name: from inside it, else from the run's args.json.
+    """The flags a checkpoint's run was made with, by underscore name: those inside it, and others in its args.json.
 
     Raises:
         UserError: args.json is damaged.
     """
-    flags = checkpoint.get("args")
-    if flags is not None:
-        return vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    inside = checkpoint.get("args") or {}
+    inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
     beside = path.parent.parent / "args.json"
-    if not beside.is_file():
-        return {}
     try:
-        return json.loads(beside.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise UserError(f"{beside}: damaged ({error})") from None
+        return {**(json.loads(beside.read_text(encoding="utf8")) if beside.is_file() else {}), **inside}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{beside}: damaged ({error}); expected a mapping of flags") from None
 
 
 def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, Tensor]:

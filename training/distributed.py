@@ -16,12 +16,13 @@ from models.numerics import distributed_world_size
 def process_state():
     """accelerate's PartialState of a script that only infers: device, process index, barriers.
 
-    Its processes meet only when their shares are done, so they wait for each other as long as it takes.
+    Its processes meet only when their shares are done, so they wait long for each other; when one fails, its launcher
+    (accelerate or torchrun) ends the rest.
     """
     from accelerate import PartialState
 
     # without cpu, several processes would not find each other on CPUs
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def unwrap(module: nn.Module) -> nn.Module:

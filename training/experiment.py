@@ -1,5 +1,6 @@
 """A trained experiment, ours or published, ready to sample from: averaged transformer, VAE, and their flags."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,9 @@ def load_experiment(exp_path: Path, step: int | None, vae_ckpt: str | None) -> E
         if key not in flags:
             raise UserError(f"{path}: its run's flags do not name --{key}; put the run's args.json into {exp_path}")
         if flags[key] not in table:
-            raise UserError(f"{path}: " + unknown_name(key, flags[key], table))
+            raise UserError(f"{path}: " + unknown_name(key, str(flags[key]), table))
     ema = strip_prefixes(checkpoint["ema"])
+    ema = {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
     sit = load_transformer(ema, flags, f"{path}: ema")
     if isinstance(checkpoint.get("vae"), dict):
         if vae_ckpt is not None:
@@ -66,7 +68,8 @@ def load_experiment(exp_path: Path, step: int | None, vae_ckpt: str | None) -> E
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(flags, vae_ckpt, ema_latent_statistics(ema, str(path)), known)
-    return Experiment(exp_path.resolve().name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
+    name = Path(os.path.abspath(exp_path)).name  # of a link, not of what it points to
+    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
 
 
 def find_checkpoint(exp_path: Path, step: int | None) -> Path:
@@ -85,9 +88,9 @@ def find_checkpoint(exp_path: Path, step: int | None) -> Path:
 
 
 def load_transformer(ema: dict[str, Tensor], flags: dict, source: str) -> SiT:
-    """The transformer with the weights `ema`; projectors, null label and q/k norm are what the weights have."""
+    """The transformer with the weights `ema`, without projectors; null label and q/k norm are what the weights have."""
     latent = latent_shape(flags["vae"], flags["resolution"])
-    projectors = sorted(key for key in ema if key.startswith("projectors.") and key.endswith(".4.weight"))
+    ema = {key: value for key, value in ema.items() if not key.startswith("projectors.")}
     table = ema.get("y_embedder.embedding_table.weight")
     has_null = table is not None and len(table) > flags["num_classes"]
     try:
@@ -97,7 +100,7 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, source: str) -> SiT:
                 in_channels=latent[0],
                 num_classes=flags["num_classes"],
                 class_dropout_prob=0.1 if has_null else 0.0,
-                z_dims=tuple(len(ema[key]) for key in projectors),
+                z_dims=(),
                 encoder_depth=flags["encoder_depth"],
                 qk_norm=any(".q_norm." in key for key in ema),
             )

@@ -31,6 +31,12 @@ def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
 
 
 @torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts, whose size bounds the memory."""
+    return torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(DECODE_BATCH)])
+
+
+@torch.no_grad()
 def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
     """Rows of originals, each above the row of their reconstructions from the posterior mean; (3,H,W) uint8."""
     device = next(vae.parameters()).device
@@ -54,5 +60,5 @@ def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nu
     labels = torch.arange(SAMPLES, device=device) * ema.num_classes // SAMPLES
     guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
     with autocast():
-        z = ema.denormalise(sample_ode(lambda x, t, y: ema(x, t, y)[0], noise, labels, STEPS, guidance).float())
-        return grid(torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(DECODE_BATCH)]))
+        z_norm = sample_ode(lambda x, t, y: ema(x, t, y)[0], noise, labels, STEPS, guidance)
+        return grid(decode_pixels(vae, ema.denormalise(z_norm.float())))

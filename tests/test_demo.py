@@ -1,0 +1,151 @@
+"""The demo: command lines that the scripts take, time kept over interruptions, a page that needs no other file."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from demo import run as demo
+from demo.pictures import RUNS, SERIES, latent_colors
+from demo.report import duration, write_report
+from images import make_tree
+from models.autoencoder import build_vae
+from preprocessing import preprocess
+from sample_files import write_npz
+from training.checkpoint import write_atomically
+
+CLASSES = ("ape", "bee", "cat")
+
+
+def test_every_stages_command_line_is_taken_and_scripts_come_in_order():
+    order = []
+    for stage in demo.stages(demo.make_plan(50)):
+        script, *flags = shlex.split(stage.line)
+        if "/" not in script:
+            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            order += [script] if script not in order else []
+        if script.startswith("train_"):
+            assert args.max_train_steps == {"vae": 75, "joint": 50, "frozen": 150}[stage.name]
+    assert order == [
+        *("preprocessing.py", "train_vae.py", "train_repae.py", "save_vae_weights.py", "cache_latents.py"),
+        *("train_ldm_only.py", "generate.py"),
+    ]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_an_interrupted_stage_continues_and_its_time_adds_up(root, capfd):
+    plan = demo.make_plan(50)
+    (root / "script.py").write_text(
+        "import sys, pathlib\np = pathlib.Path('once')\nsys.exit(p.exists() or p.mkdir() or 75)"
+    )
+    stage = demo.Stage("work", "Work", "script.py --flag 'a b'")
+    with pytest.raises(SystemExit) as end:
+        demo.run_stage(stage, demo.Record(plan))
+    assert end.value.code == 75
+    assert "`make demo` continues from here" in capfd.readouterr().err
+    first = demo.Record(plan).content["stages"]["work"]
+    assert not first["done"]
+    assert first["peak_bytes"] > 1e6
+    assert first["command"] == "python script.py --flag 'a b'"
+    (root / "script.py").write_text("")
+    demo.run_stage(stage, demo.Record(plan))
+    second = demo.Record(plan).content["stages"]["work"]
+    assert second["done"]
+    assert second["seconds"] > first["seconds"]
+    demo.run_stage(stage, demo.Record(plan))
+    assert demo.Record(plan).content["stages"]["work"] == second
+
+
+def test_a_demo_of_another_length_is_not_mixed_in(root):
+    demo.Record(demo.make_plan(50)).add(demo.Stage("a", "A", "a.py"), 1.0, 1, True)
+    with pytest.raises(SystemExit, match="holds a demo of 50 joint steps .* not of 60"):
+        demo.Record(demo.make_plan(60))
+
+
+def make_demo_folder(root) -> tuple:
+    """What the demo's stages leave, made up."""
+    folder = root / demo.FOLDER
+    preprocess(make_tree(root / "tree", per_class=8), root / "data-demo/test", 32, 1, None)
+    for seed, name in enumerate(("vae", "e2e-vae")):
+        torch.manual_seed(seed)
+        write_atomically(build_vae("f4d4-small").state_dict(), folder / name / f"{name}.pt")
+    metrics = {
+        "vae": ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"),
+        "joint": (
+            "reconstruction_loss",
+            "perceptual_loss",
+            "psnr",
+            "d_loss",
+            "denoising_loss",
+            "vae_align_loss",
+            "proj_loss",
+        ),
+        "frozen": ("denoising_loss", "proj_loss"),
+    }
+    for run, names in metrics.items():
+        (folder / run).mkdir(exist_ok=True)
+        records = [{"step": step, **dict.fromkeys(names, 1 / step)} for step in range(1, 31)]
+        (folder / run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "samples").mkdir()
+    for run in ("joint", "frozen"):
+        for scale in ("1.0", "2.5"):
+            rows = iter(np.random.RandomState(0).randint(0, 256, (24, 32, 32, 3)).astype(np.uint8))
+            write_npz(folder / f"samples/{run}_0000030_cfg{scale}-0.0-1.0.npz", (24, 32, 32, 3), rows)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
+    folder = make_demo_folder(root)
+    record = demo.Record(demo.make_plan(50))
+    for stage in demo.stages(demo.make_plan(50)):
+        record.add(stage, 65.0, 3 * 10**8, True)
+    (root / "pretrained/demo").mkdir(parents=True)
+    (root / "pretrained/demo/vgg16-features.pt").symlink_to(vgg_weights)
+    write_report(root, folder, record.content)
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "prefers-color-scheme: dark" in page
+    assert "$" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert not any(color in page for color in SERIES.values())
+    assert page.count("<svg") == 6
+    for run in RUNS:
+        assert f"stroke: var(--{run})" in page
+    assert page.count("data:image/png") == 2 * 2 * 3 + 4 * 3  # two times two blocks of three rows; four sets of classes
+    for text in ("before", "after", *CLASSES, "no guidance", "guidance 2.5", "1 min 05 s", "0.3 GB", "train_repae.py"):
+        assert text in page
+    assert (folder / "overview.png").stat().st_size > 10000
+
+
+def test_principal_components_become_colours():
+    generator = torch.Generator().manual_seed(0)
+    strong = torch.randn(6, 1, 8, 8, generator=generator) * 10
+    latents = torch.cat([strong, torch.randn(6, 3, 8, 8, generator=generator)], dim=1)
+    colors = latent_colors(latents)
+    assert (colors.shape, colors.dtype) == ((6, 3, 8, 8), torch.uint8)
+    red = colors[:, 0].double().flatten()
+    assert abs(float(torch.corrcoef(torch.stack([red, strong.double().flatten()]))[0, 1])) > 0.95
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (0.4, 59.6, 185)] == ["0 s", "1 min 00 s", "3 min 05 s"]
+
+
+def test_steps_scale_every_run(monkeypatch, capsys):
+    plan = demo.make_plan(40)
+    assert (plan.vae_steps, plan.joint_steps, plan.frozen_steps) == (60, 40, 120)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "3"])
+    with pytest.raises(SystemExit, match="STEPS=3 is too small"):
+        demo.main()
