@@ -130,9 +130,9 @@ def draw_overview(
 ) -> None:
     """One picture for the README: labelled strips of images, samples by class (K,n,3,R,R), and the curves below."""
     colors = {"vae": "#2a78d6", "joint": "#d9622b", "frozen": "#1f9e77"}
-    figure = plt.figure(figsize=(13, 9.4), constrained_layout=True)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
-    left, *right = above.subfigures(1, 1 + len(samples), width_ratios=(1, *(0.62 for _ in samples)))
+    figure = plt.figure(figsize=(15, 11.5), constrained_layout=True)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    left, *right = above.subfigures(1, 1 + len(samples), width_ratios=(1.25, *(0.85 for _ in samples)))
     for ax, (title, pixels) in zip(left.subplots(len(rows), 1), rows.items(), strict=True):
         ax.imshow(strip(pixels, 64))
         ax.set_title(title, fontsize=9, loc="left")

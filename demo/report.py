@@ -35,7 +35,8 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
     shown = torch.arange(SHOWN) * len(test) // SHOWN
     recons = {"photograph": pixels, **{name: recon for name, (_, recon) in coded.items()}}
     colors = {"photograph": pixels, **{name: latent_colors(latents) for name, (latents, _) in coded.items()}}
-    samples = {path.stem: read_samples(path, len(test.classes)) for path in sorted((folder / "samples").glob("*.npz"))}
+    paths = sorted((folder / "samples").glob("*.npz"), key=lambda path: (list(RUNS).index(run_of(path)), path.name))
+    samples = {path: read_samples(path, len(test.classes)) for path in paths}
     latent = tuple(coded["before"][0].shape[1:])
     page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf8")).substitute(
         facts=facts(record),
@@ -47,14 +48,11 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
         reconstructions=groups({name: value[shown] for name, value in recons.items()}),
         latents=groups({name: value[shown] for name, value in colors.items()}),
         latent=" x ".join(map(str, latent)),
-        samples="".join(
-            sample_card(sample_title(name), images, test.classes)
-            for name, images in sorted(samples.items(), key=lambda item: (-item[0].startswith("joint"), item[0]))
-        ),
+        samples="".join(sample_card(sample_title(path), images, test.classes) for path, images in samples.items()),
         stages=stage_rows(record),
     )
     replace_text(folder / "report.html", page)
-    few = shown[:A_ROW]
+    few = shown[::2]  # one a class
     overview = {
         "held-out photographs": pixels[few],
         "reconstructed before joint tuning": coded["before"][1][few],
@@ -62,7 +60,7 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
         "latents before (PCA)": colors["before"][few],
         "latents after": colors["after"][few],
     }
-    guided = {sample_title(name): images for name, images in samples.items() if "cfg1.0" not in name}
+    guided = {sample_title(path): images for path, images in samples.items() if "cfg1.0" not in path.name}
     draw_overview(overview, guided, test.classes, logs, folder / "overview.png")
 
 
@@ -81,11 +79,16 @@ def read_samples(path: Path, classes: int) -> Tensor:
     return pixels.unflatten(0, (-1, classes)).transpose(0, 1)
 
 
-def sample_title(name: str) -> str:
-    """What a set of samples is called, from its file name RUN_STEP_cfgSCALE-LOW-HIGH."""
-    run, step, guidance = name.split("_")
+def run_of(path: Path) -> str:
+    """The run that samples RUN_STEP_cfgSCALE-LOW-HIGH.npz are of."""
+    return path.stem.split("_")[0]
+
+
+def sample_title(path: Path) -> str:
+    """What a set of samples is called."""
+    run, step, guidance = path.stem.split("_")
     scale = float(guidance.removeprefix("cfg").split("-")[0])
-    origin = {"joint": "Joint run", "frozen": "Run on the frozen tuned VAE"}[run]
+    origin = {"joint": "Joint run", "frozen": "Frozen tuned VAE"}[run]
     return f"{origin}, step {int(step)}, " + (f"guidance {scale:g}" if scale > 1 else "no guidance")
 
 

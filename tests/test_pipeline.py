@@ -131,7 +131,7 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
         folder = tmp_path / str(processes)
         options = ("--sample-dir", folder, "--pproc-batch-size", batch)
         done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
-        assert done.stdout.count("7 samples: ") == 1
+        assert done.stdout.count("7 samples of 32 px: ") == 1
         (path,) = folder.glob("*.npz")
         arrays.append(np.load(path)["arr_0"])
         assert len(list(path.with_suffix("").glob("*.png"))) == 7
