@@ -117,7 +117,8 @@ def main() -> None:
         if state.is_main_process:
             index["shards"] = [{"file": name, "images": len(rows)} for name, rows in shards]
             replace_text(directory / "index.json", json.dumps(index, indent=1))
-            print(f"moments of {len(images)} images, {args.dtype} {tuple(index['shape'])}, in {directory}")
+            what = f"moments of {len(images)} images, {args.dtype} {tuple(index['shape'])}"
+            print(f"{what}, in {directory}, by {state.num_processes} processes")
 
 
 def write_shards(

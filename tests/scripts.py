@@ -19,6 +19,8 @@ from training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
+# on CPUs accelerate launches a single process, whatever number it is given
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
 LAST = 32  # steps of the joint run that others are compared to
 TINY = (
     *("--report-to", "none", "--mixed-precision", "no", "--num-workers", "1", "--resolution", "32"),
@@ -33,11 +35,6 @@ TINY_SIT = (
 def torchrun(processes: int) -> tuple[str, ...]:
     """What launches a script on several processes."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-
-
-def accelerate(processes: int) -> tuple[str, ...]:
-    """The same by accelerate."""
-    return ("-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1")
 
 
 def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list[str]:

@@ -16,7 +16,7 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import LAST, TINY, TINY_SIT, accelerate, assert_same_run, call, interrupt, records, run, torchrun
+from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, call, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, read_latent_statistics, vae_files
 
 pytestmark = pytest.mark.slow
@@ -69,11 +69,12 @@ def test_the_extracted_vae_is_the_published_runs(world):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_caching_gives_the_same_rows_on_any_number_of_processes(world, processes):
     name = f"by-{processes}"
-    launcher = torchrun(processes) if processes == 3 else accelerate(processes)
-    run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=launcher)
+    done = run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=torchrun(processes))
+    assert f"by {processes} processes" in done.stdout
     for shard in ("00001", "00004"):  # what one process misses, another number of them makes
         (world / "data" / name / f"{shard}.safetensors").unlink()
-    run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name)
+    done = run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=ACCELERATE)
+    assert "by 1 processes" in done.stdout
     one, several = open_latents(world / "data", "one"), open_latents(world / "data", name)
     assert len(several) == 18
     for i in range(18):
@@ -109,7 +110,9 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
 
 
 def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
-    run("train_ldm_only.py", *frozen_flags(world, "two"), "--max-train-steps", 3, launcher=accelerate(2))
+    flags = (*frozen_flags(world, "two"), "--max-train-steps", 3)
+    done = run("train_ldm_only.py", *flags, launcher=torchrun(2))
+    assert "4 images a step = 2 processes x" in done.stdout + done.stderr
     log = records(world / "exps/two/metrics.jsonl")
     assert len(log) == 3
     for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
@@ -120,7 +123,7 @@ def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
 def test_without_an_encoder_no_images_are_needed(world, tmp_path):
     shutil.copytree(world / "data/one", tmp_path / "one")
     flags = ("--data-dir", tmp_path, "--enc-type", "none", "--max-train-steps", 1)
-    run("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags)
+    run("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags, launcher=ACCELERATE)
     assert "proj_loss" not in records(world / "exps/no-encoder/metrics.jsonl")[0]
 
 
@@ -133,6 +136,8 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
         done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
         assert done.stdout.count("7 samples of 32 px: ") == 1
         (path,) = folder.glob("*.npz")
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        assert manifest["made_with"]["processes"] == processes
         arrays.append(np.load(path)["arr_0"])
         assert len(list(path.with_suffix("").glob("*.png"))) == 7
     assert np.abs(arrays[0].astype(int) - arrays[1]).max() <= 1

@@ -15,7 +15,7 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import LAST, TINY, accelerate, assert_same_run, interrupt, records, run, torchrun
+from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,7 @@ def test_two_processes_equal_one(joint, whole_run):
 
 def test_accelerate_launch_equals_plain_python(joint, whole_run):
     output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=accelerate(1))
+    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=ACCELERATE)
     assert_same_run(whole_run, output / "launched")
 
 
