@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {
     *FULL_DISK_ERRORS,
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 EXIT_USER_ERROR = 2
@@ -50,8 +50,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_TO_END)  # what all found, the first one says, and the launcher ends the others
-        # from a data worker it comes with that one's traceback, of which it is the last line
-        print("error: " + str(error).strip().splitlines()[-1].removeprefix("errors.UserError: "), file=sys.stderr)
+        message = str(error)
+        if message.startswith("Caught UserError in DataLoader worker"):  # and that one's traceback
+            message = message.strip().splitlines()[-1].removeprefix("errors.UserError: ")
+        print(f"error: {message}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except OSError as error:
         if error.errno not in DISK_ERRORS:

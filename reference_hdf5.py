@@ -62,10 +62,12 @@ class HDF5File:
 
     @property
     def handle(self):
-        """The open file. A handle of the process that this one forked from is not used."""
+        """The open file. A handle of the process that this one forked from is closed first: HDF5 would share it."""
         if self.opened[0] != os.getpid():
             import h5py
 
+            if self.opened[1] is not None:
+                self.opened[1].close()
             self.opened = (os.getpid(), h5py.File(self.path, "r"))
         return self.opened[1]
 
@@ -135,7 +137,10 @@ class HDF5Latents:
         return len(self.file.names)
 
     def _moments(self, i: int) -> np.ndarray:
-        return np.asarray(self.file[i], dtype=np.float32)
+        try:
+            return np.asarray(self.file[i], dtype=np.float32)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.source}: {self.file.names[i]} is no readable array ({error})") from None
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, Tensor]:
         pixels = torch.empty(0, dtype=torch.uint8) if self.images is None else self.images[i][0]

@@ -19,7 +19,7 @@ from errors import UserError
 from files import replace_text, written_whole
 
 MANIFEST_FORMAT = "repae-samples/1"
-DAMAGE = (OSError, EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
+DAMAGE = (EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
 
 
 class SampleFiles:
@@ -63,7 +63,7 @@ class SampleFiles:
 
     def missing(self) -> list[int]:
         """The indices of the samples that still have to be made, in order."""
-        if self.npz_file.is_file():
+        if self._has_npz():
             return []
         done = self._png_indices() | self._part_rows().keys()
         return [index for index in range(self.count) if index not in done]
@@ -71,17 +71,27 @@ class SampleFiles:
     @property
     def bytes_needed(self) -> int:
         """Disk space for what is not there yet; a PNG takes at most about the raw pixels."""
-        there = self.count if self.npz_file.is_file() else len(self._png_indices() | self._part_rows().keys())
+        there = self.count if self._has_npz() else len(self._png_indices() | self._part_rows().keys())
         pngs = self.count - len(self._png_indices()) if self.png else self.count - there
-        npz = self.count if self.npz and not self.npz_file.is_file() else 0
+        npz = self.count if self.npz and not self._has_npz() else 0
         return (pngs + npz) * 3 * self.resolution**2
 
     def _png_path(self, index: int) -> Path:
         return self.png_folder / f"{index:06d}.png"
 
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self.count, self.resolution, self.resolution, 3
+
+    def _has_npz(self) -> bool:
+        """Whether the npz is there; a UserError if it is of other samples or cut short."""
+        if self.npz_file.is_file():
+            check_npz(self.npz_file, self._shape)
+        return self.npz_file.is_file()
+
     def _png_indices(self) -> set[int]:
-        paths = self.png_folder.glob("*.png")
-        return {int(path.stem) for path in paths if path.stem.isdigit() and path.stat().st_size > 0}
+        paths = (path for path in self.png_folder.glob("*.png") if path.stem.isdigit() and path.stat().st_size > 0)
+        return {int(path.stem) for path in paths if path == self._png_path(int(path.stem))}
 
     def _part_rows(self) -> dict[int, tuple[Path, int]]:
         """Index -> part and row, for the parts of this set that are whole."""
@@ -91,7 +101,7 @@ class SampleFiles:
                 with np.load(path) as part:
                     indices, plan = part["indices"].tolist(), str(part["plan"])
                     stored = part.zip.getinfo("pixels.npy").file_size
-            except DAMAGE:
+            except (*DAMAGE, OSError):
                 continue
             if plan == self.plan and stored > len(indices) * 3 * self.resolution**2:
                 rows.update({index: (path, row) for row, index in enumerate(indices)})
@@ -118,14 +128,14 @@ class SampleFiles:
         Raises:
             UserError: one is missing or damaged; a damaged part is removed, so that its samples are made again.
         """
-        if self.npz_file.is_file():
+        if self._has_npz():
             yield from read_npz(self.npz_file)
             return
         pngs, rows = self._png_indices(), self._part_rows()
         opened, pixels = None, None
         for index in range(self.count):
             if index in pngs:
-                yield read_png(self._png_path(index))
+                yield read_png(self._png_path(index), self._shape[1:])
             elif index in rows:
                 path, row = rows[index]
                 if path != opened:
@@ -136,31 +146,39 @@ class SampleFiles:
 
     def finish(self) -> None:
         """Write what is wanted and not there yet from what is, and check that there are exactly `count` PNGs."""
-        if self.npz and not self.npz_file.is_file():
-            write_npz(self.npz_file, (self.count, self.resolution, self.resolution, 3), self.in_order())
-        if self.png:
-            pngs = self._png_indices()
-            if len(pngs) < self.count:
-                for index, image in enumerate(self.in_order()):
-                    if index not in pngs:
-                        self._write_png(index, image)
-            if (found := len(list(self.png_folder.glob("*.png")))) != self.count:
-                raise UserError(f"{self.png_folder} holds {found} samples instead of {self.count}; move it, run again")
+        if self.npz and not self._has_npz():
+            write_npz(self.npz_file, self._shape, self.in_order())
+        if not self.png:
+            return
+        pngs = self._png_indices()
+        if missing := set(range(self.count)) - pngs:
+            for index, image in enumerate(self.in_order()):
+                if index in missing:
+                    self._write_png(index, image)
+        expected = {self._png_path(index).name for index in range(self.count)}
+        if others := sorted({path.name for path in self.png_folder.glob("*.png")} - expected):
+            raise UserError(f"{self.png_folder} holds {others[0]}, which is not of this set; move it and run again")
 
     def clean(self) -> None:
         """Remove the parts, and what a process that was killed left half written."""
         shutil.rmtree(self.parts, ignore_errors=True)
-        for path in self.png_folder.glob(".*.tmp"):
+        beside = (path for path in self.parts.parent.glob(".*.tmp") if path.name.startswith(f".{self.manifest.stem}."))
+        for path in (*beside, *self.png_folder.glob(".*.tmp")):
             path.unlink()
 
 
-def read_png(path: Path) -> np.ndarray:
-    """A PNG's pixels. Raises a UserError if it is damaged."""
+def read_png(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A PNG's pixels. Raises a UserError if it is damaged or of another shape."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image)
-    except DAMAGE as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and run the same again") from None
+            pixels = np.asarray(image)
+    except (*DAMAGE, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's trouble, not the file's
+            raise
+        pixels = np.empty(0)
+    if pixels.shape != shape:
+        raise UserError(f"{path}: damaged, or no sample of this set; delete it and run the same again")
+    return pixels
 
 
 def read_part(path: Path) -> np.ndarray:
@@ -186,10 +204,29 @@ def write_npz(path: Path, shape: tuple[int, ...], rows: Iterator[np.ndarray]) ->
             file.write(row.tobytes())
 
 
+def check_npz(path: Path, shape: tuple[int, ...]) -> None:
+    """Raise a UserError unless `arr_0` of an npz is whole, by its size, and of `shape`, uint8."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+    except DAMAGE as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and run the same again") from None
+    if found != (shape, False, np.dtype(np.uint8)):
+        raise UserError(f"{path}: holds {found[2]} {found[0]}, expected uint8 {shape}; move it and run the same again")
+
+
 def read_npz(path: Path) -> Iterator[np.ndarray]:
-    """The uint8 rows of an npz's `arr_0`, one at a time: 50k images do not fit into memory."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        for _ in range(shape[0]):
-            yield np.frombuffer(file.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
+    """The uint8 rows of an npz's `arr_0`, one at a time: 50k images do not fit into memory.
+
+    Raises:
+        UserError: its checksum, which is looked at first, differs.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise UserError(f"{path}: damaged (its checksum differs); delete it and run the same again")
+        with archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+            for _ in range(shape[0]):
+                yield np.frombuffer(file.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])

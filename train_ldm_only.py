@@ -91,15 +91,22 @@ def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: ar
             raise UserError(what.format(f"other statistics ({key})"))
 
 
-def check_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
-    """Raise a UserError if a checkpoint brought statistics of another VAE with it."""
+def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
+    """Let restored networks normalise by the VAE's `statistics`, if their average did.
+
+    A joint run's average does, since the statistics were taken from it; its transformer was a little ahead.
+
+    Raises:
+        UserError: the average normalises by others: it was trained on another VAE.
+    """
+    for trained, given in zip(nets.ema.latent_statistics(), statistics, strict=True):
+        if not torch.allclose(trained.cpu(), given, rtol=1e-3, atol=1e-4):
+            raise UserError(
+                f"the checkpoint that --exp-name {args.exp_name} continues from normalises latents by other "
+                f"statistics than those beside --vae-ckpt {args.vae_ckpt}; it was trained on another VAE"
+            )
     for sit in (unwrap(nets.sit), nets.ema):
-        for trained, given in zip(sit.latent_statistics(), statistics, strict=True):
-            if not torch.allclose(trained.cpu(), given, rtol=1e-3, atol=1e-4):
-                raise UserError(
-                    f"the checkpoint that --exp-name {args.exp_name} continues from normalises latents by other "
-                    f"statistics than those beside --vae-ckpt {args.vae_ckpt}; it was trained on another VAE"
-                )
+        sit.set_latent_statistics(*statistics)
 
 
 def build(
@@ -123,8 +130,8 @@ def main() -> None:
     run = Run(args)
     check_vae(data, vae_fingerprint, statistics, args, run)
     nets, state = build(args, run, statistics)
-    run.begin(state, {"data": data.image_fingerprint, "latents": data.fingerprint, "vae": vae_fingerprint})
-    check_normaliser(nets, statistics, args)
+    identity = {"data": data.image_fingerprint, "latents": data.fingerprint, "vae": vae_fingerprint}
+    run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
 

@@ -35,7 +35,7 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
     shown = torch.arange(SHOWN) * len(test) // SHOWN
     recons = {"photograph": pixels, **{name: recon for name, (_, recon) in coded.items()}}
     colors = {"photograph": pixels, **{name: latent_colors(latents) for name, (latents, _) in coded.items()}}
-    paths = sorted((folder / "samples").glob("*.npz"), key=lambda path: (list(RUNS).index(run_of(path)), path.name))
+    paths = [path for run in RUNS for path in sorted((folder / "samples").glob(f"{run}_*_cfg*.npz"))]
     samples = {path: read_samples(path, len(test.classes)) for path in paths}
     latent = tuple(coded["before"][0].shape[1:])
     page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf8")).substitute(
@@ -79,13 +79,8 @@ def read_samples(path: Path, classes: int) -> Tensor:
     return pixels.unflatten(0, (-1, classes)).transpose(0, 1)
 
 
-def run_of(path: Path) -> str:
-    """The run that samples RUN_STEP_cfgSCALE-LOW-HIGH.npz are of."""
-    return path.stem.split("_")[0]
-
-
 def sample_title(path: Path) -> str:
-    """What a set of samples is called."""
+    """What the samples RUN_STEP_cfgSCALE-LOW-HIGH.npz are called."""
     run, step, guidance = path.stem.split("_")
     scale = float(guidance.removeprefix("cfg").split("-")[0])
     origin = {"joint": "Joint run", "frozen": "Frozen tuned VAE"}[run]

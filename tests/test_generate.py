@@ -10,6 +10,7 @@ from PIL import Image
 
 import generate
 import published
+from errors import UserError
 from models.autoencoder import image_to_pixels
 from models.sit import SiT_models
 from sample_files import SampleFiles, read_npz
@@ -215,18 +216,78 @@ def test_what_is_there_in_one_form_is_not_sampled_again_for_another(runs, tmp_pa
     assert path.with_name(path.name + ".png").is_file()
 
 
-def test_damage_is_named_and_made_again(runs, tmp_path):
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def swap(path) -> None:
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def one_more(path) -> None:
+    swap(path.with_name("000009.png"))
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "how", "message"),
+    [
+        ("000003.png", cut_short, "000003.png: damaged"),
+        ("000003.png", swap, "000003.png: damaged, or no sample of this set"),
+        ("000003.png", one_more, "holds 000009.png, which is not of this set"),
+        ("npz", cut_short, ".npz: damaged"),
+        ("npz", flip_a_bit, ".npz: damaged (its checksum differs)"),
+    ],
+)
+def test_damage_is_named_and_made_again(runs, tmp_path, spoilt, how, message):
     path = sample(runs / "joint", tmp_path)
+    npz = path.with_name(path.name + ".npz")
     whole = pixels_of(path)
-    path.with_name(path.name + ".npz").unlink()
-    (path / "000003.png").write_bytes((path / "000003.png").read_bytes()[:40])
+    if spoilt == "npz":
+        (path / "000001.png").unlink()
+        how(npz)
+    else:
+        npz.unlink()
+        how(path / spoilt)
     flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 7, "--num-steps", 3)
     code, stderr = call("generate.py", *flags)
     assert (code, stderr.count("error: ")) == (2, 1)
-    assert "000003.png: damaged" in stderr
-    (path / "000003.png").unlink()
+    assert message in stderr
+    (npz if spoilt == "npz" else path / ("000009.png" if how is one_more else spoilt)).unlink()
     sample(runs / "joint", tmp_path)
     assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
+    assert len(list(path.glob("*.png"))) == 7
+
+
+def test_a_damaged_part_is_made_again(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path, "--no-png")
+    whole = pixels_of(path)
+    path.with_name(path.name + ".npz").unlink()
+    files = files_of(path, png=False)
+    files.parts.mkdir()
+    files.write([0, 1, 2], whole[:3])
+    (part,) = files.parts.glob("*.npz")
+    flip_a_bit(part)
+    with pytest.raises(UserError, match="was damaged .* and is removed"):
+        list(files.in_order())
+    sample(runs / "joint", tmp_path, "--no-png")
+    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
+
+
+def test_what_a_killed_process_left_is_cleared_away(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    left = tmp_path / f".{path.name}.npz.123.tmp"
+    left.write_bytes(b"half")
+    other = tmp_path / ".other_0000001_cfg1.0-0.0-1.0.npz.123.tmp"
+    other.write_bytes(b"another set's")
+    sample(runs / "joint", tmp_path)
+    assert not left.exists()
+    assert other.exists()
 
 
 def test_a_finished_set_stays_as_it_is(runs, tmp_path):

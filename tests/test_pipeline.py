@@ -197,6 +197,13 @@ def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
     code, stderr = call("train_ldm_only.py", *frozen_flags(world, "wrong"), *flags, "--epochs", 10**6)
     assert code == 2
     assert "it was trained on another VAE" in stderr
+    assert not (world / "exps/wrong/args.json").exists()
+
+
+def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
+    flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
+    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
 
 
 def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from errors import UserError
+from errors import UserError, run_script
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
 from models.sit import SiT_models
@@ -22,6 +22,7 @@ from training.checkpoint import (
     load_weights,
     read_checkpoint,
     read_latent_statistics,
+    training_flags,
     vae_files,
     write_atomically,
 )
@@ -221,6 +222,34 @@ def test_a_reference_optimisers_state_is_restored():
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="size of optimizer's group"):
         Optimizer(linear().parameters(), CPU).load_state_dict(adamw.state_dict())
+
+
+def test_an_error_that_only_another_process_finds_is_said_too(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("errors.time.sleep", waited.append)
+
+    def fail() -> None:
+        raise UserError("disk of process 1")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(fail)
+    assert (end.value.code, capsys.readouterr().err, len(waited)) == (2, "error: disk of process 1\n", 1)
+
+
+def test_flags_come_from_inside_the_checkpoint_or_else_from_args_json(tmp_path):
+    path = tmp_path / "run/checkpoints/0000001.pt"
+    path.parent.mkdir(parents=True)
+    beside = tmp_path / "run/args.json"
+    beside.write_text(json.dumps({"model": "SiT-B/2", "vae": "f8d4"}))
+    assert training_flags({}, path) == {"model": "SiT-B/2", "vae": "f8d4"}
+    assert training_flags({"args": {"vae": "f16d32"}}, path) == {"model": "SiT-B/2", "vae": "f16d32"}
+    assert training_flags({"args": argparse.Namespace(model="SiT-L/2")}, path) == {"model": "SiT-L/2"}
+    beside.write_text('{"model": ')
+    assert training_flags({"args": {"model": "SiT-L/2"}}, path) == {"model": "SiT-L/2"}
+    for checkpoint in ({}, {"args": ["--model"]}):
+        with pytest.raises(UserError, match="run/"):
+            training_flags(checkpoint, path)
 
 
 def test_checkpoint_round_trip_and_published_layout(tmp_path):

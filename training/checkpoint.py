@@ -111,16 +111,20 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def training_flags(checkpoint: dict, path: Path) -> dict:
-    """The flags a checkpoint's run was made with, by underscore name: those inside it, and others in its args.json.
+    """The flags a checkpoint's run was made with, by underscore name: those inside it, or else those of its args.json.
 
     Raises:
-        UserError: args.json is damaged.
+        UserError: either is no mapping.
     """
     inside = checkpoint.get("args") or {}
     inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
     beside = path.parent.parent / "args.json"
+    if not isinstance(inside, dict):
+        raise UserError(f"{path}: its args are a {type(inside).__name__}, expected flags by name")
+    if "model" in inside or not beside.is_file():
+        return inside
     try:
-        return {**(json.loads(beside.read_text(encoding="utf8")) if beside.is_file() else {}), **inside}
+        return {**json.loads(beside.read_text(encoding="utf8")), **inside}
     except (ValueError, TypeError) as error:
         raise UserError(f"{beside}: damaged ({error}); expected a mapping of flags") from None
 

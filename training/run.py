@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -133,14 +133,15 @@ class Run:
         self.wrapped.append(module)
         return module
 
-    def begin(self, state: TrainingState, identity: dict) -> None:
+    def begin(self, state: TrainingState, identity: dict, check: Callable[[], None] = lambda: None) -> None:
         """Take charge of `state`: restore it from the run's checkpoint if there is one, and open log and trackers.
 
         `identity` is what beside the flags makes this run the run it is: a fingerprint of its data, its loss weights.
+        `check` may refuse what was restored, before anything is written.
 
         Raises:
             UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
-                with other flags or data.
+                with other flags or data; or what `check` raises.
         """
         self.state, self.identity = state, identity
         if self.is_main:
@@ -150,6 +151,7 @@ class Run:
             checkpoint = read_checkpoint(path)
             refuse_changed_flags(checkpoint, vars(self.args), identity, path)
             self.step = state.restore(checkpoint, str(path))
+            check()
             self.print(f"continuing after step {self.step} from {path}")
             self._put_later_checkpoints_aside()
         if self.is_main:
@@ -428,5 +430,6 @@ def end_workers() -> None:
     """Kill data workers that are left at exit: they ignore the SIGTERM by which multiprocessing would end them."""
     import multiprocessing
 
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises an error for a worker killed
     for worker in multiprocessing.active_children():
         worker.kill()
