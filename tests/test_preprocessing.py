@@ -151,7 +151,7 @@ def test_a_killed_worker_ends_with_a_message(tmp_path, monkeypatch):
 
 def test_interrupting_ends_at_once(tmp_path):
     (tmp_path / "tree/only").mkdir(parents=True)
-    photo(0, 1500, 1500).save(tmp_path / "photo.png")
+    photo(0, 600, 600).save(tmp_path / "photo.png")
     for i in range(4000):
         (tmp_path / f"tree/only/{i:04d}.png").symlink_to(tmp_path / "photo.png")
     flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)

@@ -15,6 +15,7 @@ from errors import UserError, run_script
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
 from models.sit import SiT_models
+from training import previews
 from training.autoencoding import latent_statistics
 from training.checkpoint import (
     TrainingState,
@@ -375,7 +376,9 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert finite_or_null({"a": float("nan"), "b": float("inf"), "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
 
 
-def test_samples_come_from_the_ema_and_its_statistics():
+def test_samples_come_from_the_ema_and_its_statistics(monkeypatch):
+    assert (previews.SAMPLES, previews.STEPS, previews.GUIDANCE_SCALE) == (64, 50, 4.0)
+    monkeypatch.setattr(previews, "STEPS", 4)
     nets = golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2)
     before = sample_grid(nets.ema, nets.vae, seed=0)
     assert before.shape == (3, 8 * 34 + 2, 8 * 34 + 2)
