@@ -42,6 +42,14 @@ def sample(run, folder, *flags, count=7):
     return manifest.with_suffix("")
 
 
+def refused(run, folder) -> str:
+    """What generate.py says, in one line, where `sample` would not get its way."""
+    flags = ("--exp-path", run, "--sample-dir", folder, "--num-fid-samples", 7, "--num-steps", 3)
+    code, stderr = call("generate.py", *flags)
+    assert (code, stderr.count("error: ")) == (2, 1)
+    return stderr
+
+
 def pixels_of(path) -> np.ndarray:
     """The samples in an npz."""
     return np.load(path.with_name(path.name + ".npz"))["arr_0"]
@@ -254,10 +262,7 @@ def test_damage_is_named_and_made_again(runs, tmp_path, spoilt, how, message):
     else:
         npz.unlink()
         how(path / spoilt)
-    flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 7, "--num-steps", 3)
-    code, stderr = call("generate.py", *flags)
-    assert (code, stderr.count("error: ")) == (2, 1)
-    assert message in stderr
+    assert message in refused(runs / "joint", tmp_path)
     (npz if spoilt == "npz" else path / ("000009.png" if how is one_more else spoilt)).unlink()
     sample(runs / "joint", tmp_path)
     assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
@@ -301,10 +306,7 @@ def test_a_finished_set_stays_as_it_is(runs, tmp_path):
 def test_samples_of_unknown_origin_are_refused(runs, tmp_path):
     path = sample(runs / "joint", tmp_path)
     path.with_name(path.name + ".json").unlink()
-    flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 7, "--num-steps", 3)
-    code, stderr = call("generate.py", *flags)
-    assert code == 2
-    assert "no joint_0400000_cfg1.5-0.0-1.0.json says how it was made" in stderr
+    assert "no joint_0400000_cfg1.5-0.0-1.0.json says how it was made" in refused(runs / "joint", tmp_path)
 
 
 @pytest.mark.parametrize("kept", [("--no-png", "--no-npz"), ("--no-png",), ("--no-npz",)])

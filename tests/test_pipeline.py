@@ -200,6 +200,20 @@ def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
     assert not (world / "exps/wrong/args.json").exists()
 
 
+def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(world):
+    path = published.write_run(world / "joint-source", joint=True)
+    content = torch.load(path, weights_only=False)
+    key = "module.bn.running_mean"  # a joint run's transformer is ahead of its average
+    content["model"][key] = content["model"][key] + 0.1
+    content["identity"] = {"loss": {"kl_weight": 1e-6}}
+    torch.save(content, path)
+    flags = ("--continue-train-exp-dir", world / "joint-source", "--max-train-steps", published.STEP + 1)
+    code, stderr = call("train_ldm_only.py", *frozen_flags(world, "from-joint"), *flags, "--epochs", 10**6)
+    assert code == 0, stderr
+    model = read_checkpoint(world / f"exps/from-joint/checkpoints/{published.STEP + 1:07d}.pt")["model"]
+    torch.testing.assert_close(model["bn.running_mean"], published.STATISTICS["latents_bias"])
+
+
 def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
     flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
     done = run("generate.py", *flags, launcher=torchrun(2), code=1)

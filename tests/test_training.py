@@ -360,6 +360,8 @@ def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
     refuse_changed_flags(known, {}, {"data": "a", "loss": {"kl_weight": 1e-6}}, tmp_path)
     with pytest.raises(UserError, match="other images"):
         refuse_changed_flags(known, {}, {"data": "b", "loss": {"kl_weight": 1e-6}}, tmp_path)
+    joint_runs = {"identity": {"data": "a", "loss": {"kl_weight": 1e-6}}}
+    refuse_changed_flags(joint_runs, {}, {"data": "a", "latents": "b", "vae": "c"}, tmp_path)
     for name, what in (("latents", "latents than --vae-latents-name"), ("vae", "weights than --vae-ckpt")):
         refuse_changed_flags({"identity": {name: "a"}}, {}, {name: "a"}, tmp_path)
         with pytest.raises(UserError, match=what):

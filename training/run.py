@@ -395,7 +395,8 @@ def refuse_changed_flags(checkpoint: dict, flags: dict, identity: dict, path: Pa
         raise UserError(f"{path} was made with other flags ({what}); use the same ones, or another --exp-name")
     known = checkpoint.get("identity") or {}
     for name, what in IDENTITY.items():
-        if known.get(name, identity.get(name)) != identity.get(name):
+        # a run of another kind, which this one may start from, has other names
+        if name in known and name in identity and known[name] != identity[name]:
             raise UserError(f"{path} was made with other {what}; use the same, or another --exp-name")
 
 
