@@ -35,12 +35,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The entry of a table that a mistyped `name` comes closest to, whatever its case."""
+    lowered = {entry.lower(): entry for entry in known}
+    return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)[0]]
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a `name` that is no entry of a table, with the nearest one that is."""
     known = list(known)
-    lowered = {entry.lower(): entry for entry in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)
-    return f"unknown {what} {name!r}; did you mean {lowered[close[0]]!r}? (known: {', '.join(known)})"
+    return f"unknown {what} {name!r}; did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"
 
 
 def run_script(main: Callable[[], int | None]) -> None:

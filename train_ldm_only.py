@@ -19,6 +19,7 @@ from training.autoencoding import detached
 from training.checkpoint import TrainingState, fingerprint, read_latent_statistics
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import unwrap
+from training.encoder_weights import encoder_fingerprints
 from training.networks import (
     build_transformer_nets,
     check_data,
@@ -39,7 +40,7 @@ def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: Transformer
     As `repae_step`, `draws` holds every random number, so the step is deterministic.
     """
     # 1. The frozen encoders' tokens of the images.
-    zs = encoder_tokens(nets.encoders, batch.pixels, cfg.autocast)
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. A sample of the cached posterior, normalised by the VAE's statistics, which stay as they are.
     mean, std = batch.moments.to(draws.posterior.dtype).chunk(2, dim=1)
@@ -130,7 +131,12 @@ def main() -> None:
     run = Run(args)
     check_vae(data, vae_fingerprint, statistics, args, run)
     nets, state = build(args, run, statistics)
-    identity = {"data": data.image_fingerprint, "latents": data.fingerprint, "vae": vae_fingerprint}
+    identity = {
+        "data": data.image_fingerprint,
+        "latents": data.fingerprint,
+        "vae": vae_fingerprint,
+        "encoders": encoder_fingerprints(args, nets.encoders),
+    }
     run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)

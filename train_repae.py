@@ -22,6 +22,7 @@ from training.autoencoding import VAENets, VAEStepConfig, detached, update_discr
 from training.checkpoint import TrainingState, read_latent_statistics
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
+from training.encoder_weights import encoder_fingerprints
 from training.networks import (
     build_transformer_nets,
     build_vae_nets,
@@ -59,7 +60,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     image = pixels_to_image(batch.pixels).to(draws.noise.dtype)
 
     # 1. The frozen encoders' tokens are what representations align to.
-    zs = encoder_tokens(nets.encoders, batch.pixels, cfg.autocast)
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. The VAE's posterior, a sample z of it, and the reconstruction.
     with cfg.autocast():
@@ -130,7 +131,8 @@ def main() -> None:
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)})
+    encoders = encoder_fingerprints(args, nets.encoders)
+    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders})
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
 

@@ -113,6 +113,35 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class MLPProjector(nn.Sequential):
+    """REPA's projector, tokens (B,T,width) -> (B,T,z_dim), each by itself."""
+
+    def __init__(self, width: int, z_dim: int, grid: int):
+        super().__init__(
+            nn.Linear(width, PROJECTOR_WIDTH),
+            nn.SiLU(),
+            nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH),
+            nn.SiLU(),
+            nn.Linear(PROJECTOR_WIDTH, z_dim),
+        )
+
+
+class ConvProjector(nn.Conv2d):
+    """iREPA's projector (Singh et al., arXiv 2512.10794): one 3x3 convolution over the grid of tokens."""
+
+    def __init__(self, width: int, z_dim: int, grid: int):
+        super().__init__(width, z_dim, kernel_size=3, padding=1)
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, grid², width) -> (B, grid², z_dim)."""
+        image = tokens.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return super().forward(image).flatten(2).transpose(1, 2)
+
+
+PROJECTORS = {"mlp": MLPProjector, "conv": ConvProjector}
+
+
 class SiT(nn.Module):
     """Velocity network v(x, t, y) over latents (B, in_channels, input_size, input_size).
 
@@ -131,6 +160,7 @@ class SiT(nn.Module):
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         z_dims: tuple[int, ...] = (768,),
+        projector: str = "mlp",
         encoder_depth: int = 8,
         bn_momentum: float = 0.1,
         qk_norm: bool = False,
@@ -151,7 +181,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, class_dropout_prob > 0)
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm, fused_attn) for _ in range(depth))
-        self.projectors = nn.ModuleList(projector(width, z_dim) for z_dim in z_dims)
+        self.projectors = nn.ModuleList(PROJECTORS[projector](width, z_dim, self.grid) for z_dim in z_dims)
         self.final_layer = FinalLayer(width, patch_size**2 * in_channels)
         self.bn = GlobalBatchNorm2d(in_channels, eps=LATENT_NORM_EPS, momentum=bn_momentum, affine=False)
         self.initialise()
@@ -214,17 +244,6 @@ class SiT(nn.Module):
         if depth is not None:
             return None, tokens
         return self.unpatchify(self.final_layer(x, c)), tokens
-
-
-def projector(width: int, z_dim: int) -> nn.Sequential:
-    """REPA's MLP from the transformer's width to an encoder's."""
-    return nn.Sequential(
-        nn.Linear(width, PROJECTOR_WIDTH),
-        nn.SiLU(),
-        nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH),
-        nn.SiLU(),
-        nn.Linear(PROJECTOR_WIDTH, z_dim),
-    )
 
 
 SiT_models = {

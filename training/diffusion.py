@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loss.alignment import alignment_loss
+from loss.alignment import alignment_loss, spatial_normalise
 from models.sit import SiT
 from training.distributed import unwrap
 from training.ema import update_ema
@@ -28,21 +28,23 @@ class TransformerNets:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerStepConfig:
-    """Numbers of the transformer's step."""
+    """Numbers of the transformer's step; spatial_norm is iREPA's gamma, None without that normalisation."""
 
     autocast: Callable[[], AbstractContextManager]
     path_type: str = "linear"
     proj_coeff: float = 0.5
+    spatial_norm: float | None = None
     ema_decay: float = 0.9999
 
 
 @torch.no_grad()
 def encoder_tokens(
-    encoders: list[Callable[[Tensor], Tensor]], pixels: Tensor, autocast: Callable[[], AbstractContextManager]
+    encoders: list[Callable[[Tensor], Tensor]], pixels: Tensor, cfg: TransformerStepConfig
 ) -> list[Tensor]:
     """The frozen encoders' tokens (B,T,D_k) of uint8 pixels (B,3,R,R): what representations align to."""
-    with autocast():
-        return [encoder(pixels) for encoder in encoders]
+    with cfg.autocast():
+        zs = [encoder(pixels) for encoder in encoders]
+    return zs if cfg.spatial_norm is None else [spatial_normalise(z, cfg.spatial_norm) for z in zs]
 
 
 def update_transformer(

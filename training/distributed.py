@@ -1,8 +1,9 @@
 """The few things that training over several processes needs beyond DistributedDataParallel."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
 from models.numerics import distributed_world_size
+
+T = TypeVar("T")
 
 
 def process_state():
@@ -35,6 +39,34 @@ def frozen_call(module: nn.Module, *args, **kwargs):
     module = unwrap(module)
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return functional_call(module, constants, args, kwargs)
+
+
+def first_on_each_machine(action: Callable[[], T]) -> T:
+    """`action` on the first process of each machine, and then on its others, which find what the first one fetched.
+
+    What `action` returns on this process. All wait for as long as the first ones need.
+
+    Raises:
+        UserError: on every process, if it was raised on one.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    result = failure = None
+    if state.is_local_main_process:
+        try:
+            result = action()
+        except UserError as error:
+            failure = str(error)
+    failures = [None] * state.num_processes
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.all_gather_object(failures, failure, group=patient)
+    dist.destroy_process_group(patient)
+    for failure in filter(None, failures):
+        raise UserError(failure)
+    return result if state.is_local_main_process else action()
 
 
 @torch.no_grad()

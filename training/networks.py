@@ -11,12 +11,14 @@ from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
 from models.discriminator import PatchDiscriminator
-from models.encoders import encoder_specs, load_encoders
+from models.encoders import encoder_specs
 from models.sit import SiT, SiT_models
 from training.autoencoding import VAENets
 from training.checkpoint import load_weights, read_checkpoint
 from training.diffusion import TransformerNets
+from training.distributed import first_on_each_machine
 from training.ema import copy_for_ema
+from training.encoder_weights import load_encoders
 from training.precision import Optimizer, autocast_factory
 from training.randomness import Draws, step_draws
 from training.run import Run
@@ -54,26 +56,18 @@ def load_discriminator(path: str | None) -> PatchDiscriminator:
     return discriminator
 
 
-def load_lpips(vgg_path: str | None) -> LPIPS:
+def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
     """LPIPS with VGG16's trained convolutions from `vgg_path`, or by torchvision's download of IMAGENET1K_V1.
 
     The v0.1 linear heads are those in the installed lpips package (md5 d507d7349b931f0638a25a48a722f98a).
 
     Raises:
-        UserError: a file is missing or lacks weights, or the download failed.
+        UserError: a file is missing or lacks weights, or the download failed or, if `offline`, would be needed.
     """
     import importlib.util
 
     if vgg_path is None:
-        from torchvision.models import VGG16_Weights
-
-        try:
-            vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            raise UserError(
-                f"could not download VGG16 for LPIPS ({error}); put torchvision's vgg16 weights on this machine and "
-                "name the file by --lpips-vgg-ckpt"
-            ) from error
+        vgg = first_on_each_machine(lambda: torchvision_vgg16(offline))
     else:
         vgg = read_checkpoint(vgg_path, "VGG16 weights")
     package = Path(importlib.util.find_spec("lpips").origin).parent
@@ -81,6 +75,21 @@ def load_lpips(vgg_path: str | None) -> LPIPS:
         return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))
     except KeyError as error:
         raise UserError(f"VGG16 weights {vgg_path}: no {error.args[0]}; expected torchvision's state dict") from error
+
+
+def torchvision_vgg16(offline: bool) -> dict[str, Tensor]:
+    """torchvision's VGG16 (IMAGENET1K_V1), downloaded unless it is on this machine."""
+    from torchvision.models import VGG16_Weights
+
+    weights = VGG16_Weights.IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    advice = f"put torchvision's {cached.name} at {cached}, or name the file by --lpips-vgg-ckpt"
+    if offline and not cached.is_file():
+        raise UserError(f"VGG16 for LPIPS is not on this machine, and offline; {advice}")
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise UserError(f"could not download VGG16 for LPIPS ({error}); {advice}") from error
 
 
 def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:
@@ -97,6 +106,7 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
             num_classes=args.num_classes,
             class_dropout_prob=args.cfg_prob,
             z_dims=widths,
+            projector=args.projector,
             encoder_depth=args.encoder_depth,
             bn_momentum=getattr(args, "bn_momentum", 0.1),
             qk_norm=args.qk_norm,
@@ -104,6 +114,8 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
         )
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from None
+    if args.spatial_norm is not None and sit.grid == 1:
+        raise UserError("--spatial-norm needs more than one token, but the transformer has one; use a smaller patch")
     sit.set_latent_statistics(*statistics)
     return sit
 
@@ -115,7 +127,7 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
     """
     sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
-    encoders = load_encoders(args.enc_type, args.resolution, sit.grid, run.device)
+    encoders = load_encoders(args, sit.grid, run.device)
     ema = copy_for_ema(sit).to(run.device)
     compile_in_place(sit.blocks, args, run.device)
     sit = run.prepare(sit)
@@ -135,6 +147,7 @@ def transformer_step_options(args: argparse.Namespace, device: torch.device) -> 
         "autocast": autocast_factory(device, args.mixed_precision),
         "path_type": args.path_type,
         "proj_coeff": args.proj_coeff,
+        "spatial_norm": args.spatial_norm,
         "ema_decay": args.ema_decay,
     }
 
@@ -165,7 +178,7 @@ def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
     """The VAE, its discriminator, LPIPS and the optimisers that the flags ask for, on this process's device."""
     vae = load_vae(args.vae, args.vae_ckpt)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
-    lpips = load_lpips(args.lpips_vgg_ckpt).to(run.device)
+    lpips = load_lpips(args.lpips_vgg_ckpt, args.offline).to(run.device)
     compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     options = optimizer_options(args, run.device)

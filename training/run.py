@@ -37,9 +37,9 @@ EXIT_INTERRUPTED = 75
 FREE_FLAGS = {
     *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
     *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
-    *("num_workers", "compile"),
+    *("num_workers", "compile", "offline"),
     # files whose content is in the checkpoint, or is compared as part of the identity
-    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name"),
+    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt"),
 }
 
 
@@ -49,6 +49,7 @@ IDENTITY = {
     "latents": "latents than --vae-latents-name holds",
     "vae": "weights than --vae-ckpt holds",
     "loss": "weights in --loss-cfg-path",
+    "encoders": "weights of the encoders",
 }
 
 
@@ -206,6 +207,7 @@ class Run:
                 "id": identity.read_text(),
                 "resume": "allow",
                 "dir": str(self.directory),
+                **({"mode": "offline"} if self.args.offline else {}),
             }
         try:
             plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
