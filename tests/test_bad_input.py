@@ -49,6 +49,16 @@ CASES = {
     "batch-indivisible": "--batch-size 5 --gradient-accumulation-steps 2",
     "batch-too-large": "--batch-size 64",
     "depth-too-deep": "--encoder-depth 9",
+    "encoder-timm-unknown": "--enc-type timm:resnet5",
+    "encoder-twice": "--enc-type dinov2-vit-b,dinov2-vit-b",
+    "encoder-file-form": "--enc-ckpt README.md",
+    "encoder-file-missing": "--enc-type mae-vit-l --enc-ckpt mae-vit-l=nowhere.pth",
+    "encoder-file-stranger": "--enc-ckpt mae-vit-l=README.md",
+    "encoder-file-truncated": "--enc-type dinov2-vit-s --resample-tokens --enc-ckpt dinov2-vit-s={cut}",
+    "encoder-file-other": "--enc-type dinov2-vit-s --resample-tokens --enc-ckpt dinov2-vit-s={vae}",
+    "encoder-offline": "--enc-type dinov2-vit-s --resample-tokens --offline",
+    "encoder-unpublished": "--enc-type mocov3-vit-l --resample-tokens",
+    "spatial-norm-one-token": "--model SiT-XXS/8 --spatial-norm",
     "grid-mismatch": "--model SiT-XXS/1 --enc-type dinov2-vit-s",
     "patch-indivisible": "--data-dir {data36} --resolution 36",
     "resolution-indivisible": "--data-dir {data34} --resolution 34",
@@ -206,6 +216,7 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
     if case == "flag-missing":
         good.remove("--exp-name")
         good.remove("bad")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places["empty"]))
     before = contents(places["root"])
     code, stderr = call(script, *good, *(word.format(**places) for word in CASES[case].split()))
     assert code == 2, stderr

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,22 @@ def test_every_row_at_full_size_gives_its_tokens(name, resolution):
     spec = ENCODERS[name]
     assert spec.grid(resolution) == resolution // 16
     assert token_shape(spec, spec.grid(resolution)) == (1, (resolution // 16) ** 2, spec.embed_dim)
+
+
+def test_the_readme_lists_every_row():
+    lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8").splitlines()
+    for name, spec in ENCODERS.items():
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in Encoder(spec, 16).parameters())
+        (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2:5] == [
+            str(spec.stride * 16),
+            str(spec.embed_dim),
+            f"{parameters / 1e6:.0f} M, {parameters * 4e-6:.0f} MB",
+        ]
+        assert spec.origin.source in cells[5]
+        assert cells[6:] == [spec.origin.licence, f"`{spec.file}`"]
 
 
 def test_rows_are_the_published_networks():

@@ -86,3 +86,9 @@ def test_unusable_weights_are_one_clear_line(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pt")
     with pytest.raises(UserError, match="part.pt: no features.0.bias"):
         load_lpips(tmp_path / "part.pt")
+
+
+def test_offline_the_missing_file_and_its_place_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=f"and offline; put torchvision's vgg16-397923af.pth at {tmp_path}/hub/check"):
+        load_lpips(None, offline=True)

@@ -126,7 +126,7 @@ def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[st
     if any(b"__setstate__" in archive.read(name) for name in archive.namelist() if name.endswith(".py")):
         raise UserError(f"{what} {path}: a TorchScript archive that runs code when loaded; expected one of weights")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # the format is deprecated, but CLIP's weights come in it
         return torch.jit.load(path, map_location="cpu").state_dict()
 
 

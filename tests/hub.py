@@ -1,0 +1,62 @@
+"""A model hub on this machine, for tests of downloads: it serves files by the hub's protocol and counts requests."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(NamedTuple):
+    """A running hub: its address, its files by path, and the (method, path) of every request so far."""
+
+    address: str
+    files: dict[str, bytes]
+    requests: list[tuple[str, str]]
+
+    def downloads(self) -> list[str]:
+        """The paths of files that were sent."""
+        return [path for method, path in self.requests if method == "GET" and path in self.files]
+
+
+@contextmanager
+def serving(files: dict[str, bytes]) -> Iterator[Hub]:
+    """A hub that has `files`, by path, and answers 404 to everything else."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, send: bool) -> None:
+            requests.append((self.command, self.path))
+            content = files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                repository = self.path.split("/resolve/")[0]
+                known = any(path.startswith(f"{repository}/resolve/") for path in files)
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+                self.send_header("Content-Length", "0")
+            else:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if send and content is not None:
+                self.wfile.write(content)
+
+        def do_HEAD(self) -> None:  # noqa: N802 http.server's name
+            self.answer(send=False)
+
+        def do_GET(self) -> None:  # noqa: N802
+            self.answer(send=True)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield Hub(f"http://127.0.0.1:{server.server_port}", files, requests)
+    finally:
+        server.shutdown()
