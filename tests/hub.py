@@ -22,9 +22,18 @@ class Hub(NamedTuple):
         return [path for method, path in self.requests if method == "GET" and path in self.files]
 
 
+def missing(path: str, files: dict[str, bytes]) -> str:
+    """What the hub says that it has not: the file, its revision, or its repository."""
+    repository, _, rest = path.partition("/resolve/")
+    revision = rest.split("/")[0]
+    if any(known.startswith(f"{repository}/resolve/{revision}/") for known in files):
+        return "EntryNotFound"
+    return "RevisionNotFound" if any(known.startswith(f"{repository}/resolve/") for known in files) else "RepoNotFound"
+
+
 @contextmanager
-def serving(files: dict[str, bytes]) -> Iterator[Hub]:
-    """A hub that has `files`, by path, and answers 404 to everything else."""
+def serving(files: dict[str, bytes], cut: int = 0) -> Iterator[Hub]:
+    """A hub that has `files`, by path, and answers 404 to everything else; it leaves out the last `cut` bytes."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,9 +42,7 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
             content = files.get(self.path)
             self.send_response(404 if content is None else 200)
             if content is None:
-                repository = self.path.split("/resolve/")[0]
-                known = any(path.startswith(f"{repository}/resolve/") for path in files)
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+                self.send_header("X-Error-Code", missing(self.path, files))
                 self.send_header("Content-Length", "0")
             else:
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
@@ -43,7 +50,7 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if send and content is not None:
-                self.wfile.write(content)
+                self.wfile.write(content[: len(content) - cut])
 
         def do_HEAD(self) -> None:  # noqa: N802 http.server's name
             self.answer(send=False)

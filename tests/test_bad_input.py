@@ -54,6 +54,7 @@ CASES = {
     "encoder-file-form": "--enc-ckpt README.md",
     "encoder-file-missing": "--enc-type mae-vit-l --enc-ckpt mae-vit-l=nowhere.pth",
     "encoder-file-stranger": "--enc-ckpt mae-vit-l=README.md",
+    "encoder-hub-form": "--enc-ckpt efficientnet-lite0=hf-hub:a/b/c",
     "encoder-file-truncated": "--enc-type dinov2-vit-s --resample-tokens --enc-ckpt dinov2-vit-s={cut}",
     "encoder-file-other": "--enc-type dinov2-vit-s --resample-tokens --enc-ckpt dinov2-vit-s={vae}",
     "encoder-offline": "--enc-type dinov2-vit-s --resample-tokens --offline",

@@ -18,11 +18,17 @@ from torch import nn
 import hub
 import train_ldm_only
 from errors import UserError
-from models.encoders import ENCODERS, encoder_spec
+from models.encoders import ENCODERS, Encoder, encoder_spec
 from originals import original, tiny_encoder
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command, torchrun
 from training.checkpoint import read_checkpoint
-from training.encoder_weights import load_encoder_weights, load_encoders, weights_file
+from training.encoder_weights import (
+    encoder_fingerprints,
+    is_offline,
+    load_encoder_weights,
+    load_encoders,
+    weights_file,
+)
 from training.networks import build_transformer_nets
 from training.run import Run
 
@@ -146,7 +152,7 @@ def test_grids_that_differ_stop_unless_tokens_are_resampled(elsewhere, no_networ
     assert encoder(pixels).shape == (1, 33**2, 64)
     (encoder,) = load_encoders(flags(resolution=512), 32, CPU)
     assert encoder.size == 512
-    with pytest.raises(UserError, match="gives 14x14 tokens at 256 px, but the transformer has 16x16"):
+    with pytest.raises(UserError, match="gives 4x4 tokens at 256 px, but the transformer has 16x16"):
         load_encoders(flags(enc_type="timm:levit_128s"), 16, CPU)
 
 
@@ -155,15 +161,18 @@ def test_enc_ckpt_must_name_an_encoder_in_use(elsewhere, no_network):
         load_encoders(flags(enc_ckpt=["mae-vit-l=x"]), 16, CPU)
 
 
-def test_environment_keeps_the_hub_offline(elsewhere, no_network, monkeypatch):
+def test_environment_keeps_everything_offline(elsewhere, no_network, monkeypatch):
+    assert not is_offline(flags()) and is_offline(flags(offline=True))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert is_offline(flags())
     with pytest.raises(UserError, match="not on this machine, and offline"):
         load_encoders(flags(), 16, CPU)
 
 
 def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
     content = safetensors.torch.save(timm_weights())
-    with hub.serving({"/me/mirror/resolve/v1/model.safetensors": content}) as server:
+    files = {"/me/mirror/resolve/v1/model.safetensors": content, "/me/other/resolve/v1/else": b""}
+    with hub.serving(files) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
         monkeypatch.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
@@ -176,8 +185,9 @@ def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
         assert weights_file(TIMM, encoder_spec(TIMM), given, offline=True) == path
         assert len(server.requests) == asked  # a copy on this machine is not asked about again
         for given, message in (
-            ("hf-hub:me/nothing", r"could not download me/nothing \(RepositoryNotFoundError\); put"),
-            ("hf-hub:me/mirror@v2", "me/mirror@v2 has none of model.safetensors, pytorch_model.bin; put"),
+            ("hf-hub:me/nothing", r"could not download me/nothing \(RepositoryNotFoundError: .*; put"),
+            ("hf-hub:me/mirror@v2", r"could not download me/mirror@v2 \(RevisionNotFoundError: .*; put"),
+            ("hf-hub:me/other@v1", "me/other@v1 has none of model.safetensors, pytorch_model.bin; put"),
         ):
             with pytest.raises(UserError, match=message) as error:
                 weights_file(TIMM, encoder_spec(TIMM), given, offline=False)
@@ -195,7 +205,49 @@ def test_a_download_from_the_projects_site_goes_to_ckpts(elsewhere):
         gone = replace(spec, file="other.pth", url=f"{server.address}/gone")
         with pytest.raises(UserError, match=r"could not download .*/gone \(HTTP Error 404.*put facebookresearch/moco"):
             weights_file("mocov3-vit-s", gone, None, offline=False)
-        assert os.listdir("ckpts") == ["mocov3_vits.pth"]
+    with hub.serving({"/other": b"0123456789"}, cut=3) as server:
+        short = replace(spec, file="other.pth", url=f"{server.address}/other")
+        with pytest.raises(UserError, match=r"could not download .*/other \(.*7 .*put facebookresearch/moco"):
+            weights_file("mocov3-vit-s", short, None, offline=False)
+    assert os.listdir("ckpts") == ["mocov3_vits.pth"]
+
+
+def test_a_packaged_row_takes_other_weights_too(elsewhere, no_network):
+    spec = ENCODERS["efficientnet-lite0"]
+    assert weights_file("efficientnet-lite0", spec, "mine.pth", offline=True) == Path("mine.pth")
+    with pytest.raises(UserError, match="me/mine@abc is not on this machine, and offline"):
+        weights_file("efficientnet-lite0", spec, "hf-hub:me/mine@abc", offline=True)
+
+
+def test_weights_are_known_by_a_hash_that_other_processors_share(tmp_path):
+    encoders = [tiny_encoder("mae-vit-l", 2) for _ in range(3)]
+    for encoder in encoders:
+        load_encoder_weights(encoder, "mae-vit-l", save(original("mae-vit-l"), tmp_path / "weights.pth"))
+    encoders[1].network.pos_embed += 1e-7  # as another processor rounds
+    encoders[2].network.blocks[0].norm1.bias[3] += 1e-7
+    first, rounded, other = (encoder_fingerprints(flags(enc_type="mae-vit-l"), [encoder]) for encoder in encoders)
+    assert first == rounded != other
+
+
+def test_checkpoints_of_timms_training_are_read(tmp_path):
+    import timm
+
+    network = timm.create_model("resnet18")
+    path = save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
+    encoder = Encoder(encoder_spec("timm:resnet18"), 2)
+    load_encoder_weights(encoder, "timm:resnet18", path)
+    assert torch.equal(encoder.network.conv1.weight, network.conv1.weight)
+
+
+def test_half_precision_files_are_resampled_in_single(tmp_path):
+    half = {"model": {key: value.half() for key, value in original("mae-vit-l")["model"].items()}}
+    single = {"model": {key: value.float() for key, value in half["model"].items()}}
+    states = []
+    for content in (half, single):
+        encoder = tiny_encoder("mae-vit-l", 5)
+        load_encoder_weights(encoder, "mae-vit-l", save(content, tmp_path / "weights.pth"))
+        states.append(encoder.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def refused(name: str, path: Path) -> str:
@@ -212,12 +264,27 @@ def test_files_that_hold_no_such_encoder(tmp_path):
     assert "no such file" in refused("mae-vit-l", path)
     torch.save(original("mae-vit-l"), path)
     assert "no checkpoint of this encoder" in refused("siglip2-vit-b", path)
-    assert re.search(r"\d+ weights are missing, first blocks.0.ls1.gamma: another", refused("dinov2-vit-s", path))
+    for name in ("dinov2-vit-s", "dinov1-vit-b", "mocov3-vit-s"):
+        assert "it holds 'model', as other projects' do; expected" in refused(name, path)
+    torch.save(original("mae-vit-l")["model"], path)
+    assert "its position table is not MoCo v3's" in refused("mocov3-vit-s", path)
+    assert "its patches are 16 px wide, expected 14" in refused("dinov2-vit-s", path)
     torch.save(original("dinov2-vit-s"), path)
-    assert "unexpected weights, first blocks.0.ls1.gamma" in refused("mae-vit-l", path)
-    assert "unexpected weights, first" in refused("dinov1-vit-b", path)
+    assert "its patches are 14 px wide, expected 16" in refused("dinov1-vit-b", path)
+    torch.save(original("dinov2reg-vit-s"), path)
+    assert "no checkpoint of this encoder" in refused("dinov2-vit-s", path)
+    torch.save({key: value for key, value in original("dinov2-vit-s").items() if "ls1" not in key}, path)
+    assert "2 weights are missing, first blocks.0.ls1.gamma: another" in refused("dinov2-vit-s", path)
+    torch.save({**original("dinov1-vit-b"), "head.weight": torch.zeros(9, 64)}, path)
+    assert "1 unexpected weights, first head.weight" in refused("dinov1-vit-b", path)
+    clip = original("clip-vit-L")
+    clip["visual.positional_embedding"] = torch.zeros(577, 64)
+    torch.save(clip, path)
+    assert "its position table is of 24x24 tokens, expected 16x16" in refused("clip-vit-L", path)
+    torch.save({"student": original("dinov1-vit-b"), "teacher": original("dinov1-vit-b")}, path)
+    assert "it holds 'student', as other projects' do; expected a plain state dict" in refused("dinov1-vit-b", path)
     torch.save({"model": [1, 2]}, path)
-    assert "no checkpoint of this encoder" in refused("mae-vit-l", path)
+    assert "weights are missing" in refused("mae-vit-l", path)
     torch.save([1, 2], path)
     assert "holds a list, expected a dict" in refused("mae-vit-l", path)
     torch.save({}, path)
@@ -335,6 +402,9 @@ def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
         device = CPU
         prepared: ClassVar[list[nn.Module]] = []
 
+        def print(self, text: str) -> None:
+            pass
+
         def prepare(self, module: nn.Module) -> nn.Module:
             self.prepared.append(module)
             return module
@@ -350,8 +420,9 @@ def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
     assert own and own.isdisjoint(map(id, [*nets.sit.parameters(), *nets.ema.parameters(), *nets.opt_sit.parameters]))
 
 
-def test_offline_wandb_keeps_its_files(tmp_path):
+def test_offline_wandb_keeps_its_files(tmp_path, monkeypatch):
     opened = {}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     accelerator = SimpleNamespace(init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]))
     for offline in (False, True):
         args = argparse.Namespace(report_to="wandb", exp_name="x", offline=offline)

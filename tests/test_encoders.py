@@ -18,7 +18,7 @@ from golden_weights import assert_close, golden
 from loss.alignment import alignment_loss, spatial_normalise
 from models.encoders import ENCODERS, Encoder, encoder_spec, encoder_specs, resample_tokens, token_shape
 from models.sit import SiT_models
-from originals import original, tiny_encoder, tiny_spec
+from originals import original, sincos, tiny_encoder, tiny_spec
 from train_repae import repae_step
 from training.diffusion import encoder_tokens
 from training.encoder_weights import load_encoder_weights, packaged_file
@@ -102,6 +102,7 @@ def test_layers_that_mocov3_misnames_are_found(tmp_path):
     spec = tiny_spec("mocov3-vit-l", depth=16, num_heads=4)
     network = Encoder(spec, 14).network
     right = {key: torch.randn(value.shape) for key, value in network.state_dict().items()}
+    right["pos_embed"] = torch.cat([torch.zeros(1, 1, 64), sincos(14, row_first=True)], dim=1)
     names = {"13.norm1.": "13.norm13.", "13.mlp.fc1.": "13.mlp.fc13.", "14.norm2.": "14.norm14."}
     names["14.mlp.fc2."] = "14.mlp.fc14."
     misnamed = {}
@@ -175,14 +176,22 @@ def test_rows_are_the_published_networks():
         ("swin_tiny_patch4_window7_224", 768, 32),
         ("vit_tiny_patch16_224.augreg_in21k", 192, 16),
         ("vit_base_patch8_224.dino", 768, 8),
-        ("hiera_tiny_224.mae", 768, 32),
         ("eva02_tiny_patch14_224", 192, 14),
+        ("efficientnet_b1", 320, 32),
+        ("hiera_tiny_224.mae", 768, 32),
+        ("levit_128s", 384, 56),
+        ("mixer_s16_224", 512, 16),
     ],
 )
 def test_any_timm_model_with_a_map_of_features(model, width, stride):
     spec = encoder_spec(f"timm:{model}")
     assert (spec.embed_dim, spec.stride) == (width, stride)
-    assert token_shape(spec, spec.grid(256)) == (1, 256, width)
+    fixed = model in ("hiera_tiny_224.mae", "levit_128s", "mixer_s16_224")  # weights that fit 224 px only
+    tokens = (224 // stride) ** 2 if fixed else 256
+    assert token_shape(spec, spec.grid(256)) == (1, tokens, width)
+    encoder = Encoder(spec, spec.grid(256))
+    state = encoder.convert(timm.create_model(model).state_dict())  # with its classifier, of its own input size
+    encoder.network.load_state_dict({key: state[key] for key in encoder.network.state_dict()})
     assert spec.pixels == (timm.get_pretrained_cfg(model).mean, timm.get_pretrained_cfg(model).std)
 
 
@@ -208,7 +217,8 @@ def test_names_that_cannot_be():
         ("dinov2-vit-b,dinov2-vit-b", "dinov2-vit-b is named twice"),
         ("timm:resnet5", "timm has no model 'resnet5'; did you mean 'resnet50'"),
         ("timm:resnet18.nothing", "timm has no weights resnet18.nothing; it has resnet18.a1_in1k, "),
-        ("timm:inception_v3", "timm:inception_v3 gives 8x8 tokens at 299 px, no whole number of pixels a token"),
+        ("none,dinov2-vit-b", "expected names joined by commas, or none alone"),
+        ("dinov2-vit-b,", "expected names joined by commas, or none alone"),
     ):
         with pytest.raises(UserError, match=message):
             encoder_specs(text)
@@ -244,9 +254,10 @@ def test_half_precision_changes_tokens_little_and_the_cosine_is_float32(tmp_path
     exact = encoder(golden_pixels())
     (half,) = encoder_tokens([encoder], golden_pixels(), config)
     assert not torch.equal(half, exact)
-    loss = alignment_loss([exact], [half.bfloat16()])
-    assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(-1, abs=1e-3)
+    assert float(alignment_loss([exact], [half])) == pytest.approx(-1, abs=1e-3)
+    a, b = exact.bfloat16(), half.bfloat16()
+    expected = -nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean()
+    assert torch.equal(alignment_loss([a], [b]), expected)
 
 
 def steps(names: list[str], encoders: list[Encoder]) -> list[dict]:

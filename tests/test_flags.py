@@ -196,6 +196,9 @@ class OneProcess:
     def prepare(self, module):
         return module
 
+    def print(self, text):
+        pass
+
 
 @pytest.fixture
 def built(tmp_path, vgg_weights):

@@ -58,12 +58,23 @@ def enc_type(text: str) -> str:
 
 def enc_ckpt(text: str) -> str:
     """An argparse type: NAME=PATH, where PATH is a file or hf-hub:REPOSITORY[@REVISION]."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     from training.encoder_weights import HUB_PREFIX
 
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PATH")
-    if not path.startswith(HUB_PREFIX) and not Path(path).is_file():
+    if path.startswith(HUB_PREFIX):
+        repository, at, revision = path.removeprefix(HUB_PREFIX).partition("@")
+        try:
+            validate_repo_id(repository)
+        except HFValidationError:
+            repository = ""
+        if not repository or bool(at) != bool(revision):
+            raise argparse.ArgumentTypeError(f"{path!r}, expected {HUB_PREFIX}REPOSITORY[@REVISION]")
+    elif not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")
     return text
 

@@ -6,15 +6,19 @@ A file is in the project's own format or in timm's; models/encoders.py tells how
 import argparse
 import importlib.util
 import math
-import os
 import warnings
 import zipfile
+from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 
 from errors import UserError
+from files import written_whole
 from models.encoders import Encoder, EncoderSpec, encoder_specs, token_shape
 from training.checkpoint import fingerprint, load_weights, read_checkpoint
 from training.distributed import first_on_each_machine
@@ -24,18 +28,24 @@ HUB_PREFIX = "hf-hub:"  # as timm writes it
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_encoders(args: argparse.Namespace, grid: int, device: torch.device) -> list[Encoder]:
+def load_encoders(
+    args: argparse.Namespace, grid: int, device: torch.device, say: Callable[[str], None] = print
+) -> list[Encoder]:
     """The frozen encoders of --enc-type, each giving grid x grid tokens for images of --resolution pixels.
+
+    `say` prints where weights were found.
 
     Raises:
         UserError: a token grid that an encoder cannot give, weights that cannot be had, or are another network's.
     """
     specs = encoder_specs(args.enc_type)
     given = dict(text.split("=", 1) for text in args.enc_ckpt)
+    if len(given) < len(args.enc_ckpt):
+        raise UserError("--enc-ckpt names an encoder twice")
     if strangers := [name for name in given if name not in specs]:
         raise UserError(f"--enc-ckpt names {strangers[0]}, which --enc-type {args.enc_type} does not")
     grids = {name: own_grid(name, spec, args, grid) for name, spec in specs.items()}
-    offline = args.offline or hub_is_offline()
+    offline = is_offline(args)
     files = first_on_each_machine(
         lambda: {name: weights_file(name, spec, given.get(name), offline) for name, spec in specs.items()}
     )
@@ -43,6 +53,7 @@ def load_encoders(args: argparse.Namespace, grid: int, device: torch.device) -> 
     for name, spec in specs.items():
         encoder = Encoder(spec, grids[name], grid)
         load_encoder_weights(encoder, name, files[name])
+        say(f"aligning to {name}, weights from {files[name]}")
         encoders.append(encoder.to(device))
     return encoders
 
@@ -66,9 +77,15 @@ def own_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) 
 
 
 def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> dict[str, str]:
-    """What the weights of a run's encoders are known by: name -> hash."""
-    names = encoder_specs(args.enc_type)
-    return {name: fingerprint(encoder.state_dict()) for name, encoder in zip(names, encoders, strict=True)}
+    """What the weights of a run's encoders are known by: name -> hash.
+
+    Position tables are left out: they are resampled, which rounds otherwise on other processors.
+    """
+    hashes = {}
+    for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True):
+        state = encoder.state_dict()
+        hashes[name] = fingerprint({key: value for key, value in state.items() if "pos" not in key})
+    return hashes
 
 
 def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> None:
@@ -81,9 +98,9 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> None:
     content = read_weights(path, what)
     try:
         state = encoder.convert(content)
-        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     except Exception as error:  # timm's filters rely on what they expect
-        raise UserError(f"{what} {path}: no checkpoint of this encoder ({type(error).__name__} {error})") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(reason)})") from error
     load_weights(encoder.network, state, f"{what} {path}")
 
 
@@ -136,12 +153,12 @@ def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool)
     Raises:
         UserError: they are not on this machine, and cannot or, if `offline`, must not be downloaded.
     """
+    local = LOCAL_COPIES / spec.file
     if given is not None and not given.startswith(HUB_PREFIX):
         return Path(given)
-    local = LOCAL_COPIES / spec.file
     if given is None and local.is_file():
         return local
-    if spec.package is not None:
+    if given is None and spec.package is not None:
         return packaged_file(name, spec)
     repository, url = published(spec) if given is None else (given.removeprefix(HUB_PREFIX), None)
     whose = f"{HUB_FILES[0]} of {repository}" if local.suffix == ".safetensors" else f"{spec.origin.source}'s weights"
@@ -165,11 +182,16 @@ def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
     return (config.hf_hub_id, None) if config.hf_hub_id else (None, config.url or None)
 
 
-def hub_is_offline() -> bool:
-    """Whether the environment (HF_HUB_OFFLINE) keeps the hub's client off the network."""
+def is_offline(args: argparse.Namespace) -> bool:
+    """Whether --offline, or HF_HUB_OFFLINE in the environment, keeps a run off the network."""
     from huggingface_hub import constants
 
-    return constants.HF_HUB_OFFLINE
+    return args.offline or constants.HF_HUB_OFFLINE
+
+
+def one_line(text: object) -> str:
+    """What an error says, on one line, cut at a length that can be read."""
+    return " ".join(str(text).split())[:200]
 
 
 def packaged_file(name: str, spec: EncoderSpec) -> Path:
@@ -199,24 +221,33 @@ def hub_file(name: str, repository: str, offline: bool, advice: str) -> Path:
         try:
             path = Path(hf_hub_download(repo, filename, revision=revision or None))
         except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):  # which means that the hub was not reached
+            if not isinstance(error, LocalEntryNotFoundError):
                 continue
-            failure = error
-        except Exception as error:  # the hub's client raises a dozen kinds of network errors
-            failure = error
+            reason = "the hub cannot be reached"
+        except Exception as error:  # the hub's client raises a dozen kinds of errors
+            reason = f"{type(error).__name__}: {one_line(error)}"
         else:
             print(f"weights of {name}: downloaded {repo} at revision {path.parent.name}", flush=True)
             return path
-        raise UserError(f"weights of {name}: could not download {repository} ({type(failure).__name__}); {advice}")
+        raise UserError(f"weights of {name}: could not download {repository} ({reason}); {advice}")
     raise UserError(f"weights of {name}: {repository} has none of {', '.join(HUB_FILES)}; {advice}")
 
 
 def downloaded(name: str, url: str, path: Path, advice: str) -> Path:
     """Download `url` to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from tqdm import tqdm
+
     print(f"weights of {name}: downloading {url} to {path}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, os.fspath(path))
-    except OSError as error:  # urllib's are
-        raise UserError(f"weights of {name}: could not download {url} ({error}); {advice}") from error
+        with urlopen(Request(url, headers={"User-Agent": "repa-e"})) as response, written_whole(path) as file:
+            expected = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := response.read(2**20):
+                    file.write(block)
+                    bar.update(len(block))
+            if expected and file.tell() != expected:
+                raise HTTPException(f"{file.tell()} of {expected} bytes came")
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        raise UserError(f"weights of {name}: could not download {url} ({one_line(error)}); {advice}") from error
     return path

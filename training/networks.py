@@ -18,7 +18,7 @@ from training.checkpoint import load_weights, read_checkpoint
 from training.diffusion import TransformerNets
 from training.distributed import first_on_each_machine
 from training.ema import copy_for_ema
-from training.encoder_weights import load_encoders
+from training.encoder_weights import is_offline, load_encoders
 from training.precision import Optimizer, autocast_factory
 from training.randomness import Draws, step_draws
 from training.run import Run
@@ -127,7 +127,7 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
     """
     sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
-    encoders = load_encoders(args, sit.grid, run.device)
+    encoders = load_encoders(args, sit.grid, run.device, say=run.print)
     ema = copy_for_ema(sit).to(run.device)
     compile_in_place(sit.blocks, args, run.device)
     sit = run.prepare(sit)
@@ -178,7 +178,7 @@ def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
     """The VAE, its discriminator, LPIPS and the optimisers that the flags ask for, on this process's device."""
     vae = load_vae(args.vae, args.vae_ckpt)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
-    lpips = load_lpips(args.lpips_vgg_ckpt, args.offline).to(run.device)
+    lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
     compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     options = optimizer_options(args, run.device)

@@ -28,6 +28,7 @@ from errors import UserError
 from files import locked, replace_text
 from training.checkpoint import TrainingState, checkpoint_path, latest_checkpoint, read_checkpoint, write_atomically
 from training.distributed import gradient_sync, mean_over_processes
+from training.encoder_weights import is_offline
 from training.randomness import BatchOrder, Rows
 
 LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
@@ -41,7 +42,8 @@ FREE_FLAGS = {
     # files whose content is in the checkpoint, or is compared as part of the identity
     *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt"),
 }
-
+# what runs did before these flags were there
+EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None}
 
 # what a run's identity may name, and what it stands for
 IDENTITY = {
@@ -207,7 +209,7 @@ class Run:
                 "id": identity.read_text(),
                 "resume": "allow",
                 "dir": str(self.directory),
-                **({"mode": "offline"} if self.args.offline else {}),
+                **({"mode": "offline"} if is_offline(self.args) else {}),
             }
         try:
             plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
@@ -390,7 +392,7 @@ def refuse_changed_flags(checkpoint: dict, flags: dict, identity: dict, path: Pa
     The same for `identity`, where the checkpoint has one.
     """
     before = checkpoint.get("args") or {}
-    before = vars(before) if isinstance(before, argparse.Namespace) else before
+    before = {**EARLIER_FLAGS, **(vars(before) if isinstance(before, argparse.Namespace) else before)}
     changed = [name for name in flags if name in before and name not in FREE_FLAGS and before[name] != flags[name]]
     if changed:
         what = ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {flags[name]}" for name in changed)
