@@ -181,6 +181,7 @@ def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
         "INIT_TIMEOUT": "3",
     }.items():
         monkeypatch.setitem(scripts.ENVIRONMENT, f"WANDB_{name}", value)
+    monkeypatch.setitem(scripts.ENVIRONMENT, "HF_HUB_OFFLINE", "0")  # else wandb is not asked to connect
     done = run("train_repae.py", *flags, "--exp-name", "tracked", "--max-train-steps", 1, "--report-to", "wandb")
     assert "warning: wandb is not available" in done.stdout + done.stderr
     assert len(records(output / "tracked/metrics.jsonl")) == 1
