@@ -11,7 +11,6 @@ number of processes and in any batch. The same command run again makes what is m
 import argparse
 import sys
 from argparse import BooleanOptionalAction
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,21 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
 from files import locked, require_space, written_whole
 from sample_files import SampleFiles
-from samplers import Guidance, sample_ode, sample_sde
 from training.checkpoint import fingerprint
 from training.cli import COUNT, POSITIVE, number
 from training.distributed import process_state
-from training.experiment import Experiment, load_experiment
+from training.experiment import BEST, Experiment, load_experiment
 from training.networks import use_tf32
-from training.precision import AUTOCAST_DTYPES, autocast_factory
-from training.previews import COLUMNS, decode_pixels, grid
-from training.randomness import generator_for
+from training.precision import AUTOCAST_DTYPES
+from training.previews import COLUMNS, grid
+from training.sampling import Sampling, sample_pixels
 from transport import PATH_TYPES, TIME_CONVENTION
 
 GRID_SAMPLES = 64
@@ -43,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--exp-path", type=Path, required=True, help="a run's folder, with checkpoints/ and args.json")
-    parser.add_argument("--train-steps", type=COUNT, help="which checkpoint (default: the latest)")
+    parser.add_argument("--train-steps", type=step_or_best, help="which checkpoint, or best (default: the latest)")
     parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where samples go (default: samples)")
     parser.add_argument("--num-fid-samples", type=POSITIVE, default=50000, help="how many (default: %(default)s)")
@@ -84,54 +81,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def step_or_best(text: str) -> int | str:
+    """An argparse type: a step, or the word for checkpoints/best.pt."""
+    return text if text == BEST else COUNT(text)
+
+
 def class_list(text: str) -> list[int]:
     """An argparse type: integers joined by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 207,360") from None
-
-
-def sample_label(args: argparse.Namespace, num_classes: int, index: int) -> int:
-    """The label of sample `index`."""
-    if args.classes:
-        return args.classes[index % len(args.classes)]
-    if args.labels == "balanced":
-        return index % num_classes
-    return int(torch.randint(num_classes, (), generator=generator_for(args.global_seed, "label", index)))
-
-
-def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step."""
-    generators = [generator_for(seed, "sample", index) for index in indices]
-    while True:
-        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-
-
-@torch.no_grad()
-def sample_pixels(experiment: Experiment, indices: list[int], args: argparse.Namespace, device: torch.device) -> Tensor:
-    """The samples with these indices, (B,3,R,R) uint8 on the CPU."""
-    sit, vae = experiment.sit, experiment.vae
-    autocast = autocast_factory(device, args.mixed_precision)
-    noise = sampling_noise(args.global_seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
-    labels = torch.tensor([sample_label(args, sit.num_classes, index) for index in indices], device=device)
-    guidance = None
-    if args.cfg_scale > 1:
-        guidance = Guidance(args.cfg_scale, sit.null_label, args.guidance_low, args.guidance_high)
-
-    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with autocast():
-            return sit(x, t, y)[0]
-
-    x = next(noise).to(device)
-    if args.mode == "ode":
-        z_norm = sample_ode(velocity, x, labels, args.num_steps, guidance, args.heun)
-    else:
-        z_norm = sample_sde(
-            velocity, x, labels, args.num_steps, args.path_type, lambda _: next(noise).to(device), guidance
-        )
-    with autocast():
-        return decode_pixels(vae, sit.denormalise(z_norm).float()).cpu()
 
 
 def check_labels(args: argparse.Namespace, experiment: Experiment) -> None:
@@ -202,6 +162,7 @@ def set_name(args: argparse.Namespace, experiment: Experiment) -> str:
 def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
     """Make this process's share of the missing samples: every world-th batch of them."""
     missing = files.missing()
+    sampling = Sampling.from_flags(args, state.device)
     state.wait_for_everyone()  # all see the same ones missing before the first is written
     batches = [missing[i : i + args.pproc_batch_size] for i in range(0, len(missing), args.pproc_batch_size)]
     bar = tqdm(total=args.num_fid_samples, unit="sample", desc="sampling", disable=not state.is_main_process)
@@ -210,8 +171,8 @@ def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Name
         together = batches[first : first + state.num_processes]
         if state.process_index < len(together):
             indices = together[state.process_index]
-            pixels = sample_pixels(experiment, indices, args, state.device)
-            files.write(indices, pixels.permute(0, 2, 3, 1).numpy())
+            pixels = sample_pixels(experiment.sit, experiment.vae, indices, sampling)
+            files.write(indices, pixels.permute(0, 2, 3, 1).cpu().numpy())
         bar.update(sum(map(len, together)))
     bar.close()
 

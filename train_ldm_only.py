@@ -20,6 +20,7 @@ from training.checkpoint import TrainingState, fingerprint, read_latent_statisti
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import unwrap
 from training.encoder_weights import encoder_fingerprints
+from training.evaluation import build_evaluation
 from training.networks import (
     build_transformer_nets,
     check_data,
@@ -110,6 +111,11 @@ def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], ar
         sit.set_latent_statistics(*statistics)
 
 
+def evaluation_images(args: argparse.Namespace):
+    """The images that samples are compared to, if they are compared to any of --data-dir."""
+    return open_images(args.data_dir, args.resolution) if args.eval_steps and not args.eval_reference else None
+
+
 def build(
     args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]
 ) -> tuple[TransformerNets, TrainingState]:
@@ -140,6 +146,7 @@ def main() -> None:
     run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
+    evaluation = build_evaluation(args, run, evaluation_images(args))
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
@@ -147,6 +154,8 @@ def main() -> None:
         run.log({**metrics, **nets.opt_sit.health("sit")})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, vae, args.seed, cfg.autocast))
+        if evaluation is not None and run.due(args.eval_steps):
+            run.evaluated(evaluation(nets.ema, vae), evaluation.judge)
     run.end()
 
 

@@ -23,6 +23,7 @@ from training.checkpoint import TrainingState, read_latent_statistics
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
+from training.evaluation import build_evaluation
 from training.networks import (
     build_transformer_nets,
     build_vae_nets,
@@ -135,6 +136,7 @@ def main() -> None:
     run.begin(state, {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders})
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
+    evaluation = build_evaluation(args, run, data)
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
@@ -143,6 +145,8 @@ def main() -> None:
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
+        if evaluation is not None and run.due(args.eval_steps):
+            run.evaluated(evaluation(nets.ema, unwrap(nets.vae)), evaluation.judge)
     run.end()
 
 

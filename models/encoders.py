@@ -156,6 +156,20 @@ class Encoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)
         return tokens if self.token_grid is None else resample_tokens(tokens, self.token_grid)
 
+    @torch.no_grad()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels (B,3,R,R) -> one vector each, (B, embed_dim): the class token, or else the mean of tokens."""
+        if getattr(self.network, "cls_token", None) is None:
+            return self(pixels).mean(dim=1)
+        ((_, prefix),) = self.network.forward_intermediates(
+            self.preprocess(pixels),
+            indices=1,
+            norm=self.spec.final_norm,
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        return prefix[:, 0]
+
     def convert(self, checkpoint: dict) -> dict[str, Tensor]:
         """The network's state dict, float32, from a checkpoint in the project's own format or in timm's.
 

@@ -19,6 +19,7 @@ from scripts import call
 from training.checkpoint import fingerprint
 from training.experiment import REFERENCE_DEFAULTS, load_experiment, load_transformer
 from training.randomness import generator_for
+from training.sampling import Sampling, sample_label, sampling_noise
 
 STEP = published.STEP
 SHAPE = (4, 8, 8)
@@ -57,7 +58,7 @@ def pixels_of(path) -> np.ndarray:
 
 def test_draws_are_functions_of_seed_and_index():
     def draws(seed, indices):
-        return list(islice(generate.sampling_noise(seed, indices, SHAPE), 4))
+        return list(islice(sampling_noise(seed, indices, SHAPE), 4))
 
     together = draws(0, list(range(6)))
     for indices in ([0, 1, 2], [3], [5, 4]):
@@ -71,7 +72,8 @@ def test_draws_are_functions_of_seed_and_index():
 
 
 def label_of(flags: list[str], index: int, classes: int = 10) -> int:
-    return generate.sample_label(generate.parse_args(["--exp-path", "x", *flags]), classes, index)
+    args = generate.parse_args(["--exp-path", "x", *flags])
+    return sample_label(Sampling.from_flags(args, torch.device("cpu")), classes, index)
 
 
 def test_labels():

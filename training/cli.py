@@ -79,6 +79,17 @@ def enc_ckpt(text: str) -> str:
     return text
 
 
+def features(text: str) -> str:
+    """An argparse type: inception and encoders, joined by commas."""
+    from training.feature_networks import check_feature_names
+
+    try:
+        check_feature_names(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 POSITIVE = number(int, at_least=1)
 COUNT = number(int, at_least=0)
 RATE = number(float, above=0)
@@ -120,12 +131,7 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--resume-step", type=COUNT, default=0, help="go back, once, to this step's checkpoint (default: the latest)"
     )
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
-    group.add_argument(
-        "--offline",
-        action=BooleanOptionalAction,
-        default=False,
-        help="never touch the network: weights must be on this machine, wandb keeps its files",
-    )
+    add_offline_flag(group)
     group.add_argument("--wandb-history-path", help="accepted for old command lines; has no effect")
 
 
@@ -194,6 +200,7 @@ def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
         "--ema-decay", type=DECAY, default=0.9999, help="of the transformer's average (default: %(default)s)"
     )
     add_alignment_flags(parser)
+    add_evaluation_flags(parser)
 
 
 def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
@@ -208,15 +215,7 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME...]",
         help="encoders to align to: rows of the README's table, timm:MODEL, or none (default: %(default)s)",
     )
-    group.add_argument(
-        "--enc-ckpt",
-        type=enc_ckpt,
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="an encoder's weights, in the project's own format or timm's: a file, or hf-hub:REPOSITORY[@REVISION]; "
-        "may be repeated (default: the usual file below ckpts/, else a download)",
-    )
+    add_enc_ckpt_flag(group)
     group.add_argument(
         "--resample-tokens",
         action=BooleanOptionalAction,
@@ -240,6 +239,87 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         metavar="GAMMA",
         help="iREPA's normalisation of encoder tokens over space, (z - GAMMA mean)/std (default: off; alone: 0.6)",
     )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """Distances of samples that are measured as training goes."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval-steps", type=COUNT, default=0, help="measure samples every N steps (default: never)")
+    group.add_argument(
+        "--eval-samples", type=number(int, at_least=2), default=10000, help="how many (default: %(default)s)"
+    )
+    group.add_argument(
+        "--eval-features",
+        type=features,
+        default="inception",
+        metavar="NAME[,NAME...]",
+        help="as --features of evaluate.py; the first decides which checkpoint is best (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval-reference", help="as --reference of evaluate.py (default: up to 50000 of the training images)"
+    )
+    add_inception_flag(group)
+
+
+def add_inception_flag(group) -> None:
+    """Where Inception's weights lie."""
+    group.add_argument("--inception-weights", help="torch-fidelity's file (default: its download)")
+
+
+def add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    """Networks whose features are compared, for evaluate.py."""
+    group = parser.add_argument_group("features")
+    group.add_argument(
+        "--features",
+        type=features,
+        default="inception",
+        metavar="NAME[,NAME...]",
+        help="inception, or encoders as in --enc-type, whose distances are called fd_NAME (default: %(default)s)",
+    )
+    add_inception_flag(group)
+    add_enc_ckpt_flag(group)
+    add_offline_flag(group)
+
+
+def add_reconstruction_flags(parser: argparse.ArgumentParser) -> None:
+    """A VAE and the images that it reconstructs, for evaluate.py."""
+    from models.autoencoder import VAE_CONFIGS
+
+    group = parser.add_argument_group("reconstruction")
+    group.add_argument("--vae", help="weights of a VAE, whose reconstructions are measured instead of samples")
+    group.add_argument(
+        "--vae-arch", default="f8d4", type=one_of("VAE", VAE_CONFIGS), help="its architecture (default: %(default)s)"
+    )
+    group.add_argument("--data-dir", help="output of preprocessing.py, of images that it was not trained on")
+    add_lpips_flag(group)
+
+
+def add_enc_ckpt_flag(group) -> None:
+    """Where encoders' weights lie."""
+    group.add_argument(
+        "--enc-ckpt",
+        type=enc_ckpt,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an encoder's weights, in the project's own format or timm's: a file, or hf-hub:REPOSITORY[@REVISION]; "
+        "may be repeated (default: the usual file below ckpts/, else a download)",
+    )
+
+
+def add_offline_flag(group) -> None:
+    """Whether anything may be downloaded."""
+    group.add_argument(
+        "--offline",
+        action=BooleanOptionalAction,
+        default=False,
+        help="never touch the network: weights must be on this machine, wandb keeps its files",
+    )
+
+
+def add_lpips_flag(group) -> None:
+    """Where LPIPS's convolutions lie."""
+    group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")
 
 
 def add_joint_flags(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +365,7 @@ def add_vae_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--disc-pretrained-ckpt", help="discriminator weights (default: fresh)")
     group.add_argument("--vae-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
     group.add_argument("--disc-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
-    group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")
+    add_lpips_flag(group)
 
 
 def load_loss_config(path: str) -> VAELossConfig:

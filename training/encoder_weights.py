@@ -9,16 +9,13 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 
+from downloads import download, is_offline, one_line
 from errors import UserError
-from files import written_whole
 from models.encoders import Encoder, EncoderSpec, encoder_specs, token_shape
 from training.checkpoint import fingerprint, load_weights, read_checkpoint
 from training.distributed import first_on_each_machine
@@ -39,11 +36,7 @@ def load_encoders(
         UserError: a token grid that an encoder cannot give, weights that cannot be had, or are another network's.
     """
     specs = encoder_specs(args.enc_type)
-    given = dict(text.split("=", 1) for text in args.enc_ckpt)
-    if len(given) < len(args.enc_ckpt):
-        raise UserError("--enc-ckpt names an encoder twice")
-    if strangers := [name for name in given if name not in specs]:
-        raise UserError(f"--enc-ckpt names {strangers[0]}, which --enc-type {args.enc_type} does not")
+    given = given_files(args)
     grids = {name: own_grid(name, spec, args, grid) for name, spec in specs.items()}
     offline = is_offline(args)
     files = first_on_each_machine(
@@ -56,6 +49,22 @@ def load_encoders(
         say(f"aligning to {name}, weights from {files[name]}")
         encoders.append(encoder.to(device))
     return encoders
+
+
+def given_files(args: argparse.Namespace) -> dict[str, str]:
+    """--enc-ckpt as a table: name -> path.
+
+    Raises:
+        UserError: it names an encoder twice, or one that no other flag names.
+    """
+    given = dict(text.split("=", 1) for text in args.enc_ckpt)
+    if len(given) < len(args.enc_ckpt):
+        raise UserError("--enc-ckpt names an encoder twice")
+    lists = [getattr(args, flag, "none") for flag in ("enc_type", "features", "eval_features")]
+    for name in given:
+        if not any(name in names.split(",") for names in lists):
+            raise UserError(f"--enc-ckpt names {name}, which no other flag does")
+    return given
 
 
 def own_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) -> int:
@@ -169,7 +178,7 @@ def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool)
         raise UserError(f"weights of {name}: not on this machine, and not published for download; {advice}")
     if offline:
         raise UserError(f"weights of {name}: not on this machine, and offline; {advice} ({url})")
-    return downloaded(name, url, local, advice)
+    return download(f"weights of {name}", url, local, advice)
 
 
 def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
@@ -180,18 +189,6 @@ def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
         return None, spec.url
     config = get_pretrained_cfg(spec.model)
     return (config.hf_hub_id, None) if config.hf_hub_id else (None, config.url or None)
-
-
-def is_offline(args: argparse.Namespace) -> bool:
-    """Whether --offline, or HF_HUB_OFFLINE in the environment, keeps a run off the network."""
-    from huggingface_hub import constants
-
-    return args.offline or constants.HF_HUB_OFFLINE
-
-
-def one_line(text: object) -> str:
-    """What an error says, on one line, cut at a length that can be read."""
-    return " ".join(str(text).split())[:200]
 
 
 def packaged_file(name: str, spec: EncoderSpec) -> Path:
@@ -231,23 +228,3 @@ def hub_file(name: str, repository: str, offline: bool, advice: str) -> Path:
             return path
         raise UserError(f"weights of {name}: could not download {repository} ({reason}); {advice}")
     raise UserError(f"weights of {name}: {repository} has none of {', '.join(HUB_FILES)}; {advice}")
-
-
-def downloaded(name: str, url: str, path: Path, advice: str) -> Path:
-    """Download `url` to `path`, whole or not at all."""
-    from tqdm import tqdm
-
-    print(f"weights of {name}: downloading {url} to {path}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "repa-e"})) as response, written_whole(path) as file:
-            expected = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := response.read(2**20):
-                    file.write(block)
-                    bar.update(len(block))
-            if expected and file.tell() != expected:
-                raise HTTPException(f"{file.tell()} of {expected} bytes came")
-    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        raise UserError(f"weights of {name}: could not download {url} ({one_line(error)}); {advice}") from error
-    return path

@@ -29,6 +29,9 @@ from training.networks import latent_shape, load_vae
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
 
 
+BEST = "best"  # the checkpoint that training's evaluation found best
+
+
 class Experiment(NamedTuple):
     """What sampling needs of a run."""
 
@@ -39,8 +42,8 @@ class Experiment(NamedTuple):
     vae: AutoencoderKL
 
 
-def load_experiment(exp_path: Path, step: int | None, vae_ckpt: str | None) -> Experiment:
-    """The experiment in a run's folder at `step` (None: its latest checkpoint), in eval mode on the CPU.
+def load_experiment(exp_path: Path, step: int | str | None, vae_ckpt: str | None) -> Experiment:
+    """The experiment in a run's folder at `step` (BEST, or None: its latest checkpoint), in eval mode on the CPU.
 
     A joint run's checkpoint holds its VAE. A frozen-VAE run's VAE is the one its flags name, or `vae_ckpt`.
 
@@ -72,7 +75,7 @@ def load_experiment(exp_path: Path, step: int | None, vae_ckpt: str | None) -> E
     return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
 
 
-def find_checkpoint(exp_path: Path, step: int | None) -> Path:
+def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     """Where the checkpoint of a run's folder lies.
 
     Raises:
@@ -81,6 +84,8 @@ def find_checkpoint(exp_path: Path, step: int | None) -> Path:
     folder = exp_path / "checkpoints"
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
+    if step == BEST:
+        return folder / f"{BEST}.pt"
     path = latest_checkpoint(folder) if step is None else checkpoint_path(folder, step)
     if path is None:
         raise UserError(f"--exp-path {exp_path}: no checkpoints like 0400000.pt in {folder}")

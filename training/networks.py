@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from downloads import is_offline
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
@@ -18,7 +19,7 @@ from training.checkpoint import load_weights, read_checkpoint
 from training.diffusion import TransformerNets
 from training.distributed import first_on_each_machine
 from training.ema import copy_for_ema
-from training.encoder_weights import is_offline, load_encoders
+from training.encoder_weights import load_encoders
 from training.precision import Optimizer, autocast_factory
 from training.randomness import Draws, step_draws
 from training.run import Run

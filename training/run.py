@@ -24,21 +24,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from downloads import is_offline
 from errors import UserError
 from files import locked, replace_text
 from training.checkpoint import TrainingState, checkpoint_path, latest_checkpoint, read_checkpoint, write_atomically
 from training.distributed import gradient_sync, mean_over_processes
-from training.encoder_weights import is_offline
 from training.randomness import BatchOrder, Rows
 
 LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
+SPEED = "images_per_second"
+BEST_CHECKPOINT = "best.pt"
 # the flags that a continued run may change; every other one would make it another run
 FREE_FLAGS = {
     *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
     *("max_train_steps", "epochs", "checkpointing_steps", "sampling_steps", "resume_step", "continue_train_exp_dir"),
     *("num_workers", "compile", "offline"),
+    *("eval_steps", "eval_samples", "eval_features", "eval_reference", "inception_weights"),
     # files whose content is in the checkpoint, or is compared as part of the identity
     *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt"),
 }
@@ -117,6 +120,7 @@ class Run:
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.micro_metrics: list[dict[str, Tensor]] = []
         self.pictures: list[tuple[int, str, np.ndarray]] = []
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.signal: int | None = None
         self.identity: dict = {}
         self.resources = ExitStack()
@@ -292,6 +296,24 @@ class Run:
             self.pending.append((self.step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
             self.micro_metrics = []
 
+    def evaluated(self, values: dict[str, float], judge: str) -> None:
+        """Log what an evaluation at this step found, and keep the state as best.pt if values[judge] is the lowest yet.
+
+        best.json says what the best one's step and values are.
+        """
+        self.evaluations[self.step] = values
+        self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        note = self.checkpoints / "best.json"
+        if not self.is_main:
+            return
+        best = json.loads(note.read_text(encoding="utf8")) if note.is_file() else {}
+        if values[judge] < best.get(judge, math.inf) or best["step"] > self.step:
+            write_atomically(self._state_dict(), self.checkpoints / BEST_CHECKPOINT)
+            replace_text(note, json.dumps({"step": self.step, **values}) + "\n")
+
+    def _state_dict(self) -> dict:
+        return self.state.to_dict(vars(self.args), self.step, self.identity)
+
     def _finish_step(self, bar, last: int) -> None:
         bar.update()
         stop = self._agree_to_stop(last)
@@ -300,10 +322,7 @@ class Run:
             latest = self._write_log()
             bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[:4]}, refresh=False)
         if save and self.is_main:
-            write_atomically(
-                self.state.to_dict(vars(self.args), self.step, self.identity),
-                checkpoint_path(self.checkpoints, self.step),
-            )
+            write_atomically(self._state_dict(), checkpoint_path(self.checkpoints, self.step))
         if stop:
             self.accelerator.wait_for_everyone()  # a launcher that sees one process end ends the others
             self.print(f"stopped by signal {self.signal} after step {self.step}; the same command continues from there")
@@ -335,7 +354,7 @@ class Run:
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
         speed = len(rows) * self.args.batch_size / elapsed
         records = [
-            {"step": step, **dict(zip(names, row, strict=True)), "images_per_second": speed}
+            {"step": step, **dict(zip(names, row, strict=True)), **self.evaluations.pop(step, {}), SPEED: speed}
             for (step, _), row in zip(self.pending, rows, strict=True)
         ]
         self.pending = []

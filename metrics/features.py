@@ -1,0 +1,91 @@
+"""Networks whose features are compared: Inception-2015, by which FID is defined, and any encoder of models/encoders.py.
+
+Each takes uint8 pixels (B,3,H,W) of any size and gives `Features`.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.encoders import Encoder
+
+SPATIAL_CHANNELS = 7
+ENCODER_GRID, CONVOLUTION_GRID = 16, 8  # tokens a side at which features are compared: inputs of 224 or 256, and 128 px
+CPU_PART = 16  # images that CPUs see at once: more would only go through their memory instead of their caches
+
+
+class Features(NamedTuple):
+    """What a network sees in a batch of images, float32."""
+
+    pool: Tensor  # (B,D)
+    spatial: Tensor | None = None  # (B,2023): Inception's, for sFID
+    probabilities: Tensor | None = None  # (B,1008): Inception's, for the Inception Score
+
+
+def see(network: nn.Module, pixels: Tensor) -> Features:
+    """What a network of this module sees in uint8 pixels (B,3,H,W), B > 0; on CPUs a few images at a time."""
+    if pixels.device.type != "cpu":
+        return network(pixels)
+    parts = [network(part) for part in pixels.split(CPU_PART)]
+    return Features(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class Inception(nn.Module):
+    """Inception-v3 of 2015 (Szegedy et al., arXiv 1512.00567) as torch-fidelity ported it from the ADM suite's graph.
+
+    pool3 (2048), the first seven channels of mixed_6/conv, flattened channel-last as ADM's reference files have them,
+    and the softmax of the bias-free logits. Images are resized to 299 px as TensorFlow 1 does.
+
+    Args:
+        weights: torch-fidelity's file; it must hold plain data, because torch-fidelity unpickles it.
+    """
+
+    def __init__(self, weights: Path):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        super().__init__()
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+        )
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self.keep)
+        self.spatial: Tensor | None = None
+        self.requires_grad_(False).eval()
+
+    def keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """The hook that catches the spatial features, (B,192,17,17) after ReLU."""
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Features:
+        """uint8 pixels (B,3,H,W) -> pool (B,2048), spatial (B,2023), probabilities (B,1008)."""
+        pool, logits = self.network(pixels)
+        spatial, self.spatial = self.spatial, None
+        return Features(pool, spatial.float(), logits.softmax(dim=1))
+
+
+class EncoderFeatures(nn.Module):
+    """One vector an image from a frozen encoder: its class token, or the mean of its tokens where it has none.
+
+    With dinov2-vit-l this is FD-DINOv2 (Stein et al., arXiv 2306.04675): images are resized to the network's input as
+    Pillow does, bicubic with antialias to whole grey levels.
+    """
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Features:
+        """uint8 pixels (B,3,H,W) -> pool (B,D)."""
+        return Features(self.encoder.image_features(resize_as_pillow(pixels, self.encoder.size)).float())
+
+
+def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:
+    """uint8 (B,3,H,W) -> uint8 (B,3,size,size), bicubic with antialias, rounded."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    resized = F.interpolate(pixels.float(), (size, size), mode="bicubic", align_corners=False, antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)

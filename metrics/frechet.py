@@ -1,0 +1,60 @@
+"""The Fréchet distance between two sets of features (FID, Heusel et al., arXiv 1706.08500), from streamed moments."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.numerics import distributed_world_size
+
+
+class Moments:
+    """Mean and covariance of features that come in batches, in float64 and in memory that their number does not change.
+
+    Args:
+        device: where sums are kept.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.count = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.sum: Tensor | None = None
+        self.outer: Tensor | None = None
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B,D), of any float type; B may be 0."""
+        features = features.to(self.device, torch.float64)
+        if self.sum is None:
+            self.sum = torch.zeros(features.shape[1], dtype=torch.float64, device=self.device)
+            self.outer = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=self.device)
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer.addmm_(features.T, features)
+
+    def over_processes(self) -> "Moments":
+        """These moments with those of all other processes added; call once, when all have seen their share."""
+        if distributed_world_size() > 1:
+            for total in (self.count, self.sum, self.outer):
+                dist.all_reduce(total)
+        return self
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """(D,) and the unbiased (D,D), float64 on the CPU; at least two features must have come."""
+        mean = self.sum / self.count
+        covariance = (self.outer - self.count * mean.outer(mean)) / (self.count - 1)
+        return mean.cpu(), covariance.cpu()
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """|m1 - m2|² + tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½), of means (D,) and covariances (D,D), in float64.
+
+    The root's trace is the sum of the roots of the eigenvalues of a symmetric product, which are real, unlike those
+    that a general matrix square root returns; those that rounding made negative count as zero. Singular covariances
+    need no correction.
+    """
+    mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
+    values, vectors = torch.linalg.eigh(covariance1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = root @ covariance2 @ root
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    trace = covariance1.trace() + covariance2.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((mean1 - mean2).square().sum() + trace)

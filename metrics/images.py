@@ -1,0 +1,45 @@
+"""How close two sets of images are, pixel for pixel: PSNR and SSIM."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW, SIGMA = 11, 1.5
+K1, K2 = 0.01, 0.03
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of uint8 images (B,3,H,W), (B,) float64; infinite for equal ones."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error)
+
+
+def gaussian_window(device: torch.device) -> Tensor:
+    """(11,) float64 weights that sum to one."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=device) - WINDOW // 2
+    weights = torch.exp(-offsets.square() / (2 * SIGMA**2))
+    return weights / weights.sum()
+
+
+def local_mean(x: Tensor, window: Tensor) -> Tensor:
+    """Gaussian means of (B,C,H,W) where the window fits."""
+    kernel = window.expand(x.shape[1], 1, 1, WINDOW)
+    return F.conv2d(F.conv2d(x, kernel, groups=x.shape[1]), kernel.mT, groups=x.shape[1])
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., IEEE TIP 2004) of uint8 images (B,3,H,W), H, W >= 11; (B,) float64.
+
+    Gaussian window of 11 pixels and sigma 1.5, biased moments, averaged over channels and over positions where the
+    window fits.
+    """
+    a, b = a.double(), b.double()
+    window = gaussian_window(a.device)
+    mean_a, mean_b = local_mean(a, window), local_mean(b, window)
+    var_a = local_mean(a * a, window) - mean_a.square()
+    var_b = local_mean(b * b, window) - mean_b.square()
+    covariance = local_mean(a * b, window) - mean_a * mean_b
+    c1, c2 = (K1 * 255) ** 2, (K2 * 255) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    structure = (2 * covariance + c2) / (var_a + var_b + c2)
+    return (luminance * structure).flatten(1).mean(1)

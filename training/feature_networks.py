@@ -1,0 +1,101 @@
+"""The networks of metrics/features.py with their trained weights: from files, packages or downloads."""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from downloads import download, is_offline
+from errors import UserError
+from metrics.features import CONVOLUTION_GRID, ENCODER_GRID, EncoderFeatures, Inception
+from models.encoders import Encoder, encoder_spec
+from training.checkpoint import read_checkpoint
+from training.distributed import first_on_each_machine
+from training.encoder_weights import given_files, load_encoder_weights, weights_file
+
+
+class FeatureNetwork(NamedTuple):
+    """A network of metrics/features.py, by the name that --features takes, and the file of its weights."""
+
+    name: str
+    module: nn.Module
+    weights: Path
+    sha256: str
+
+
+def check_feature_names(text: str) -> list[str]:
+    """The names in a --features: inception, and encoders of models/encoders.py, joined by commas.
+
+    Raises:
+        UserError: an unknown or repeated name.
+    """
+    names = text.split(",")
+    for name in names:
+        if name != "inception":
+            encoder_spec(name)
+        if names.count(name) > 1:
+            raise UserError(f"{name} is named twice")
+    return names
+
+
+def load_feature_networks(names: list[str], args: argparse.Namespace, device: torch.device) -> list[FeatureNetwork]:
+    """The networks with these names, on `device`; the flags say where weights lie, as for alignment.
+
+    Raises:
+        UserError: weights cannot be had, or are another network's.
+    """
+    given, offline = given_files(args), is_offline(args)
+    files = first_on_each_machine(
+        lambda: {
+            name: inception_file(args.inception_weights, offline)
+            if name == "inception"
+            else weights_file(name, encoder_spec(name), given.get(name), offline)
+            for name in names
+        }
+    )
+    networks = []
+    for name, path in files.items():
+        module = load_inception(path) if name == "inception" else load_encoder(name, path)
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        networks.append(FeatureNetwork(name, module.to(device), path, sha256))
+    return networks
+
+
+def load_encoder(name: str, path: Path) -> EncoderFeatures:
+    """An encoder that sees whole images at its usual input size."""
+    spec = encoder_spec(name)
+    encoder = Encoder(spec, CONVOLUTION_GRID if spec.any_grid else ENCODER_GRID)
+    load_encoder_weights(encoder, name, path)
+    return EncoderFeatures(encoder)
+
+
+def inception_file(given: str | None, offline: bool) -> Path:
+    """torch-fidelity's Inception-2015 weights: the file that was given, its copy on this machine, or a download."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    if given is not None:
+        return Path(given)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if path.is_file():
+        return path
+    advice = (
+        f"put {path.name} of torch-fidelity's release v0.2.0 at {path}, or name the file by --inception-weights; or "
+        "compare other features, like --features efficientnet-lite0"
+    )
+    if offline:
+        raise UserError(f"weights of inception: not on this machine, and offline; {advice} ({URL_INCEPTION_V3})")
+    return download("weights of inception", URL_INCEPTION_V3, path, advice, sha256=path.stem.rsplit("-", 1)[1])
+
+
+def load_inception(path: Path) -> Inception:
+    """Inception-2015 with a file's weights, which are checked to be plain data before torch-fidelity reads them."""
+    read_checkpoint(path, "weights of inception")
+    try:
+        return Inception(path)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"weights of inception {path}: not torch-fidelity's Inception-2015 ({reason})") from error
