@@ -13,6 +13,7 @@ import json
 import math
 import platform
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def check_images(samples: Dataset, reference: Reference, wanted: list[str], say)
 
 def evaluate_samples(args: argparse.Namespace, state) -> dict:
     """All metrics of --samples against --reference, and what they depend on."""
-    say = tqdm.write if state.is_main_process else lambda text: None
+    say = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
     reference = open_reference(args.reference)
     samples = None if args.samples is None else open_image_set(args.samples, "--samples")
     wanted = check_wanted(args, reference, args.features.split(","))
@@ -219,11 +220,15 @@ def latents_of(vae: AutoencoderKL, data, args: argparse.Namespace, state) -> dic
 
 def environment(args: argparse.Namespace, state) -> dict:
     """Versions and machine that the numbers come from."""
-    packages = ("torch", "torchvision", "numpy", "timm", "torch-fidelity", "lpips")
+    packages = ("torchvision", "numpy", "timm", "torch-fidelity", "lpips")
     on_gpu = state.device.type == "cuda"
     return {
         "command": sys.argv,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: version(name) for name in packages},
+        },
         "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
         "processes": state.num_processes,
         "batch_size": args.batch_size,

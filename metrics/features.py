@@ -84,8 +84,9 @@ class EncoderFeatures(nn.Module):
 
 
 def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:
-    """uint8 (B,3,H,W) -> uint8 (B,3,size,size), bicubic with antialias, rounded."""
-    if pixels.shape[-2:] == (size, size):
-        return pixels
-    resized = F.interpolate(pixels.float(), (size, size), mode="bicubic", align_corners=False, antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
+    """uint8 (B,3,H,W) -> uint8 (B,3,size,size), bicubic with antialias, rounded after each axis."""
+    for shape in ((pixels.shape[-2], size), (size, size)):
+        if pixels.shape[-2:] != shape:
+            resized = F.interpolate(pixels.float(), shape, mode="bicubic", align_corners=False, antialias=True)
+            pixels = resized.round().clamp(0, 255).to(torch.uint8)
+    return pixels

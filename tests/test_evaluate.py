@@ -1,0 +1,304 @@
+"""evaluate.py as a user runs it, its input and output, and evaluation during training."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import published
+from dataset import open_images
+from image_sets import open_image_set
+from images import make_data, photo
+from metrics.features import Inception, see
+from models.autoencoder import image_to_pixels, pixels_to_image
+from scripts import TINY, TINY_SIT, call, records, run, torchrun
+from training.checkpoint import read_checkpoint
+from training.feature_networks import load_inception
+from training.networks import load_lpips, load_vae
+
+LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0)
+FD = "fd_efficientnet_lite0"
+
+
+def pictures(count: int, seed: int, size: int = 32) -> np.ndarray:
+    """(count,size,size,3) uint8."""
+    return np.stack([np.asarray(photo(1000 * seed + i, size, size)) for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """A folder with two sets of 40 images: npz and PNGs of the first, npz of the second."""
+    root = tmp_path_factory.mktemp("sets of images")
+    for name, seed in (("a", 1), ("b", 2)):
+        np.savez(root / f"{name}.npz", arr_0=pictures(40, seed))
+    (root / "a-png/deep").mkdir(parents=True)
+    for i, image in enumerate(pictures(40, 1)):
+        Image.fromarray(image).save(root / ("a-png/deep" if i >= 20 else "a-png") / f"{i:03d}.png")
+    return root
+
+
+def evaluated(*flags: object, code: int = 0) -> str:
+    """Run evaluate.py here; what it says on stderr."""
+    found, said = call("evaluate.py", *flags)
+    assert found == code, said
+    return said
+
+
+def metrics_of(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text())["metrics"]
+
+
+@pytest.fixture(scope="module")
+def first(sets) -> dict[str, float]:
+    """All metrics of a.npz against b.npz."""
+    evaluated("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--output", sets / "first.json")
+    return metrics_of(sets / "first.json")
+
+
+def test_metrics_are_named_for_their_network_and_mean_something(sets, first):
+    assert list(first) == [FD, "precision_efficientnet_lite0", "recall_efficientnet_lite0", "kd_efficientnet_lite0"]
+    assert 0 <= first["precision_efficientnet_lite0"] <= 1
+    said = evaluated("--samples", sets / "a.npz", "--reference", sets / "a-png", *LITE0, "--output", sets / "self.json")
+    assert "holds 40 images, fewer than 2048: FID is biased" in said
+    same = metrics_of(sets / "self.json")
+    assert same[FD] == pytest.approx(0, abs=1e-3 * first[FD])
+    assert same["precision_efficientnet_lite0"] == same["recall_efficientnet_lite0"] == 1
+    noise = np.random.RandomState(0).randint(0, 256, (40, 32, 32, 3)).astype(np.uint8)
+    np.savez(sets / "noise.npz", arr_0=noise)
+    evaluated("--samples", sets / "noise.npz", "--reference", sets / "b.npz", *LITE0)
+    assert metrics_of(sets / "noise.metrics.json")[FD] > 2 * first[FD]
+
+
+def test_batches_order_of_files_and_processes_do_not_matter(sets, first):
+    order = np.random.RandomState(3).permutation(40)
+    np.savez(sets / "shuffled.npz", arr_0=pictures(40, 1)[order])
+    np.savez_compressed(sets / "compressed.npz", arr_0=pictures(40, 1))
+    for samples in ("a-png", "shuffled.npz", "compressed.npz"):
+        flags = ("--samples", sets / samples, "--reference", sets / "b.npz", *LITE0, "--batch-size", 7)
+        evaluated(*flags, "--output", sets / "other.json")
+        assert metrics_of(sets / "other.json") == pytest.approx(first, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(sets, first):
+    flags = ("--samples", sets / "a-png", "--reference", sets / "b.npz", *LITE0[:2], "--num-workers", 1)
+    run("evaluate.py", *flags, "--output", sets / "two.json", "--batch-size", 3, launcher=torchrun(2))
+    assert metrics_of(sets / "two.json") == pytest.approx(first, rel=1e-5, abs=1e-6)
+    assert json.loads((sets / "two.json").read_text())["processes"] == 2
+
+
+def test_the_result_says_what_it_depends_on(sets, capsys):
+    (sets / "a.json").write_text('{"samples": {"seed": 5}}')
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--metrics", "fid")
+    evaluated(*flags, "--markdown")
+    result = json.loads((sets / "a.metrics.json").read_text())
+    assert list(result["metrics"]) == [FD]
+    assert result["manifest"] == {"samples": {"seed": 5}}
+    assert result["samples"] == {"path": str(sets / "a.npz"), "count": 40}
+    assert result["reference"]["path"] == str(sets / "b.npz")
+    assert len(result["features"]["efficientnet-lite0"]["sha256"]) == 64
+    assert result["versions"]["torch"] == torch.__version__
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == [f"|  | images | {FD} |", "| --- | --- | --- |", f"| a | 40 | {result['metrics'][FD]:.4g} |"]
+
+
+def test_statistics_are_kept_and_used(sets, first):
+    stats = sets / "stats.npz"
+    evaluated("--reference", sets / "b.npz", *LITE0, "--save-stats", stats)
+    said = evaluated("--samples", sets / "a.npz", "--reference", stats, *LITE0)
+    assert "has statistics only: no kid, precision, recall" in said
+    assert metrics_of(sets / "a.metrics.json") == pytest.approx({FD: first[FD]}, rel=1e-6)
+    # images beside statistics: distances come from the statistics, the rest from the images, as with ADM's references
+    with np.load(stats) as arrays:
+        content = {name: arrays[name] for name in arrays.files}
+    content["efficientnet-lite0/mu"] = content["efficientnet-lite0/mu"] + 1
+    np.savez(sets / "both.npz", arr_0=pictures(40, 2), **content)
+    evaluated("--samples", sets / "a.npz", "--reference", sets / "both.npz", *LITE0)
+    both = metrics_of(sets / "a.metrics.json")
+    assert both[FD] != pytest.approx(first[FD], rel=1e-3)
+    assert {k: v for k, v in both.items() if k != FD} == pytest.approx({k: v for k, v in first.items() if k != FD})
+    about = json.loads(str(content["about"]))
+    about["weights"]["efficientnet-lite0"] = "other"
+    np.savez(sets / "foreign.npz", **{**content, "about": np.array(json.dumps(about))})
+    flags = ("--samples", sets / "a.npz", *LITE0)
+    assert "are of other weights of efficientnet-lite0" in evaluated(
+        *flags, "--reference", sets / "foreign.npz", code=2
+    )
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory) -> Path:
+    """Random weights in the form of torch-fidelity's file."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
+    for name, value in network.state_dict().items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(value)
+        elif name.endswith("bn.bias"):
+            value.normal_(std=0.1)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_inception_is_torch_fidelitys_own_path(inception_weights, sets):
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    ours = load_inception(inception_weights)
+    assert isinstance(ours, Inception)
+    theirs = FeatureExtractorInceptionV3(
+        "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights)
+    )
+    pixels = torch.tensor(pictures(4, 5)).permute(0, 3, 1, 2)
+    pool, logits = theirs(pixels)
+    seen = see(ours, pixels)
+    torch.testing.assert_close(seen.pool, pool)
+    torch.testing.assert_close(seen.probabilities, logits.softmax(1))
+    # the spatial features, layer by layer: the first seven channels of mixed_6/conv, flattened channel-last
+    x = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False)
+    x = (x - 128) / 128
+    for name, layer in theirs.named_children():
+        if name == "Mixed_6d":
+            break
+        x = layer(x)
+    branch = theirs.Mixed_6d.branch1x1
+    x = torch.relu(branch.bn(branch.conv(x)))
+    assert x.shape == (4, 192, 17, 17)
+    expected = torch.stack([x[:, c, row, column] for row in range(17) for column in range(17) for c in range(7)], dim=1)
+    torch.testing.assert_close(seen.spatial, expected)
+
+    # whole metrics, by torch-fidelity's own command
+    class Tensors(torch.utils.data.Dataset):
+        def __init__(self, name: str):
+            self.images = open_image_set(sets / name, "x")
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return self.images[i]
+
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", "--num-workers", 0)
+    evaluated(*flags, "--inception-weights", inception_weights, "--output", sets / "inception.json")
+    found = metrics_of(sets / "inception.json")
+    assert list(found) == ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
+    other = torch_fidelity.calculate_metrics(
+        input1=Tensors("a.npz"),
+        input2=Tensors("b.npz"),
+        feature_extractor_weights_path=str(inception_weights),
+        cuda=False,
+        fid=True,
+        kid=True,
+        isc=True,
+        kid_subset_size=40,
+        isc_splits=1,
+        verbose=False,
+        save_cpu_ram=True,
+        cache=False,
+    )
+    assert found["fid"] == pytest.approx(other["frechet_inception_distance"], rel=1e-4)
+    assert found["kid"] == pytest.approx(other["kernel_inception_distance_mean"], rel=1e-3)
+    assert found["inception_score"] == pytest.approx(other["inception_score_mean"], rel=1e-4)
+
+
+def test_weights_of_inception_that_are_not_there_or_not_it(sets, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", "--num-workers", 0)
+    said = evaluated(*flags, code=2)
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    assert f"not on this machine, and offline; put {name} of torch-fidelity's release v0.2.0 at {tmp_path}/hub" in said
+    assert "or name the file by --inception-weights; or compare other features, like --features efficientnet" in said
+    assert "weights of inception nowhere.pth: no such file" in evaluated(
+        *flags, "--inception-weights", "nowhere.pth", code=2
+    )
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    said = evaluated(*flags, "--inception-weights", tmp_path / "other.pth", code=2)
+    assert "other.pth: not torch-fidelity's Inception-2015" in said
+
+
+def test_reconstruction(tmp_path, vgg_weights):
+    vae_path = published.write_vae(tmp_path / "vae")
+    data_dir = make_data(tmp_path / "held-out", per_class=3)
+    flags = ("--vae", vae_path, "--vae-arch", published.VAE, "--data-dir", data_dir, "--lpips-vgg-ckpt", vgg_weights)
+    evaluated(*flags, *LITE0, "--batch-size", 4)
+    result = json.loads(vae_path.with_name("sdvae.metrics.json").read_text())
+    values = result["metrics"]
+    assert list(values) == ["psnr", "ssim", "lpips", f"r{FD}"]
+    pixels = torch.stack([open_images(data_dir)[i][0] for i in range(9)])
+    vae, lpips = load_vae(published.VAE, str(vae_path)).eval(), load_lpips(str(vgg_weights))
+    with torch.no_grad():
+        posterior = vae.encode(pixels_to_image(pixels))
+        recon = image_to_pixels(vae.decode(posterior.mean))
+        expected = lpips(pixels_to_image(pixels), pixels_to_image(recon)).mean()
+    assert values["lpips"] == pytest.approx(float(expected), rel=1e-4)
+    error = ((pixels.double() - recon.double()) ** 2).flatten(1).mean(1)
+    assert values["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / error)).mean()), rel=1e-6)
+    assert values[f"r{FD}"] > 0
+    z_mean = posterior.mean.double().mean((0, 2, 3))
+    assert result["latents"]["mean"] == pytest.approx(z_mean.tolist(), rel=1e-3, abs=1e-4)
+    assert len(result["latents"]["stored_std"]) == 4
+
+
+@pytest.mark.slow
+def test_evaluation_during_training(joint, tmp_path):
+    output, flags = joint
+    extra = (*flags, "--eval-steps", 4, "--eval-samples", 10, "--eval-features", "efficientnet-lite0")
+    extra = (*extra, "--max-train-steps", 8, "--sampling-steps", 100, "--checkpointing-steps", 6)
+    run("train_repae.py", *extra, "--exp-name", "evaluated")
+    log = records(output / "evaluated/metrics.jsonl")
+    found = {record["step"]: record[f"eval_{FD}"] for record in log if f"eval_{FD}" in record}
+    assert list(found) == [4, 8]
+    best = json.loads((output / "evaluated/checkpoints/best.json").read_text())
+    step = min(found, key=found.get)
+    assert best == {"step": step, f"eval_{FD}": found[step]}
+    kept = read_checkpoint(output / "evaluated/checkpoints/best.pt")
+    assert kept["steps"] == step
+    # what training measured is what generate.py and evaluate.py give
+    sampling = ("--num-fid-samples", 10, "--cfg-scale", 1.0, "--pproc-batch-size", 3, "--sample-dir", tmp_path)
+    code, said = call("generate.py", "--exp-path", output / "evaluated", "--train-steps", "best", *sampling)
+    assert code == 0, said
+    data = open_images(flags[flags.index("--data-dir") + 1])
+    np.savez(tmp_path / "train.npz", arr_0=np.stack([data[i][0].permute(1, 2, 0).numpy() for i in range(len(data))]))
+    samples = tmp_path / f"evaluated_{step:07d}_cfg1.0-0.0-1.0.npz"
+    evaluated("--samples", samples, "--reference", tmp_path / "train.npz", *LITE0, "--metrics", "fid")
+    measured = metrics_of(samples.with_name(samples.name.replace(".npz", ".metrics.json")))[FD]
+    assert measured == pytest.approx(found[step], rel=1e-3)
+    # two processes find the same distance for the same weights
+    run("train_repae.py", *extra, "--exp-name", "evaluated-by-two", launcher=torchrun(2))
+    two = records(output / "evaluated-by-two/metrics.jsonl")
+    assert [record[f"eval_{FD}"] for record in two if f"eval_{FD}" in record] == pytest.approx(
+        list(found.values()), rel=1e-2
+    )
+
+
+@pytest.mark.slow
+def test_evaluation_of_frozen_training_from_stored_statistics(joint, tmp_path, tiny_data, tiny_vae):
+    output, _ = joint
+    data = open_images(tiny_data)
+    np.savez(tmp_path / "train.npz", arr_0=np.stack([data[i][0].permute(1, 2, 0).numpy() for i in range(len(data))]))
+    evaluated("--reference", tmp_path / "train.npz", *LITE0, "--save-stats", tmp_path / "stats.npz")
+    vae = ("--vae-ckpt", tiny_vae[1], "--vae-latents-name", "for-evaluation", "--data-dir", tiny_data)
+    code, said = call(
+        *("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", tiny_vae[1], "--num-workers", 0),
+        *("--vae-latents-name", "for-evaluation", "--data-dir", tiny_data, "--output-dir", tiny_data),
+    )
+    assert code == 0, said
+    flags = (*TINY, *TINY_SIT, *vae, "--output-dir", output, "--enc-type", "none", "--exp-name", "frozen-evaluated")
+    evaluation = ("--eval-steps", 2, "--eval-samples", 6, "--eval-features", "efficientnet-lite0")
+    reference = ("--eval-reference", tmp_path / "stats.npz")
+    code, said = call("train_ldm_only.py", *flags, *evaluation, *reference, "--max-train-steps", 2)
+    assert code == 0, said
+    log = records(output / "frozen-evaluated/metrics.jsonl")
+    assert log[1][f"eval_{FD}"] > 0
+    assert (output / "frozen-evaluated/checkpoints/best.pt").is_file()
