@@ -3,6 +3,8 @@
 import base64
 import html
 import io
+import json
+import math
 from datetime import date
 from pathlib import Path
 from string import Template
@@ -15,12 +17,21 @@ from torch import Tensor
 from dataset import open_images
 from demo.pictures import PANELS, RUNS, draw_overview, latent_colors, read_metrics, reconstruct, strip, themed_svg
 from files import replace_text
+from metrics.images import psnr
 from models.autoencoder import pixels_to_image
 from training.networks import load_lpips, load_vae
 
 VAE = "f4d4-small"
 SHOWN, A_ROW = 20, 10
 TILE = 64
+SAMPLES_A_CLASS = 8
+DISTANCE = "fd_efficientnet_lite0"
+DISTANCE_TITLES = {
+    "held-out": "Photographs that no network has seen",
+    "joint": "Samples of the joint run, without guidance",
+    "frozen": "Samples on the frozen tuned VAE, without guidance",
+    "noise": "Noise",
+}
 
 
 def write_report(root: Path, folder: Path, record: dict) -> None:
@@ -49,6 +60,7 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
         latents=groups({name: value[shown] for name, value in colors.items()}),
         latent=" x ".join(map(str, latent)),
         samples="".join(sample_card(sample_title(path), images, test.classes) for path, images in samples.items()),
+        distances=distance_rows(folder / "sets"),
         stages=stage_rows(record),
     )
     replace_text(folder / "report.html", page)
@@ -67,16 +79,15 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
 @torch.no_grad()
 def measure(pixels: Tensor, recon: Tensor, lpips) -> dict[str, float]:
     """PSNR in dB (mean over images) and LPIPS of reconstructions, both uint8 (N,3,R,R)."""
-    error = (pixels.double() - recon.double()).square().flatten(1).mean(1)
     pairs = zip(pixels.split(50), recon.split(50), strict=True)
     distances = [lpips(pixels_to_image(a), pixels_to_image(b)).flatten() for a, b in pairs]
-    return {"psnr": float((10 * torch.log10(255**2 / error)).mean()), "lpips": float(torch.cat(distances).mean())}
+    return {"psnr": float(psnr(pixels, recon).mean()), "lpips": float(torch.cat(distances).mean())}
 
 
 def read_samples(path: Path, classes: int) -> Tensor:
     """Class-balanced samples of an npz, (classes, n, 3, R, R) uint8: sample i is of class i mod classes."""
     pixels = torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2)
-    return pixels.unflatten(0, (-1, classes)).transpose(0, 1)
+    return pixels.unflatten(0, (-1, classes)).transpose(0, 1)[:, :SAMPLES_A_CLASS]
 
 
 def sample_title(path: Path) -> str:
@@ -155,6 +166,21 @@ def duration(seconds: float) -> str:
 def amount(count: int) -> str:
     """Bytes in words: 41 MB, or 1.7 GB."""
     return f"{count / 1e9:.1f} GB" if count > 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def distance_rows(folder: Path) -> str:
+    """Rows of the table of Fréchet distances, smallest first, with bars on a logarithmic scale."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf8")) for path in folder.glob("*.json")}
+    values = {name: result["metrics"][DISTANCE] for name, result in found.items()}
+    lowest, highest = (math.log(pick(values.values())) for pick in (min, max))
+    rows = []
+    for name in sorted(values, key=values.get):
+        width = 10 + 90 * (math.log(values[name]) - lowest) / max(highest - lowest, 1e-9)
+        rows.append(
+            f'<tr><td>{DISTANCE_TITLES[name]}<div class="bar" style="width: {width:.1f}%"></div></td>'
+            f'<td class="number">{values[name]:.1f}</td><td class="number">{found[name]["samples"]["count"]}</td></tr>'
+        )
+    return "".join(rows)
 
 
 def stage_rows(record: dict) -> str:

@@ -23,6 +23,7 @@ from files import replace_text  # noqa: E402
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("exps/demo")
 CLASSES, SAMPLES_A_CLASS = 10, 8
+COMPARED = 200  # samples of each run without guidance, as many as demo/sets.py has of each kind
 GUIDANCE = 2.5
 
 
@@ -65,8 +66,9 @@ def stages(plan: Plan) -> list[Stage]:
     vae_loss = "--loss-cfg-path demo/loss.yaml --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"
     transformer = f"""--model SiT-XS/1 --num-classes {CLASSES} --enc-type efficientnet-lite0 --encoder-depth 3
         --learning-rate 5e-4"""
-    sampling = f"""--sample-dir {FOLDER}/samples --labels balanced --num-fid-samples {CLASSES * SAMPLES_A_CLASS}
-        --pproc-batch-size 40 --num-steps 50 --mixed-precision {plan.precision} --no-png"""
+    sampling = f"""--sample-dir {FOLDER}/samples --labels balanced --pproc-batch-size 40 --num-steps 50
+        --mixed-precision {plan.precision} --no-png"""
+    comparing = f"""--reference {FOLDER}/sets/train-statistics.npz --features efficientnet-lite0 --num-workers 1"""
     tuned = f"{FOLDER}/e2e-vae/e2e-vae.pt"
     return [
         Stage("unpack", "Photographs: a folder a class", "demo/cifar10.py unpack data-demo/cifar10"),
@@ -117,12 +119,39 @@ def stages(plan: Plan) -> list[Stage]:
             Stage(
                 f"samples-{name}-{scale}",
                 f"Sample the {name} run, {'with' if scale > 1 else 'without'} guidance",
-                f"generate.py --exp-path {FOLDER}/{name} --train-steps {steps} --cfg-scale {scale} {sampling}",
+                f"""generate.py --exp-path {FOLDER}/{name} --train-steps {steps} --cfg-scale {scale} {sampling}
+                    --num-fid-samples {CLASSES * SAMPLES_A_CLASS if scale > 1 else COMPARED}""",
             )
             for name, steps in (("joint", plan.joint_steps), ("frozen", plan.frozen_steps))
             for scale in (1.0, GUIDANCE)
         ),
+        Stage("sets", "Held-out photographs, and noise", f"demo/sets.py data-demo/test {FOLDER}/sets"),
+        Stage(
+            "statistics",
+            "Features of the training photographs",
+            f"""evaluate.py --reference data-demo/cifar10/train --features efficientnet-lite0 --num-workers 1
+                --save-stats {FOLDER}/sets/train-statistics.npz""",
+        ),
+        *(
+            Stage(
+                f"distance-{name}",
+                f"Fréchet distance of {title}",
+                f"evaluate.py --samples {path} {comparing} --output {FOLDER}/sets/{name}.json",
+            )
+            for name, (title, path) in compared_sets(plan).items()
+        ),
     ]
+
+
+def compared_sets(plan: Plan) -> dict[str, tuple[str, Path]]:
+    """Sets of images whose distance to the training photographs is measured: name -> (title, npz)."""
+    unguided = "cfg1.0-0.0-1.0.npz"
+    return {
+        "held-out": ("held-out photographs", FOLDER / "sets/held-out.npz"),
+        "joint": ("samples of the joint run", FOLDER / f"samples/joint_{plan.joint_steps:07d}_{unguided}"),
+        "frozen": ("samples on the frozen VAE", FOLDER / f"samples/frozen_{plan.frozen_steps:07d}_{unguided}"),
+        "noise": ("noise", FOLDER / "sets/noise.npz"),
+    }
 
 
 class Record:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import files
 import preprocessing
@@ -107,6 +109,27 @@ CASES = {
     "nothing-to-write": "--no-png --no-npz",
     "samples-space": "--num-fid-samples 1000000000 --sample-dir {new}",
     "samples-other-there": "--num-fid-samples 3",
+    "evaluate-nothing": "",
+    "evaluate-missing": "--samples nowhere.npz",
+    "evaluate-no-npz": "--samples README.md",
+    "evaluate-no-array": "--samples {sets}/other-array.npz",
+    "evaluate-dtype": "--samples {sets}/float.npz",
+    "evaluate-channels": "--samples {sets}/channels.npz",
+    "evaluate-range": "--samples {sets}/range.npz",
+    "evaluate-size": "--samples {sets}/size.npz",
+    "evaluate-mixed": "--samples {sets}/mixed",
+    "evaluate-grey": "--samples {sets}/grey",
+    "evaluate-damaged": "--samples {sets}/damaged",
+    "evaluate-empty": "--samples {empty}",
+    "evaluate-no-images": "--reference {sets}/stats.npz --features inception --metrics fid,precision",
+    "evaluate-no-statistics": "--reference {sets}/stats.npz",
+    "evaluate-nan": "--reference {sets}/nan.npz",
+    "evaluate-few": "--samples {sets}/two.npz",
+    "evaluate-metric": "--metrics fdi",
+    "evaluate-inception-only": "--metrics sfid",
+    "evaluate-features": "--features incepton",
+    "evaluate-weights": "--features inception",
+    "evaluate-vae-data": "--vae {vae}",
 }
 
 
@@ -138,6 +161,31 @@ def write_vaes(root: Path, places: dict) -> None:
     places["cut"].write_bytes(places["vae"].read_bytes()[:5000])
 
 
+def write_sets(root: Path, places: dict) -> None:
+    """Sets of images for evaluate.py: good ones and spoilt ones."""
+    places["sets"] = root / "sets"
+    good = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    big = np.zeros((48, 48, 3), np.uint8)
+    for name in ("mixed", "grey", "damaged"):
+        (places["sets"] / name).mkdir(parents=True)
+    for name, array in {
+        "good": good,
+        "float": good.astype(np.float32),
+        "channels": good.transpose(0, 3, 1, 2),
+        "range": good // 255,
+        "size": np.repeat(big[None] + 9, 5, 0),
+        "two": good[:2],
+    }.items():
+        np.savez(places["sets"] / f"{name}.npz", arr_0=array)
+    np.savez(places["sets"] / "other-array.npz", images=good)
+    np.savez(places["sets"] / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    np.savez(places["sets"] / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
+    Image.fromarray(good[0]).save(places["sets"] / "mixed/0.png")
+    Image.fromarray(big).save(places["sets"] / "mixed/1.png")
+    Image.fromarray(good[0]).convert("L").save(places["sets"] / "grey/0.png")
+    (places["sets"] / "damaged/0.png").write_bytes((places["sets"] / "mixed/0.png").read_bytes()[:60])
+
+
 def write_data(root: Path, places: dict) -> None:
     """Images in five shards, copies of them that lack something, and others."""
     with pytest.MonkeyPatch.context() as patch:
@@ -160,6 +208,7 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     root = tmp_path_factory.mktemp("bad input")
     found = {"vgg": vgg_weights, "root": root}
     write_data(root, found)
+    write_sets(root, found)
     write_vaes(root, found)
     write_runs(root, found)
     cached = call("cache_latents.py", *good_flags("cache_latents.py", found))
@@ -190,6 +239,10 @@ def good_flags(script: str, places: dict) -> list:
             *("--data-dir", places["data"], "--output-dir", places["data"], "--num-workers", 0),
         ],
         "save_vae_weights.py": ["--repae-ckpt", places.get("joint_ckpt"), "--save-dir", places["root"] / "saved"],
+        "evaluate.py": [
+            *("--samples", places["sets"] / "good.npz", "--reference", places["sets"] / "good.npz"),
+            *("--features", "efficientnet-lite0", "--num-workers", 0, "--output", places["root"] / "result.json"),
+        ],
         "generate.py": [
             *("--exp-path", places.get("joint"), "--sample-dir", places["root"] / "samples"),
             *("--num-fid-samples", 2, "--num-steps", 2),
@@ -217,7 +270,12 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
     if case == "flag-missing":
         good.remove("--exp-name")
         good.remove("bad")
+    if case == "evaluate-nothing":
+        good = good[:2]
+    if case == "evaluate-vae-data":
+        good = good[4:]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places["empty"]))
+    monkeypatch.setenv("TORCH_HOME", str(places["empty"]))
     before = contents(places["root"])
     code, stderr = call(script, *good, *(word.format(**places) for word in CASES[case].split()))
     assert code == 2, stderr

@@ -33,7 +33,7 @@ def test_every_stages_command_line_is_taken_and_scripts_come_in_order():
             assert args.max_train_steps == {"vae": 75, "joint": 50, "frozen": 150}[stage.name]
     assert order == [
         *("preprocessing.py", "train_vae.py", "train_repae.py", "save_vae_weights.py", "cache_latents.py"),
-        *("train_ldm_only.py", "generate.py"),
+        *("train_ldm_only.py", "generate.py", "evaluate.py"),
     ]
 
 
@@ -101,6 +101,10 @@ def make_demo_folder(root) -> tuple:
         for scale in ("1.0", "2.5"):
             rows = iter(np.random.RandomState(0).randint(0, 256, (24, 32, 32, 3)).astype(np.uint8))
             write_npz(folder / f"samples/{run}_0000030_cfg{scale}-0.0-1.0.npz", (24, 32, 32, 3), rows)
+    (folder / "sets").mkdir()
+    for value, name in enumerate(demo.compared_sets(demo.make_plan(30)), start=1):
+        result = {"metrics": {"fd_efficientnet_lite0": 10.0**value}, "samples": {"count": 24}}
+        (folder / f"sets/{name}.json").write_text(json.dumps(result))
     return folder
 
 
@@ -126,6 +130,13 @@ def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
     assert page.count("data:image/png") == 2 * 2 * 3 + 4 * 3  # two times two blocks of three rows; four sets of classes
     for text in ("before", "after", *CLASSES, "no guidance", "guidance 2.5", "1 min 05 s", "0.3 GB", "train_repae.py"):
         assert text in page
+    rows = re.findall(r"<tr><td>([^<]*)<div class=.bar. style=.width: ([0-9.]*)%.></div></td>[^>]*>([0-9.]*)<", page)
+    assert rows[:4] == [
+        ("Photographs that no network has seen", "10.0", "10.0"),
+        ("Samples of the joint run, without guidance", "40.0", "100.0"),
+        ("Samples on the frozen tuned VAE, without guidance", "70.0", "1000.0"),
+        ("Noise", "100.0", "10000.0"),
+    ]
     assert (folder / "overview.png").stat().st_size > 10000
 
 

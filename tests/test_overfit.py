@@ -1,62 +1,73 @@
-"""Sixty-four photographs, learnt by heart: proof that the steps learn, not only run."""
+"""A generator trained on few images gives those images: the whole chain of scripts, and the distance that measures it."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from demo.cifar10 import SHEETS, SIDE
-from loss.vae_loss import VAELossConfig
-from models.autoencoder import AutoencoderKL, VAEConfig, pixels_to_image
-from train_vae import vae_step
-from training.autoencoding import VAENets, VAEStepConfig, psnr
-from training.precision import Optimizer, autocast_factory
-from training.randomness import Rows, step_draws
-from training.run import Batch
+from demo.cifar10 import SHEETS
+from scripts import call
 
-pytestmark = pytest.mark.slow
+IMAGES = 64
 
 
-def photographs() -> torch.Tensor:
-    """Sixty-four of the demo's photographs at half their size, (64,3,16,16) uint8."""
-    sheets = [np.asarray(Image.open(SHEETS / "test" / f"{name}.png")) for name in ("ship", "frog")]
-    tiles = [sheet.reshape(-1, SIDE, 25, SIDE, 3).swapaxes(1, 2).reshape(-1, SIDE, SIDE, 3) for sheet in sheets]
-    pixels = torch.tensor(np.concatenate(tiles)[18:82]).permute(0, 3, 1, 2).float()
-    return F.avg_pool2d(pixels, 2).round().byte().contiguous()
+def photographs(split: str) -> np.ndarray:
+    """64 CIFAR photographs of a split, (64,32,32,3) uint8: the first ones of eight classes."""
+    sheets = [np.asarray(Image.open(path))[:32, : 8 * 32] for path in sorted((SHEETS / split).glob("*.png"))[:8]]
+    return np.concatenate([sheet.reshape(32, 8, 32, 3).transpose(1, 0, 2, 3) for sheet in sheets])
 
 
-class NoJudge(torch.nn.Module):
-    """In place of the discriminator, whose patches are larger than these images."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, *batches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.weight * images.mean() for images in batches)
+def script(name: str, *flags: object) -> None:
+    code, said = call(name, *flags)
+    assert code == 0, said
 
 
-def test_reconstructions_of_64_images_exceed_30_db():
-    torch.manual_seed(0)
-    pixels, device = photographs(), torch.device("cpu")
-    vae, judge = AutoencoderKL(VAEConfig(16, (1, 2), width=32, encoder_blocks=1)), NoJudge()
-    nets = VAENets(
-        vae=vae,
-        discriminator=judge,
-        lpips=lambda image, recon: torch.zeros(()),
-        opt_vae=Optimizer(vae.parameters(), device, learning_rate=4e-3),
-        opt_disc=Optimizer(judge.parameters(), device),
-        lecam=torch.zeros(2),
+@pytest.mark.slow
+def test_a_generator_trained_on_64_images_gives_those_images(tmp_path, vgg_weights):
+    train, others = photographs("train"), photographs("test")
+    (tmp_path / "tree/all").mkdir(parents=True)
+    for i, image in enumerate(train):
+        Image.fromarray(image).save(tmp_path / f"tree/all/{i:03d}.png")
+    data = ("--data-dir", tmp_path / "data")
+    script(
+        "preprocessing.py", "--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32
     )
-    loss = VAELossConfig(discriminator_start=10**9, reconstruction_loss="l2")
-    cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(device, "no"))
-    for step in range(900):
-        draws = step_draws(0, step, 64, (16, 8, 8))
-        metrics = vae_step(nets, Batch(pixels, torch.zeros(64), step, Rows(0, 64)), draws, cfg)
-        if metrics["psnr"] > 31:
-            break
-    with torch.no_grad():
-        image = pixels_to_image(pixels)
-        recon = vae.decode(vae.encode(image).mean)
-    assert float(psnr(image, recon)) > 30
+    run = ("--output-dir", tmp_path, "--report-to", "none", "--mixed-precision", "no", "--num-workers", 0, *data)
+    run = (*run, "--resolution", 32, "--vae", "f4d4-tiny", "--sampling-steps", 10**6, "--checkpointing-steps", 10**6)
+    vae = tmp_path / "vae/vae.pt"
+    script(
+        *("train_vae.py", *run, "--exp-name", "vae", "--batch-size", 16, "--max-train-steps", 400),
+        *("--lpips-vgg-ckpt", vgg_weights, "--loss-cfg-path", "demo/loss.yaml", "--vae-learning-rate", 2e-3),
+    )
+    script(
+        *("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", vae, "--vae-latents-name", "latents"),
+        *(*data, "--output-dir", tmp_path / "data", "--num-workers", 0),
+    )
+    script(
+        *("train_ldm_only.py", *run, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
+        *("--model", "SiT-XXS/1", "--num-classes", 1, "--encoder-depth", 2, "--enc-type", "none", "--cfg-prob", 0),
+        *("--batch-size", 64, "--max-train-steps", 1500, "--learning-rate", 2e-3, "--ema-decay", 0.98),
+    )
+    script(
+        *("generate.py", "--exp-path", tmp_path / "ldm", "--num-fid-samples", IMAGES, "--cfg-scale", 1.0),
+        *("--num-steps", 50, "--sample-dir", tmp_path / "samples", "--no-png"),
+    )
+    (samples_path,) = (tmp_path / "samples").glob("*.npz")
+    samples = torch.tensor(np.load(samples_path)["arr_0"]).flatten(1).double()
+    known = torch.tensor(np.concatenate([train, others])).flatten(1).double()
+    neighbours = torch.cdist(samples, known).argmin(dim=1)
+    print((neighbours < IMAGES).double().mean(), len(neighbours[neighbours < IMAGES].unique()))
+    assert (neighbours < IMAGES).double().mean() > 0.9
+    assert len(neighbours.unique()) > IMAGES // 4  # of all of them, not of a few
+
+    # and they are closer to them than other photographs are
+    distances = []
+    np.savez(tmp_path / "train.npz", arr_0=train)
+    np.savez(tmp_path / "others.npz", arr_0=others)
+    for name, path in (("samples", samples_path), ("others", tmp_path / "others.npz")):
+        compared = ("--samples", path, "--reference", tmp_path / "train.npz", "--features", "efficientnet-lite0")
+        script("evaluate.py", *compared, "--num-workers", 0, "--output", tmp_path / f"{name}.json", "--metrics", "fid")
+        distances.append(json.loads((tmp_path / f"{name}.json").read_text())["metrics"]["fd_efficientnet_lite0"])
+    print(distances)
