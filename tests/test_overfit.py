@@ -1,4 +1,4 @@
-"""A generator trained on few images gives those images: the whole chain of scripts, and the distance that measures it."""
+"""A generator trained on few images gives those images: the whole chain of scripts, and the distance that sees it."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_a_generator_trained_on_64_images_gives_those_images(tmp_path, vgg_weigh
     script(
         *("train_ldm_only.py", *run, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
         *("--model", "SiT-XXS/1", "--num-classes", 1, "--encoder-depth", 2, "--enc-type", "none", "--cfg-prob", 0),
-        *("--batch-size", 64, "--max-train-steps", 1500, "--learning-rate", 2e-3, "--ema-decay", 0.98),
+        *("--batch-size", 64, "--max-train-steps", 3000, "--learning-rate", 2e-3, "--ema-decay", 0.99),
     )
     script(
         *("generate.py", "--exp-path", tmp_path / "ldm", "--num-fid-samples", IMAGES, "--cfg-scale", 1.0),
