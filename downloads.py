@@ -40,7 +40,10 @@ def download(what: str, url: str, path: Path, advice: str, sha256: str = "") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     try:
-        with urlopen(Request(url, headers={"User-Agent": "repa-e"})) as response, written_whole(path) as file:
+        with (
+            urlopen(Request(url, headers={"User-Agent": "repa-e"}), timeout=60) as response,
+            written_whole(path) as file,
+        ):
             expected = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=expected, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := response.read(2**20):

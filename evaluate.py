@@ -11,13 +11,13 @@ are written as JSON, with everything that they depend on.
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
@@ -26,21 +26,21 @@ from tqdm import tqdm
 from dataset import open_images
 from downloads import is_offline
 from errors import Parser, UserError, run_script
-from files import replace_text, written_whole
+from files import replace_text
 from image_sets import open_image_set
 from metrics.features import see
 from metrics.images import WINDOW, psnr, ssim
-from metrics.statistics import METRICS, OF_FEATURES, ONLY_INCEPTION, SetStatistics, compare, metric_name
+from metrics.statistics import METRICS, OF_FEATURES, ONLY_INCEPTION, SetStatistics, compare
 from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
+from sample_files import MANIFEST_FORMAT
 from training import cli
 from training.autoencoding import latent_statistics
 from training.checkpoint import fingerprint, read_latent_statistics, vae_files
 from training.distributed import process_state
 from training.feature_networks import FeatureNetwork, load_feature_networks
-from training.image_statistics import Reference, batches, open_reference, statistics_of
+from training.image_statistics import Reading, Reference, batches, open_reference, save_statistics, statistics_of
 from training.networks import load_lpips, load_vae, use_tf32
 
-STATISTICS_FORMAT = "repae-statistics/1"
 FEW = 2048  # images below which Inception's covariance is singular
 
 
@@ -64,15 +64,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output", type=Path, help="the JSON file (default: beside samples or VAE, .metrics.json)")
     group.add_argument("--markdown", action="store_true", help="print the results as rows of a table")
     args = parser.parse_args(argv)
-    if (args.vae is None) == (args.samples is None and args.reference is None):
+    check_flags(parser, args)
+    return args
+
+
+def check_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise a UserError for flags that do not go together, or results that would have no place to go."""
+    of_samples = [flag for flag in ("samples", "reference", "metrics", "save_stats") if getattr(args, flag) is not None]
+    if args.vae is not None and of_samples:
+        parser.error(f"--vae measures reconstructions; --{of_samples[0].replace('_', '-')} is for samples")
+    if args.vae is None and not of_samples:
         parser.error("give --samples and --reference, or --vae and --data-dir")
-    if args.samples is None and args.vae is None and args.save_stats is None:
-        parser.error("--reference alone is for --save-stats; give --samples too")
-    if args.samples is not None and args.reference is None:
-        parser.error("--samples needs a --reference to be compared to")
     if args.vae is not None and args.data_dir is None:
         parser.error("--vae needs --data-dir, with images that it was not trained on")
-    return args
+    if args.vae is None and args.data_dir is not None:
+        parser.error("--data-dir is for --vae; samples are compared to --reference")
+    if args.vae is None and args.reference is None:
+        parser.error("--samples needs a --reference to be compared to")
+    if args.vae is None and args.samples is None and args.save_stats is None:
+        parser.error("--reference alone is for --save-stats; give --samples too")
+    for path in (output_path(args), args.save_stats):
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            parser.error(f"{path}: its folder is not there, or not to be written to")
 
 
 def metric_list(text: str) -> list[str]:
@@ -81,58 +94,79 @@ def metric_list(text: str) -> list[str]:
     return [check(name) for name in text.split(",")]
 
 
-def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[str]) -> list[str]:
-    """The metrics to compute: those that were asked for, or all that the reference allows.
+def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[str], say) -> list[str]:
+    """The metrics to compute: those that were asked for, or all that features and reference allow.
 
     Raises:
-        UserError: the reference lacks what one of them needs.
+        UserError: one that was asked for cannot be computed.
     """
-    wanted = args.metrics or [m for m in METRICS if reference.images is not None or m not in OF_FEATURES]
-    if reference.images is None and (needy := [metric for metric in wanted if metric in OF_FEATURES]):
-        raise UserError(f"--reference {reference.path}: statistics without images, which {needy[0]} needs")
-    if not (reachable := [m for m in wanted if m not in ONLY_INCEPTION or "inception" in networks]):
-        raise UserError(f"--metrics {','.join(wanted)}: of Inception alone, but --features is {args.features}")
-    return reachable
+    possible = set(METRICS) if "inception" in networks else set(METRICS) - ONLY_INCEPTION
+    if args.metrics and not set(args.metrics) & possible:
+        raise UserError(f"--metrics {','.join(args.metrics)}: of Inception alone, but --features is {args.features}")
+    lacking = set()
+    if reference.images is None:
+        lacking = possible & OF_FEATURES
+        if "mu_s" not in reference.moments.get("inception", {}):
+            lacking |= possible & {"sfid"}
+    if needy := [metric for metric in args.metrics or () if metric in lacking]:
+        raise UserError(f"--reference {reference.path}: no images, nor the statistics that {needy[0]} needs")
+    if lacking and args.samples is not None and not args.metrics:
+        say(f"{reference.path} has no images: no {', '.join(sorted(lacking))}")
+    return [metric for metric in args.metrics or METRICS if metric in possible - lacking]
 
 
-def check_images(samples: Dataset, reference: Reference, wanted: list[str], say) -> None:
+def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], say) -> None:
     """Raise a UserError if samples and reference cannot be compared; warn where there are few."""
-    if reference.images is not None and reference.images.size != samples.size:
+    if samples is not None and reference.images is not None and reference.images.size != samples.size:
         sizes = ("x".join(map(str, images.size)) for images in (samples, reference.images))
         raise UserError("--samples are of {} px, but --reference of {}; resize one of them first".format(*sizes))
-    for what, images in (("--samples", samples), ("--reference", reference.images)):
-        if images is not None and len(images) < FEW:
-            say(f"warning: {what} holds {len(images)} images, fewer than {FEW}: FID is biased, its covariance singular")
-        if images is not None and len(images) < 4 and {"precision", "recall"} & set(wanted):
-            raise UserError(f"{what} holds {len(images)} images, but precision and recall need 4")
+    least = 4 if {"precision", "recall"} & set(wanted) else 2
+    counts = {"--samples": samples and len(samples), "--reference": reference.count}
+    if reference.images is not None:
+        counts["--reference"] = len(reference.images)
+    for what, count in counts.items():
+        if count is not None:
+            warn_of_few(what, count, say)
+            if count < least:
+                raise UserError(f"{what} holds {count} images, but {', '.join(wanted)} need {least}")
+
+
+def warn_of_few(what: str, count: int, say) -> None:
+    """Say so if Fréchet distances of so few images mean little."""
+    if count < FEW:
+        say(f"warning: {what} holds {count} images, fewer than {FEW}: Inception's covariance is singular, FID biased")
 
 
 def evaluate_samples(args: argparse.Namespace, state) -> dict:
     """All metrics of --samples against --reference, and what they depend on."""
     say = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
+    names = args.features.split(",")
     reference = open_reference(args.reference)
     samples = None if args.samples is None else open_image_set(args.samples, "--samples")
-    wanted = check_wanted(args, reference, args.features.split(","))
-    if samples is not None:
-        check_images(samples, reference, wanted, say)
-    if dropped := sorted(OF_FEATURES - set(wanted)) if args.metrics is None else []:
-        say(f"{reference.path} has statistics only: no {', '.join(dropped)}")
-    networks = load_feature_networks(args.features.split(","), args, state.device)
-    reference.check_networks(networks)
+    wanted = check_wanted(args, reference, names, say)
+    check_images(samples, reference, wanted, say)
+    networks = load_feature_networks(names, args, state.device)
+    reference.check_networks(networks, state.device)
     keep = bool(OF_FEATURES & set(wanted)) and samples is not None
-    values, kept = {}, {}
+    reading = Reading(args.batch_size, args.num_workers, state)
+    values, kept, weights = {}, {}, dict(reference.weights)
     for network in networks:
-        moments, features = reference.moments.get(network.name), None
-        if reference.images is not None and (moments is None or keep):
-            seen = statistics_of(reference.images, "reference", network, keep, args.batch_size, args.num_workers, state)
-            moments, features = moments or seen.moments(), seen.features
-        kept[network.name] = moments
+        stored, features = reference.moments.get(network.name, {}), None
+        complete = "mu" in stored and ("mu_s" in stored or "sfid" not in wanted or network.name != "inception")
+        if reference.images is not None and (keep or not complete):
+            seen = statistics_of(reference.images, "reference", network, keep, reading)
+            stored, features = {**seen.moments(network.name), **stored}, seen.features
+        if network.name not in reference.moments:
+            weights[network.name] = network.sha256
+        kept[network.name] = stored
         if samples is not None:
-            statistics = statistics_of(samples, "samples", network, keep, args.batch_size, args.num_workers, state)
-            values |= compare(statistics, moments, features, wanted, network.name)
+            statistics = statistics_of(samples, "samples", network, keep, reading)
+            if state.is_main_process:
+                values |= compare(statistics, stored, features, wanted, network.name)
     count = reference.count if reference.images is None else len(reference.images)
     if args.save_stats is not None and state.is_main_process:
-        save_statistics(args.save_stats, kept, networks, {"count": count, "source": str(args.reference)})
+        save_statistics(args.save_stats, kept, weights, str(args.reference), count)
+        print(f"statistics of the reference: {args.save_stats}")
     return {
         "metrics": values,
         "samples": None if samples is None else {"path": str(args.samples), "count": len(samples)},
@@ -142,25 +176,13 @@ def evaluate_samples(args: argparse.Namespace, state) -> dict:
     }
 
 
-def save_statistics(path: Path, moments: dict, networks: list[FeatureNetwork], about: dict) -> None:
-    """Write moments by network as an npz that --reference takes; Inception's under ADM's names."""
-    arrays = {
-        key if network == "inception" else f"{network}/{key}": values.numpy()
-        for network, of_network in moments.items()
-        for key, values in of_network.items()
-    }
-    about = {"format": STATISTICS_FORMAT, **about, "weights": {network.name: network.sha256 for network in networks}}
-    with written_whole(path) as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
-    print(f"statistics of the reference: {path}")
-
-
 def manifest_of(samples: Path) -> dict | None:
     """What generate.py wrote beside the samples about how they were made."""
     path = samples.with_name(samples.name.removesuffix(".npz") + ".json")
     try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf8"))
+        return content if content["format"] == MANIFEST_FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -178,13 +200,17 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
     vae = load_vae(args.vae_arch, args.vae).eval().requires_grad_(False).to(state.device)
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
+    if len(data) < 2:
+        raise UserError(f"{data.source} holds {len(data)} images, but distances need 2")
+    if state.is_main_process:
+        warn_of_few(str(data.source), len(data), partial(tqdm.write, file=sys.stderr))
     networks = load_feature_networks(args.features.split(","), args, state.device)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
     originals, recons = (
         [SetStatistics(len(data), state.device, keep_features=False) for _ in networks] for _ in range(2)
     )
     sums = torch.zeros(3, dtype=torch.float64, device=state.device)
-    for indices, pixels in batches(data, "reconstructing", args.batch_size, args.num_workers, state):
+    for indices, pixels in batches(data, "reconstructing", Reading(args.batch_size, args.num_workers, state)):
         recon = image_to_pixels(vae.decode(vae.encode(pixels_to_image(pixels)).mean))
         distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).double()
         sums += torch.stack([psnr(pixels, recon).sum(), ssim(pixels, recon).sum(), distance.sum()])
@@ -195,9 +221,9 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
         dist.all_reduce(sums)
     values = dict(zip(("psnr", "ssim", "lpips"), (sums / len(data)).tolist(), strict=True))
     for network, original, reconstructed in zip(networks, originals, recons, strict=True):
-        moments = original.over_processes().moments()
-        (distance,) = compare(reconstructed.over_processes(), moments, None, ["fid"], network.name).values()
-        values["r" + metric_name("fid", network.name)] = distance
+        moments = original.over_processes().moments(network.name)
+        found = compare(reconstructed.over_processes(), moments, None, ["fid"], network.name)
+        values.update({f"r{name}": distance for name, distance in found.items()})
     return {
         "metrics": values,
         "latents": latents_of(vae, data, args, state),
@@ -251,24 +277,22 @@ def output_path(args: argparse.Namespace) -> Path | None:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, print, write."""
     args = parse_args()
     use_tf32(False)
     state = process_state()
     document = evaluate_samples(args, state) if args.vae is None else evaluate_reconstruction(args, state)
-    values = document["metrics"]
-    if bad := [name for name, value in values.items() if math.isnan(value)]:
-        raise UserError(f"{bad[0]} is not a number; the features or the reference's statistics hold NaN")
     if not state.is_main_process:
         return
-    path, (what, count) = output_path(args), subject(document)
-    if path is not None:
-        replace_text(path, json.dumps({**document, **environment(args, state)}, indent=1) + "\n")
+    values, (what, count) = document["metrics"], subject(document)
     if args.markdown and values:
         print(markdown(what, count, values))
     for name, value in values.items():
         print(f"{name}: {value:.6g}")
-    if path is not None:
+    if bad := [name for name, value in values.items() if math.isnan(value)]:
+        raise UserError(f"{bad[0]} is not a number")
+    if (path := output_path(args)) is not None:
+        replace_text(path, json.dumps({**document, **environment(args, state)}, indent=1) + "\n")
         print(f"results: {path}")
 
 

@@ -26,7 +26,7 @@ from sample_files import SampleFiles
 from training.checkpoint import fingerprint
 from training.cli import COUNT, POSITIVE, number
 from training.distributed import process_state
-from training.experiment import BEST, Experiment, load_experiment
+from training.experiment import Experiment, load_experiment
 from training.networks import use_tf32
 from training.precision import AUTOCAST_DTYPES
 from training.previews import COLUMNS, grid
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def step_or_best(text: str) -> int | str:
     """An argparse type: a step, or the word for checkpoints/best.pt."""
-    return text if text == BEST else COUNT(text)
+    return text if text == "best" else COUNT(text)
 
 
 def class_list(text: str) -> list[int]:

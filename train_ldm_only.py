@@ -155,7 +155,7 @@ def main() -> None:
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, vae, args.seed, cfg.autocast))
         if evaluation is not None and run.due(args.eval_steps):
-            run.evaluated(evaluation(nets.ema, vae), evaluation.judge)
+            run.evaluate(evaluation, nets.ema, vae)
     run.end()
 
 

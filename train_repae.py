@@ -146,7 +146,7 @@ def main() -> None:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
         if evaluation is not None and run.due(args.eval_steps):
-            run.evaluated(evaluation(nets.ema, unwrap(nets.vae)), evaluation.judge)
+            run.evaluate(evaluation, nets.ema, unwrap(nets.vae))
     run.end()
 
 

@@ -3,6 +3,7 @@
 Each takes uint8 pixels (B,3,H,W) of any size and gives `Features`.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class EncoderFeatures(nn.Module):
     """One vector an image from a frozen encoder: its class token, or the mean of its tokens where it has none.
 
     With dinov2-vit-l this is FD-DINOv2 (Stein et al., arXiv 2306.04675): images are resized to the network's input as
-    Pillow does, bicubic with antialias to whole grey levels.
+    Pillow does, bicubic with antialias to whole grey levels, and positions by `dinov2_positions`.
     """
 
     def __init__(self, encoder: Encoder):
@@ -81,6 +82,18 @@ class EncoderFeatures(nn.Module):
     def forward(self, pixels: Tensor) -> Features:
         """uint8 pixels (B,3,H,W) -> pool (B,D)."""
         return Features(self.encoder.image_features(resize_as_pillow(pixels, self.encoder.size)).float())
+
+
+def dinov2_positions(table: Tensor, grid: int) -> Tensor:
+    """DINOv2's position table (1,1+S²,D) for grid x grid tokens, as its own code resamples it: (1,1+grid²,D).
+
+    Bicubic without antialias, by a scale that is a tenth of a token too large; alignment resamples as REPA does.
+    """
+    side = math.isqrt(table.shape[1] - 1)
+    image = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = (grid + 0.1) / side
+    image = F.interpolate(image, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1].float(), image.flatten(2).transpose(1, 2)], dim=1)
 
 
 def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:

@@ -72,11 +72,14 @@ def neighbour_radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     if len(features) <= neighbours:
         raise ValueError(f"{len(features)} images, but each needs {neighbours} neighbours")
     radii = []
-    for start in range(0, len(features), BLOCK):
-        distances = squared_distances(features[start : start + BLOCK], features)
-        own = torch.arange(len(distances), device=features.device)
-        distances[own, own + start] = 0.0  # itself, to the bit
-        radii.append(distances.kthvalue(neighbours + 1, dim=1).values)
+    for rows in torch.arange(len(features), device=features.device).split(BLOCK):
+        nearest = torch.empty(len(rows), 0, dtype=features.dtype, device=features.device)
+        for columns in torch.arange(len(features), device=features.device).split(BLOCK):
+            distances = squared_distances(features[rows], features[columns])
+            distances[rows[:, None] == columns] = torch.inf  # a row is no neighbour of itself
+            nearest = torch.cat([nearest, distances], dim=1)
+            nearest = nearest.topk(min(neighbours, nearest.shape[1]), dim=1, largest=False).values
+        radii.append(nearest[:, -1])
     return torch.cat(radii)
 
 
@@ -84,7 +87,10 @@ def share_inside(features: Tensor, manifold: Tensor, radii: Tensor) -> float:
     """Share of the rows (N,D) that lie in a ball of squared radius `radii` (M,) around a row of `manifold` (M,D)."""
     inside = 0
     for block in features.split(BLOCK):
-        inside += int((squared_distances(block, manifold) <= radii).any(dim=1).sum())
+        hit = torch.zeros(len(block), dtype=torch.bool, device=features.device)
+        for centres, squares in zip(manifold.split(BLOCK), radii.split(BLOCK), strict=True):
+            hit |= (squared_distances(block, centres) <= squares).any(dim=1)
+        inside += int(hit.sum())
     return inside / len(features)
 
 

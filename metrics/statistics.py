@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from errors import UserError
 from metrics.features import Features
 from metrics.frechet import Moments, frechet_distance
 from metrics.scores import InceptionScore, kernel_distance, precision_and_recall
@@ -43,7 +44,7 @@ class SetStatistics:
     def over_processes(self) -> "SetStatistics":
         """These statistics with those of all other processes added; call once, when all images have come.
 
-        Every process must have seen an image.
+        Every process must have seen an image. Each image's features are whole on the first process only.
         """
         self.pool.over_processes()
         if self.spatial.sum is not None:
@@ -54,16 +55,22 @@ class SetStatistics:
             indices, rows = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
             shares = [(indices, rows)] * distributed_world_size()
             if len(shares) > 1:
-                dist.all_gather_object(shares, (indices, rows))
+                dist.gather_object((indices, rows), shares if dist.get_rank() == 0 else None)
             indices, rows = (torch.cat(parts) for parts in zip(*shares, strict=True))
             self.features, self.rows = rows[indices.argsort()], []
         return self
 
-    def moments(self) -> dict[str, Tensor]:
-        """Mean and covariance by the names of ADM's reference files: mu, sigma, and mu_s, sigma_s where there are."""
+    def moments(self, network: str) -> dict[str, Tensor]:
+        """Mean and covariance by the names of ADM's reference files: mu, sigma, and mu_s, sigma_s where there are.
+
+        Raises:
+            UserError: `network` gave values that are not finite.
+        """
         found = dict(zip(("mu", "sigma"), self.pool.mean_and_covariance(), strict=True))
         if self.spatial.sum is not None:
             found.update(zip(("mu_s", "sigma_s"), self.spatial.mean_and_covariance(), strict=True))
+        if not all(values.isfinite().all() for values in found.values()):
+            raise UserError(f"the features of {network} are not finite; its weights are damaged or of another network")
         return found
 
 
@@ -87,7 +94,7 @@ def compare(
         wanted: of METRICS; those that the network does not have are left out.
         network: whose features these are.
     """
-    moments, device = samples.moments(), samples.device
+    moments, device = samples.moments(network), samples.device
     values = {}
     if "fid" in wanted:
         values["fid"] = frechet_distance(moments["mu"], moments["sigma"], reference["mu"], reference["sigma"])

@@ -7,6 +7,7 @@ of that network knows. Where weights come from is training/encoder_weights.py's 
 """
 
 import functools
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -159,7 +160,8 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (B,3,R,R) -> one vector each, (B, embed_dim): the class token, or else the mean of tokens."""
-        if getattr(self.network, "cls_token", None) is None:
+        takes = inspect.signature(self.network.forward_intermediates).parameters
+        if getattr(self.network, "cls_token", None) is None or "return_prefix_tokens" not in takes:
             return self(pixels).mean(dim=1)
         ((_, prefix),) = self.network.forward_intermediates(
             self.preprocess(pixels),

@@ -109,7 +109,7 @@ CASES = {
     "nothing-to-write": "--no-png --no-npz",
     "samples-space": "--num-fid-samples 1000000000 --sample-dir {new}",
     "samples-other-there": "--num-fid-samples 3",
-    "evaluate-nothing": "",
+    "evaluate-no-reference": "",
     "evaluate-missing": "--samples nowhere.npz",
     "evaluate-no-npz": "--samples README.md",
     "evaluate-no-array": "--samples {sets}/other-array.npz",
@@ -124,6 +124,12 @@ CASES = {
     "evaluate-no-images": "--reference {sets}/stats.npz --features inception --metrics fid,precision",
     "evaluate-no-statistics": "--reference {sets}/stats.npz",
     "evaluate-nan": "--reference {sets}/nan.npz",
+    "evaluate-objects": "--reference {sets}/objects.npz",
+    "evaluate-half": "--reference {sets}/half.npz --features inception",
+    "evaluate-width": "--reference {sets}/width.npz",
+    "evaluate-one": "--samples {sets}/one.npz --metrics fid",
+    "evaluate-output": "--output nowhere/result.json",
+    "evaluate-both": "--vae {vae} --data-dir {data}",
     "evaluate-few": "--samples {sets}/two.npz",
     "evaluate-metric": "--metrics fdi",
     "evaluate-inception-only": "--metrics sfid",
@@ -175,10 +181,16 @@ def write_sets(root: Path, places: dict) -> None:
         "range": good // 255,
         "size": np.repeat(big[None] + 9, 5, 0),
         "two": good[:2],
+        "one": good[:1],
     }.items():
         np.savez(places["sets"] / f"{name}.npz", arr_0=array)
     np.savez(places["sets"] / "other-array.npz", images=good)
     np.savez(places["sets"] / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    np.savez(places["sets"] / "objects.npz", mu=np.array([1, None], dtype=object), sigma=np.eye(2))
+    np.savez(places["sets"] / "half.npz", mu=np.zeros(4))
+    np.savez(
+        places["sets"] / "width.npz", **{"efficientnet-lite0/mu": np.zeros(4), "efficientnet-lite0/sigma": np.eye(4)}
+    )
     np.savez(places["sets"] / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
     Image.fromarray(good[0]).save(places["sets"] / "mixed/0.png")
     Image.fromarray(big).save(places["sets"] / "mixed/1.png")
@@ -270,7 +282,7 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
     if case == "flag-missing":
         good.remove("--exp-name")
         good.remove("bad")
-    if case == "evaluate-nothing":
+    if case == "evaluate-no-reference":
         good = good[:2]
     if case == "evaluate-vae-data":
         good = good[4:]

@@ -1,6 +1,8 @@
 """evaluate.py as a user runs it, its input and output, and evaluation during training."""
 
+import argparse
 import json
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -13,12 +15,14 @@ import published
 from dataset import open_images
 from image_sets import open_image_set
 from images import make_data, photo
-from metrics.features import Inception, see
+from metrics.features import Inception, dinov2_positions, see
 from models.autoencoder import image_to_pixels, pixels_to_image
-from scripts import TINY, TINY_SIT, call, records, run, torchrun
-from training.checkpoint import read_checkpoint
-from training.feature_networks import load_inception
+from originals import original, tiny_spec
+from scripts import TINY, TINY_SIT, call, equal, records, run, torchrun
+from training.checkpoint import TrainingState, read_checkpoint
+from training.feature_networks import load_encoder, load_inception
 from training.networks import load_lpips, load_vae
+from training.run import Run
 
 LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0)
 FD = "fd_efficientnet_lite0"
@@ -63,7 +67,7 @@ def test_metrics_are_named_for_their_network_and_mean_something(sets, first):
     assert list(first) == [FD, "precision_efficientnet_lite0", "recall_efficientnet_lite0", "kd_efficientnet_lite0"]
     assert 0 <= first["precision_efficientnet_lite0"] <= 1
     said = evaluated("--samples", sets / "a.npz", "--reference", sets / "a-png", *LITE0, "--output", sets / "self.json")
-    assert "holds 40 images, fewer than 2048: FID is biased" in said
+    assert "holds 40 images, fewer than 2048: Inception's covariance is singular, FID biased" in said
     same = metrics_of(sets / "self.json")
     assert same[FD] == pytest.approx(0, abs=1e-3 * first[FD])
     assert same["precision_efficientnet_lite0"] == same["recall_efficientnet_lite0"] == 1
@@ -92,12 +96,12 @@ def test_two_processes_measure_what_one_does(sets, first):
 
 
 def test_the_result_says_what_it_depends_on(sets, capsys):
-    (sets / "a.json").write_text('{"samples": {"seed": 5}}')
+    (sets / "a.json").write_text('{"format": "repae-samples/1", "samples": {"seed": 5}}')
     flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--metrics", "fid")
     evaluated(*flags, "--markdown")
     result = json.loads((sets / "a.metrics.json").read_text())
     assert list(result["metrics"]) == [FD]
-    assert result["manifest"] == {"samples": {"seed": 5}}
+    assert result["manifest"]["samples"] == {"seed": 5}
     assert result["samples"] == {"path": str(sets / "a.npz"), "count": 40}
     assert result["reference"]["path"] == str(sets / "b.npz")
     assert len(result["features"]["efficientnet-lite0"]["sha256"]) == 64
@@ -110,7 +114,7 @@ def test_statistics_are_kept_and_used(sets, first):
     stats = sets / "stats.npz"
     evaluated("--reference", sets / "b.npz", *LITE0, "--save-stats", stats)
     said = evaluated("--samples", sets / "a.npz", "--reference", stats, *LITE0)
-    assert "has statistics only: no kid, precision, recall" in said
+    assert "has no images: no kid, precision, recall" in said
     assert metrics_of(sets / "a.metrics.json") == pytest.approx({FD: first[FD]}, rel=1e-6)
     # images beside statistics: distances come from the statistics, the rest from the images, as with ADM's references
     with np.load(stats) as arrays:
@@ -128,6 +132,38 @@ def test_statistics_are_kept_and_used(sets, first):
     assert "are of other weights of efficientnet-lite0" in evaluated(
         *flags, "--reference", sets / "foreign.npz", code=2
     )
+
+
+def test_statistics_of_pool_alone_give_fid_without_sfid(sets, inception_weights, capsys):
+    # the commonest files of statistics have mu and sigma only
+    flags = ("--samples", sets / "two.npz", "--num-workers", 0, "--inception-weights", inception_weights)
+    np.savez(sets / "two.npz", arr_0=pictures(2, 1))
+    np.savez(sets / "pool.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    said = evaluated(*flags, "--reference", sets / "pool.npz", "--output", sets / "pool.json")
+    assert "has no images: no kid, precision, recall, sfid" in said
+    assert list(metrics_of(sets / "pool.json")) == ["fid", "inception_score"]
+    said = evaluated(*flags, "--reference", sets / "pool.npz", "--metrics", "sfid", code=2)
+    assert "no images, nor the statistics that sfid needs" in said
+    # with images beside them the rest comes from those
+    np.savez(sets / "both-pool.npz", arr_0=pictures(2, 2), mu=np.zeros(2048), sigma=np.eye(2048))
+    evaluated(*flags, "--reference", sets / "both-pool.npz", "--metrics", "fid,sfid", "--output", sets / "both.json")
+    both = metrics_of(sets / "both.json")
+    assert both["fid"] == pytest.approx(metrics_of(sets / "pool.json")["fid"])
+    assert both["sfid"] > 0
+    # the statistics that were stored were not made by these weights, and are not said to be
+    evaluated(*flags[2:], "--reference", sets / "pool.npz", "--save-stats", sets / "kept.npz")
+    with np.load(sets / "kept.npz") as kept:
+        assert json.loads(str(kept["about"]))["weights"] == {}
+
+
+def test_weights_that_give_nan_are_named(sets, inception_weights, tmp_path):
+    weights = torch.load(inception_weights)
+    weights["Mixed_7c.branch1x1.conv.weight"][0] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    np.savez(sets / "b2.npz", arr_0=pictures(2, 1))
+    flags = ("--samples", sets / "b2.npz", "--reference", sets / "b2.npz", "--num-workers", 0, "--metrics", "fid")
+    said = evaluated(*flags, "--inception-weights", tmp_path / "nan.pth", code=2)
+    assert "error: the features of inception are not finite" in said
 
 
 @pytest.fixture(scope="module")
@@ -261,9 +297,17 @@ def test_evaluation_during_training(joint, tmp_path):
     assert list(found) == [4, 8]
     best = json.loads((output / "evaluated/checkpoints/best.json").read_text())
     step = min(found, key=found.get)
-    assert best == {"step": step, f"eval_{FD}": found[step]}
+    assert (best["step"], best["values"]) == (step, {f"eval_{FD}": found[step]})
+    assert best["measure"]["samples"] == 10
     kept = read_checkpoint(output / "evaluated/checkpoints/best.pt")
     assert kept["steps"] == step
+    # measuring changes nothing of the training
+    plain = [flag if flag != "--eval-steps" else "--no-compile" for flag in extra]
+    at = plain.index("--no-compile")
+    del plain[at + 1 : at + 6]
+    run("train_repae.py", *plain, "--exp-name", "unmeasured")
+    one, two = (read_checkpoint(output / name / "checkpoints/0000008.pt") for name in ("evaluated", "unmeasured"))
+    assert all(equal(one[part], two[part]) for part in one.keys() - {"args"})
     # what training measured is what generate.py and evaluate.py give
     sampling = ("--num-fid-samples", 10, "--cfg-scale", 1.0, "--pproc-batch-size", 3, "--sample-dir", tmp_path)
     code, said = call("generate.py", "--exp-path", output / "evaluated", "--train-steps", "best", *sampling)
@@ -302,3 +346,84 @@ def test_evaluation_of_frozen_training_from_stored_statistics(joint, tmp_path, t
     log = records(output / "frozen-evaluated/metrics.jsonl")
     assert log[1][f"eval_{FD}"] > 0
     assert (output / "frozen-evaluated/checkpoints/best.pt").is_file()
+
+
+class Judged:
+    """An evaluation that finds what it is told."""
+
+    judge = "eval_fid"
+
+    def __init__(self, value: float, measure: str = "a"):
+        self.value, self.measure = value, measure
+
+    def __call__(self) -> dict[str, float]:
+        return {"eval_fid": self.value}
+
+
+def test_the_best_checkpoint_is_kept_and_only_the_best(tmp_path):
+    args = argparse.Namespace(
+        output_dir=str(tmp_path),
+        exp_name="x",
+        report_to="none",
+        logging_dir="logs",
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        mixed_precision="no",
+        resume_step=0,
+    )
+    training = Run(args)
+    training.state = TrainingState({}, {}, {"n": torch.zeros(())})
+    training.clock = 0.0
+
+    def judged(step: int, evaluation: Judged) -> tuple[int, float]:
+        training.step = step
+        training.evaluate(evaluation)
+        note = json.loads((tmp_path / "x/checkpoints/best.json").read_text())
+        assert read_checkpoint(tmp_path / "x/checkpoints/best.pt")["steps"] == note["step"]
+        return note["step"], note["values"]["eval_fid"]
+
+    assert judged(10, Judged(5.0)) == (10, 5.0)
+    assert judged(20, Judged(7.0)) == (10, 5.0)
+    assert judged(30, Judged(3.0)) == (30, 3.0)
+    # after an interruption the run is at step 20 again: what was found at 30 still holds
+    assert judged(20, Judged(7.0)) == (30, 3.0)
+    assert judged(30, Judged(3.0)) == (30, 3.0)
+    # another measure cannot be compared
+    assert judged(40, Judged(9.0, measure="b")) == (40, 9.0)
+    # going back by --resume-step puts it aside with the later checkpoints
+    training.step, args.resume_step = 20, 20
+    training._put_later_checkpoints_aside()
+    assert not (tmp_path / "x/checkpoints/best.pt").exists()
+    assert (tmp_path / "x/checkpoints/superseded-by-resume-at-0000020/best.json").is_file()
+
+
+def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
+    # 3x3 -> 2x2 by a scale of 2.1/3: each output sits at (i + 0.5)/0.7 - 0.5 of the input, cubic with a = -0.75
+    table = torch.randn(1, 10, 2, dtype=torch.float64)
+    result = dinov2_positions(table, 2)
+    assert torch.equal(result[:, 0], table[:, 0].float())
+
+    def weights(x: float) -> list[float]:
+        found = [0.0] * 3
+        base = math.floor(x)
+        for k in range(base - 1, base + 3):
+            d = abs(x - k)
+            w = 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            found[min(max(k, 0), 2)] += w
+        return found
+
+    rows = torch.tensor([weights((i + 0.5) / 0.7 - 0.5) for i in range(2)], dtype=torch.float64)
+    image = table[0, 1:].reshape(3, 3, 2)
+    expected = torch.einsum("ai,bj,ijd->abd", rows, rows, image).reshape(4, 2)
+    torch.testing.assert_close(result[0, 1:].double(), expected, rtol=1e-4, atol=1e-5)
+    # and evaluate.py uses it
+    path = tmp_path / "dinov2.pth"
+    spec = tiny_spec("dinov2-vit-s")
+    torch.save(original("dinov2-vit-s"), path)
+    with mock.patch("training.feature_networks.encoder_spec", lambda name: spec):
+        network = load_encoder("dinov2-vit-s", path)
+    expected = dinov2_positions(original("dinov2-vit-s")["pos_embed"], 16)
+    assert torch.equal(network.encoder.network.pos_embed, expected)
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    whole = network.encoder.network.forward_features(network.encoder.preprocess(pixels))
+    torch.testing.assert_close(see(network, pixels).pool, whole[:, 0])  # the class token

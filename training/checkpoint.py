@@ -21,6 +21,7 @@ from training.distributed import unwrap
 from training.precision import Optimizer
 from transport import TIME_CONVENTION
 
+BEST_CHECKPOINT = "best.pt"  # the one that training's evaluation found best
 PREFIXES = ("module.", "_orig_mod.")
 
 

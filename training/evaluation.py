@@ -13,8 +13,8 @@ from metrics.features import see
 from metrics.statistics import SetStatistics, compare, metric_name
 from models.autoencoder import AutoencoderKL
 from models.sit import SiT
-from training.feature_networks import FeatureNetwork, check_feature_names, load_feature_networks
-from training.image_statistics import open_reference, statistics_of
+from training.feature_networks import check_feature_names, load_feature_networks
+from training.image_statistics import Reading, open_reference, statistics_of
 from training.precision import autocast_factory
 from training.run import Run
 from training.sampling import Sampling, sample_pixels
@@ -23,7 +23,7 @@ REFERENCE_IMAGES = 50000  # of the training images, at most
 
 
 class Evaluation:
-    """Distances of `--eval-samples` samples of the average to a reference, for every network of `--eval-features`.
+    """Fréchet distances of `--eval-samples` samples of the average to a reference, in every one of `--eval-features`.
 
     Sample i is a function of (seed, i), as generate.py draws it with 50 Euler steps without guidance; processes share
     the work, and the distance does not depend on their number.
@@ -32,6 +32,10 @@ class Evaluation:
         args: the training script's flags.
         run: whose processes and device are used.
         images: the training images, the reference unless --eval-reference names another.
+
+    Attributes:
+        judge: the name of the distance by which the best checkpoint is chosen: that of the first network.
+        measure: what the distances depend on beside the networks that sample.
 
     Raises:
         UserError: weights or reference cannot be had.
@@ -44,6 +48,12 @@ class Evaluation:
             raise UserError(f"--eval-samples {self.count}: fewer than {self.world} processes")
         self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
+        self.judge = "eval_" + metric_name("fid", self.networks[0].name)
+        self.measure = {
+            "samples": self.count,
+            "reference": args.eval_reference or "training images",
+            "weights": {network.name: network.sha256 for network in self.networks},
+        }
         self.moments = self.reference_moments(args, run, images)
 
     def reference_moments(self, args: argparse.Namespace, run: Run, images) -> dict[str, dict[str, Tensor]]:
@@ -51,20 +61,20 @@ class Evaluation:
         stored = {}
         if args.eval_reference is not None:
             reference = open_reference(Path(args.eval_reference), "--eval-reference")
-            reference.check_networks(self.networks)
+            reference.check_networks(self.networks, run.device)
             images, stored = reference.images, reference.moments
         elif len(images) > REFERENCE_IMAGES:
             images = Subset(images, [i * len(images) // REFERENCE_IMAGES for i in range(REFERENCE_IMAGES)])
-        state = run.accelerator.state
+        reading = Reading(self.batch_size, args.num_workers, run.accelerator.state)
         return {
             network.name: stored.get(network.name)
-            or statistics_of(images, "reference", network, False, self.batch_size, args.num_workers, state).moments()
+            or statistics_of(images, "reference", network, False, reading).moments(network.name)
             for network in self.networks
         }
 
     @torch.no_grad()
     def __call__(self, ema: SiT, vae: AutoencoderKL) -> dict[str, float]:
-        """Distances by name (eval_fid, or eval_fd_NAME), the same on every process."""
+        """Distances by name (eval_fid, or eval_fd_NAME), on the first process."""
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
@@ -72,20 +82,12 @@ class Evaluation:
             pixels = sample_pixels(ema, vae, part, self.sampling)
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), see(network.module, pixels))
-        return {
-            f"eval_{name}": distance
-            for network, statistics in zip(self.networks, seen, strict=True)
-            for name, distance in self.distance(network, statistics.over_processes()).items()
-        }
-
-    def distance(self, network: FeatureNetwork, statistics: SetStatistics) -> dict[str, float]:
-        """One network's Fréchet distance, by its name."""
-        return compare(statistics, self.moments[network.name], None, ["fid"], network.name)
-
-    @property
-    def judge(self) -> str:
-        """The name of the distance by which the best checkpoint is chosen: that of the first network."""
-        return "eval_" + metric_name("fid", self.networks[0].name)
+        distances = {}
+        for network, statistics in zip(self.networks, seen, strict=True):
+            statistics.over_processes()
+            if self.rank == 0:
+                distances |= compare(statistics, self.moments[network.name], None, ["fid"], network.name)
+        return {f"eval_{name}": distance for name, distance in distances.items()}
 
 
 def build_evaluation(args: argparse.Namespace, run: Run, images) -> Evaluation | None:

@@ -11,6 +11,7 @@ from errors import UserError, unknown_name
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
 from models.sit import SiT, SiT_models
 from training.checkpoint import (
+    BEST_CHECKPOINT,
     check_weights,
     checkpoint_path,
     ema_latent_statistics,
@@ -29,9 +30,6 @@ from training.networks import latent_shape, load_vae
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
 
 
-BEST = "best"  # the checkpoint that training's evaluation found best
-
-
 class Experiment(NamedTuple):
     """What sampling needs of a run."""
 
@@ -43,7 +41,7 @@ class Experiment(NamedTuple):
 
 
 def load_experiment(exp_path: Path, step: int | str | None, vae_ckpt: str | None) -> Experiment:
-    """The experiment in a run's folder at `step` (BEST, or None: its latest checkpoint), in eval mode on the CPU.
+    """The experiment in a run's folder at `step` ("best", or None: its latest checkpoint), in eval mode on the CPU.
 
     A joint run's checkpoint holds its VAE. A frozen-VAE run's VAE is the one its flags name, or `vae_ckpt`.
 
@@ -84,8 +82,8 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     folder = exp_path / "checkpoints"
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
-    if step == BEST:
-        return folder / f"{BEST}.pt"
+    if step == "best":
+        return folder / BEST_CHECKPOINT
     path = latest_checkpoint(folder) if step is None else checkpoint_path(folder, step)
     if path is None:
         raise UserError(f"--exp-path {exp_path}: no checkpoints like 0400000.pt in {folder}")

@@ -10,11 +10,11 @@ from torch import nn
 
 from downloads import download, is_offline
 from errors import UserError
-from metrics.features import CONVOLUTION_GRID, ENCODER_GRID, EncoderFeatures, Inception
+from metrics.features import CONVOLUTION_GRID, ENCODER_GRID, EncoderFeatures, Inception, dinov2_positions
 from models.encoders import Encoder, encoder_spec
 from training.checkpoint import read_checkpoint
 from training.distributed import first_on_each_machine
-from training.encoder_weights import given_files, load_encoder_weights, weights_file
+from training.encoder_weights import given_files, load_encoder_weights, read_weights, weights_file
 
 
 class FeatureNetwork(NamedTuple):
@@ -65,11 +65,15 @@ def load_feature_networks(names: list[str], args: argparse.Namespace, device: to
     return networks
 
 
+@torch.no_grad()
 def load_encoder(name: str, path: Path) -> EncoderFeatures:
     """An encoder that sees whole images at its usual input size."""
     spec = encoder_spec(name)
     encoder = Encoder(spec, CONVOLUTION_GRID if spec.any_grid else ENCODER_GRID)
     load_encoder_weights(encoder, name, path)
+    if name.startswith("dinov2-vit"):
+        table = read_weights(path, f"weights of {name}")["pos_embed"]
+        encoder.network.pos_embed.copy_(dinov2_positions(table, ENCODER_GRID))
     return EncoderFeatures(encoder)
 
 

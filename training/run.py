@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +27,23 @@ from torch import Tensor, nn
 from downloads import is_offline
 from errors import UserError
 from files import locked, replace_text
-from training.checkpoint import TrainingState, checkpoint_path, latest_checkpoint, read_checkpoint, write_atomically
+from training.checkpoint import (
+    BEST_CHECKPOINT,
+    TrainingState,
+    checkpoint_path,
+    latest_checkpoint,
+    read_checkpoint,
+    write_atomically,
+)
 from training.distributed import gradient_sync, mean_over_processes
 from training.randomness import BatchOrder, Rows
+
+if TYPE_CHECKING:
+    from training.evaluation import Evaluation
 
 LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
-SPEED = "images_per_second"
-BEST_CHECKPOINT = "best.pt"
 # the flags that a continued run may change; every other one would make it another run
 FREE_FLAGS = {
     *("output_dir", "exp_name", "logging_dir", "data_dir", "report_to", "wandb_history_path"),
@@ -196,6 +204,9 @@ class Run:
             for path in self.checkpoints.glob("*.pt"):
                 if path.stem.isdigit() and int(path.stem) > self.step:
                     path.rename(unfinished / path.name)
+            if self.best_note.is_file() and json.loads(self.best_note.read_text(encoding="utf8"))["step"] > self.step:
+                for path in (self.best_note, self.checkpoints / BEST_CHECKPOINT):
+                    path.rename(unfinished / path.name)
             if (log := self.directory / "metrics.jsonl").exists():
                 shutil.copyfile(log, unfinished / log.name)
             unfinished.rename(self._superseded)
@@ -296,20 +307,28 @@ class Run:
             self.pending.append((self.step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
             self.micro_metrics = []
 
-    def evaluated(self, values: dict[str, float], judge: str) -> None:
-        """Log what an evaluation at this step found, and keep the state as best.pt if values[judge] is the lowest yet.
+    def evaluate(self, evaluation: "Evaluation", *nets: nn.Module) -> None:
+        """Log what an evaluation of `nets` at this step finds, and keep the state as best.pt if it is the best yet.
 
-        best.json says what the best one's step and values are.
+        best.json says what was measured, the best one's step and its values; another measure starts afresh.
         """
-        self.evaluations[self.step] = values
-        self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        note = self.checkpoints / "best.json"
+        started = time.monotonic()
+        values = evaluation(*nets)
+        self.clock += time.monotonic() - started  # it is no training time
         if not self.is_main:
             return
-        best = json.loads(note.read_text(encoding="utf8")) if note.is_file() else {}
-        if values[judge] < best.get(judge, math.inf) or best["step"] > self.step:
+        self.evaluations[self.step] = values
+        self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        best = json.loads(self.best_note.read_text(encoding="utf8")) if self.best_note.is_file() else {}
+        if best.get("measure") != evaluation.measure or values[evaluation.judge] < best["values"][evaluation.judge]:
             write_atomically(self._state_dict(), self.checkpoints / BEST_CHECKPOINT)
-            replace_text(note, json.dumps({"step": self.step, **values}) + "\n")
+            note = {"measure": evaluation.measure, "step": self.step, "values": values}
+            replace_text(self.best_note, json.dumps(note, indent=1) + "\n")
+
+    @property
+    def best_note(self) -> Path:
+        """What is known of the best checkpoint."""
+        return self.checkpoints / "best.json"
 
     def _state_dict(self) -> dict:
         return self.state.to_dict(vars(self.args), self.step, self.identity)
@@ -354,7 +373,12 @@ class Run:
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
         speed = len(rows) * self.args.batch_size / elapsed
         records = [
-            {"step": step, **dict(zip(names, row, strict=True)), **self.evaluations.pop(step, {}), SPEED: speed}
+            {
+                "step": step,
+                **dict(zip(names, row, strict=True)),
+                **self.evaluations.pop(step, {}),
+                "images_per_second": speed,
+            }
             for (step, _), row in zip(self.pending, rows, strict=True)
         ]
         self.pending = []
