@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Raise a UserError for flags that do not go together, or results that would have no place to go."""
+    """Raise a UserError for flags that do not go together."""
     of_samples = [flag for flag in ("samples", "reference", "metrics", "save_stats") if getattr(args, flag) is not None]
     if args.vae is not None and of_samples:
         parser.error(f"--vae measures reconstructions; --{of_samples[0].replace('_', '-')} is for samples")
@@ -83,9 +83,14 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--samples needs a --reference to be compared to")
     if args.vae is None and args.samples is None and args.save_stats is None:
         parser.error("--reference alone is for --save-stats; give --samples too")
-    for path in (output_path(args), args.save_stats):
-        if path is not None and not os.access(path.absolute().parent, os.W_OK):
-            parser.error(f"{path}: its folder is not there, or not to be written to")
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Raise a UserError if results would have no place to go."""
+    for path in filter(None, (output_path(args), args.save_stats)):
+        folder, asked_for = path.absolute().parent, path in (args.output, args.save_stats)
+        if (asked_for or folder.is_dir()) and not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: its folder is not there, or not to be written to")
 
 
 def metric_list(text: str) -> list[str]:
@@ -279,6 +284,7 @@ def output_path(args: argparse.Namespace) -> Path | None:
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
+    check_places(args)
     use_tf32(False)
     state = process_state()
     document = evaluate_samples(args, state) if args.vae is None else evaluate_reconstruction(args, state)

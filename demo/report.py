@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset import open_images
 from demo.pictures import PANELS, RUNS, draw_overview, latent_colors, read_metrics, reconstruct, strip, themed_svg
+from demo.run import SAMPLES_A_CLASS
 from files import replace_text
 from metrics.images import psnr
 from models.autoencoder import pixels_to_image
@@ -24,7 +25,6 @@ from training.networks import load_lpips, load_vae
 VAE = "f4d4-small"
 SHOWN, A_ROW = 20, 10
 TILE = 64
-SAMPLES_A_CLASS = 8
 DISTANCE = "fd_efficientnet_lite0"
 DISTANCE_TITLES = {
     "held-out": "Photographs that no network has seen",
@@ -170,7 +170,7 @@ def amount(count: int) -> str:
 
 def distance_rows(folder: Path) -> str:
     """Rows of the table of Fréchet distances, smallest first, with bars on a logarithmic scale."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf8")) for path in folder.glob("*.json")}
+    found = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf8")) for name in DISTANCE_TITLES}
     values = {name: result["metrics"][DISTANCE] for name, result in found.items()}
     lowest, highest = (math.log(pick(values.values())) for pick in (min, max))
     rows = []

@@ -6,7 +6,7 @@ Names and defaults are the reference's, so that its command lines and args.json 
 import argparse
 import math
 from argparse import BooleanOptionalAction
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -45,15 +45,27 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, be
     return check
 
 
+def checked(text: str, check: Callable[[str], object]) -> str:
+    """`text`, if `check` has nothing against it; argparse's error, if it raises a UserError."""
+    try:
+        check(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def enc_type(text: str) -> str:
     """An argparse type: names of encoders, joined by commas, or none."""
     from models.encoders import encoder_specs
 
-    try:
-        encoder_specs(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
+    return checked(text, encoder_specs)
+
+
+def features(text: str) -> str:
+    """An argparse type: inception and encoders, joined by commas."""
+    from training.feature_networks import check_feature_names
+
+    return checked(text, check_feature_names)
 
 
 def enc_ckpt(text: str) -> str:
@@ -76,17 +88,6 @@ def enc_ckpt(text: str) -> str:
             raise argparse.ArgumentTypeError(f"{path!r}, expected {HUB_PREFIX}REPOSITORY[@REVISION]")
     elif not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")
-    return text
-
-
-def features(text: str) -> str:
-    """An argparse type: inception and encoders, joined by commas."""
-    from training.feature_networks import check_feature_names
-
-    try:
-        check_feature_names(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
