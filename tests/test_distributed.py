@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import test_ldm_step
 from joint_golden import CONFIG
+from metrics.features import Features
+from metrics.statistics import METRICS, SetStatistics, compare
 from models.numerics import GlobalBatchNorm2d, global_moments
 from test_joint_step import small_batch, small_nets
 from train_ldm_only import ldm_step
@@ -170,3 +172,31 @@ def test_latent_statistics_over_two_processes(tmp_path):
     one = statistics(0, 1)
     for result in in_two_processes(statistics, tmp_path):
         torch.testing.assert_close(result, one)
+
+
+def set_statistics(rank: int, world: int) -> dict:
+    """Every metric of 11 images, whose features this process sees a share of, and moments."""
+    generator = torch.Generator().manual_seed(0)
+    pool, spatial = torch.randn(11, 6, generator=generator), torch.randn(11, 4, generator=generator)
+    probabilities = torch.rand(11, 5, generator=generator).softmax(1)
+    statistics = SetStatistics(11, torch.device("cpu"), keep_features=True)
+    statistics.inception_score.split, statistics.inception_score.splits = 4, 3
+    statistics.inception_score.negentropy = torch.zeros(3, dtype=torch.float64)
+    for indices in torch.arange(rank, 11, world).split(2):
+        statistics.update(indices, Features(pool[indices], spatial[indices], probabilities[indices]))
+    moments = statistics.over_processes().moments("inception")
+    if rank > 0:
+        return {}
+    reference = {key: value + 0.1 for key, value in moments.items()}
+    metrics = compare(statistics, reference, statistics.features.flip(0) + 0.3, list(METRICS), "inception")
+    return {**metrics, "features": statistics.features, **moments}
+
+
+def test_metrics_of_uneven_shares_are_those_of_one_process(tmp_path):
+    one = set_statistics(0, 1)
+    two, nothing = in_two_processes(set_statistics, tmp_path)
+    assert nothing == {}
+    assert list(one)[:6] == ["fid", "sfid", "inception_score", "precision", "recall", "kid"]
+    assert torch.equal(one["features"], two["features"])
+    for name in one:
+        torch.testing.assert_close(torch.as_tensor(one[name]), torch.as_tensor(two[name]), rtol=1e-10, atol=1e-12)
