@@ -27,7 +27,7 @@ from dataset import open_images
 from downloads import is_offline
 from errors import Parser, UserError, run_script
 from files import replace_text
-from image_sets import open_image_set
+from image_sets import describe, open_image_set
 from metrics.features import see
 from metrics.images import WINDOW, psnr, ssim
 from metrics.statistics import METRICS, OF_FEATURES, ONLY_INCEPTION, SetStatistics, compare
@@ -123,8 +123,8 @@ def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[
 def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], say) -> None:
     """Raise a UserError if samples and reference cannot be compared; warn where there are few."""
     if samples is not None and reference.images is not None and reference.images.size != samples.size:
-        sizes = ("x".join(map(str, images.size)) for images in (samples, reference.images))
-        raise UserError("--samples are of {} px, but --reference of {}; resize one of them first".format(*sizes))
+        sizes = f"--samples are of {describe(samples.size)}, but --reference of {describe(reference.images.size)}"
+        raise UserError(f"{sizes}; resize one of them first")
     least = 4 if {"precision", "recall"} & set(wanted) else 2
     counts = {"--samples": samples and len(samples), "--reference": reference.count}
     if reference.images is not None:

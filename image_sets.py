@@ -63,13 +63,9 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         pixels = self.read(self.files[index])
         if pixels.shape[:2] != self.size:
-            raise UserError(f"{self.files[index]}: {describe(pixels.shape[:2])}, but {self.files[0]} is {self.extent}")
+            first = f"{self.files[0]} is {describe(self.size)}"
+            raise UserError(f"{self.files[index]}: {describe(pixels.shape[:2])}, but {first}")
         return torch.from_numpy(pixels).permute(2, 0, 1)
-
-    @property
-    def extent(self) -> str:
-        """The images' size in words."""
-        return describe(self.size)
 
     @staticmethod
     def read(path: Path) -> np.ndarray:

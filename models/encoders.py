@@ -98,12 +98,6 @@ def resize(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image, size=(size, size), mode="bicubic", align_corners=False)
 
 
-def normalise(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(image - mean) / std per channel."""
-    mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None] for v in (mean, std))
-    return (image - mean) / std
-
-
 def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
     """Tokens (B,T,D) of a square grid -> (B,grid²,D) float32: bilinear, antialiased; the identity if T is grid²."""
     side = math.isqrt(tokens.shape[1])
@@ -130,6 +124,8 @@ class Encoder(nn.Module):
         self.spec, self.size, self.token_grid = spec, spec.input_size or spec.stride * grid, token_grid
         sized = {"img_size": self.size} if spec.sized and spec.input_size is None else {}
         self.network = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized, **spec.options)
+        for name, values in zip(("mean", "std"), spec.pixels, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -141,7 +137,7 @@ class Encoder(nn.Module):
         image = pixels.float() / 255
         if self.spec.resize_first:
             image = resize(image, self.size)
-        return resize(normalise(image, *self.spec.pixels), self.size)
+        return resize((image - self.mean) / self.std, self.size)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -157,11 +153,16 @@ class Encoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)
         return tokens if self.token_grid is None else resample_tokens(tokens, self.token_grid)
 
+    @functools.cached_property
+    def has_class_token(self) -> bool:
+        """Whether the network has a class token, and timm's interface gives it."""
+        takes = inspect.signature(self.network.forward_intermediates).parameters
+        return getattr(self.network, "cls_token", None) is not None and "return_prefix_tokens" in takes
+
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (B,3,R,R) -> one vector each, (B, embed_dim): the class token, or else the mean of tokens."""
-        takes = inspect.signature(self.network.forward_intermediates).parameters
-        if getattr(self.network, "cls_token", None) is None or "return_prefix_tokens" not in takes:
+        if not self.has_class_token:
             return self(pixels).mean(dim=1)
         ((_, prefix),) = self.network.forward_intermediates(
             self.preprocess(pixels),

@@ -419,7 +419,7 @@ def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
     # and evaluate.py uses it
     path = tmp_path / "dinov2.pth"
     spec = tiny_spec("dinov2-vit-s")
-    torch.save(original("dinov2-vit-s"), path)
+    torch.save({"state_dict": original("dinov2-vit-s")}, path)  # wrapped, as alignment takes it too
     with mock.patch("training.feature_networks.encoder_spec", lambda name: spec):
         network = load_encoder("dinov2-vit-s", path)
     expected = dinov2_positions(original("dinov2-vit-s")["pos_embed"], 16)

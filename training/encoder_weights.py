@@ -97,8 +97,8 @@ def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> d
     return hashes
 
 
-def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> None:
-    """Load a file's weights into the network of row `name`, strictly.
+def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
+    """Load a file's weights into the network of row `name`, strictly; returns the file's content.
 
     Raises:
         UserError: the file is missing, damaged, or holds another network.
@@ -111,6 +111,7 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> None:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(reason)})") from error
     load_weights(encoder.network, state, f"{what} {path}")
+    return content
 
 
 def read_weights(path: Path, what: str) -> dict:

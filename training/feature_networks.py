@@ -11,10 +11,10 @@ from torch import nn
 from downloads import download, is_offline
 from errors import UserError
 from metrics.features import CONVOLUTION_GRID, ENCODER_GRID, EncoderFeatures, Inception, dinov2_positions
-from models.encoders import Encoder, encoder_spec
+from models.encoders import Encoder, encoder_spec, unwrapped
 from training.checkpoint import read_checkpoint
 from training.distributed import first_on_each_machine
-from training.encoder_weights import given_files, load_encoder_weights, read_weights, weights_file
+from training.encoder_weights import given_files, load_encoder_weights, weights_file
 
 
 class FeatureNetwork(NamedTuple):
@@ -70,9 +70,9 @@ def load_encoder(name: str, path: Path) -> EncoderFeatures:
     """An encoder that sees whole images at its usual input size."""
     spec = encoder_spec(name)
     encoder = Encoder(spec, CONVOLUTION_GRID if spec.any_grid else ENCODER_GRID)
-    load_encoder_weights(encoder, name, path)
-    if name.startswith("dinov2-vit"):
-        table = read_weights(path, f"weights of {name}")["pos_embed"]
+    content = load_encoder_weights(encoder, name, path)
+    if name.startswith("dinov2-vit"):  # those with registers are resampled as timm does
+        table = unwrapped(content, spec.inside)["pos_embed"]
         encoder.network.pos_embed.copy_(dinov2_positions(table, ENCODER_GRID))
     return EncoderFeatures(encoder)
 
