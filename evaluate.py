@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -31,10 +32,10 @@ from image_sets import describe, open_image_set
 from metrics.features import see
 from metrics.images import WINDOW, psnr, ssim
 from metrics.statistics import METRICS, OF_FEATURES, ONLY_INCEPTION, SetStatistics, compare
-from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
+from models.autoencoder import image_to_pixels, pixels_to_image
 from sample_files import MANIFEST_FORMAT
 from training import cli
-from training.autoencoding import latent_statistics
+from training.autoencoding import LatentMoments
 from training.checkpoint import fingerprint, read_latent_statistics, vae_files
 from training.distributed import process_state
 from training.feature_networks import FeatureNetwork, load_feature_networks
@@ -215,8 +216,11 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
         [SetStatistics(len(data), state.device, keep_features=False) for _ in networks] for _ in range(2)
     )
     sums = torch.zeros(3, dtype=torch.float64, device=state.device)
+    latents = LatentMoments(vae.config.z_channels, state.device)
     for indices, pixels in batches(data, "reconstructing", Reading(args.batch_size, args.num_workers, state)):
-        recon = image_to_pixels(vae.decode(vae.encode(pixels_to_image(pixels)).mean))
+        posterior = vae.encode(pixels_to_image(pixels))
+        recon = image_to_pixels(vae.decode(posterior.mean))
+        latents.update(posterior)
         distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).double()
         sums += torch.stack([psnr(pixels, recon).sum(), ssim(pixels, recon).sum(), distance.sum()])
         for network, original, reconstructed in zip(networks, originals, recons, strict=True):
@@ -231,20 +235,18 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
         values.update({f"r{name}": distance for name, distance in found.items()})
     return {
         "metrics": values,
-        "latents": latents_of(vae, data, args, state),
+        "latents": compared_latents(latents.statistics(), args.vae),
         "vae": {"path": str(args.vae), "arch": args.vae_arch, "fingerprint": fingerprint(vae.state_dict())},
         "images": {"path": str(args.data_dir), "count": len(data), "fingerprint": data.fingerprint},
         "features": describe_networks(networks),
     }
 
 
-def latents_of(vae: AutoencoderKL, data, args: argparse.Namespace, state) -> dict:
+def compared_latents(found: dict[str, Tensor], vae_ckpt: str) -> dict[str, list[float]]:
     """Mean and standard deviation of each latent channel on these images, and as stored beside the VAE's weights."""
-    rank, world = state.process_index, state.num_processes
-    found = latent_statistics(vae, data, args.batch_size, args.num_workers, rank, world, state.device)
     measured = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
-    if vae_files(args.vae).statistics.is_file():
-        scale, bias = read_latent_statistics(args.vae, vae.config.z_channels)
+    if vae_files(vae_ckpt).statistics.is_file():
+        scale, bias = read_latent_statistics(vae_ckpt, found["latents_bias"].numel())
         measured.update(stored_mean=bias, stored_std=1 / scale)
     return {name: values.flatten().tolist() for name, values in measured.items()}
 

@@ -72,31 +72,48 @@ def psnr(image: Tensor, recon: Tensor) -> Tensor:
         return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
+class LatentMoments:
+    """Mean and variance of each channel of posterior samples, without drawing any, over images that come in batches.
+
+    E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]², in float64.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, posterior: Posterior) -> None:
+        """Add the posteriors (B,C,h,w) of some images."""
+        mean, logvar = posterior
+        self.sums += torch.stack(
+            [mean.double().sum((0, 2, 3)), (mean.double().square() + logvar.double().exp()).sum((0, 2, 3))]
+        )
+        self.count += mean.numel() // mean.shape[1]
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Scale 1/sqrt(var) and bias mean, (1,C,1,1) float32 each, over all processes; call once."""
+        if distributed_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.count)
+        mean, square = (self.sums / self.count).cpu()
+        scale = torch.rsqrt(square - mean.square())
+        return {"latents_scale": scale.float().reshape(1, -1, 1, 1), "latents_bias": mean.float().reshape(1, -1, 1, 1)}
+
+
 @torch.no_grad()
 def latent_statistics(
     vae: AutoencoderKL, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Scale 1/sqrt(var) and bias mean of the latents of all images, (1,C,1,1) float32 each.
+    """Scale and bias of the latents of all images, as `LatentMoments` gives them.
 
-    Moments are those of posterior samples, without drawing any: E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]².
     Each process reads its share of `data`.
     """
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
     share = Subset(data, range(rank, len(data), world))
-    sums = torch.zeros(2, vae.config.z_channels, dtype=torch.float64, device=device)
-    count = torch.zeros((), dtype=torch.float64, device=device)
+    moments = LatentMoments(vae.config.z_channels, device)
     loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
     for pixels, _ in tqdm(loader, desc="latent statistics", unit="batch", disable=rank > 0):
-        mean, logvar = vae.encode(pixels_to_image(pixels.to(device)))
-        sums += torch.stack(
-            [mean.double().sum((0, 2, 3)), (mean.double().square() + logvar.double().exp()).sum((0, 2, 3))]
-        )
-        count += mean.numel() // mean.shape[1]
-    if distributed_world_size() > 1:
-        dist.all_reduce(sums)
-        dist.all_reduce(count)
-    mean, square = (sums / count).cpu()
-    scale = torch.rsqrt(square - mean.square())
-    return {"latents_scale": scale.float().reshape(1, -1, 1, 1), "latents_bias": mean.float().reshape(1, -1, 1, 1)}
+        moments.update(vae.encode(pixels_to_image(pixels.to(device))))
+    return moments.statistics()
