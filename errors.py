@@ -15,6 +15,14 @@ DISK_ERRORS = {
     *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
+# what torch says when another process of the job died or does not answer
+LOST_PROCESS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Timed out waiting",
+    "NCCL",
+)
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD = 130
 SECONDS_TO_END = 5
@@ -47,6 +55,30 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}; did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says, short enough to be part of a line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
+def explain_runtime_error(error: RuntimeError) -> str | None:
+    """One line for what torch reports when a process is gone or memory is full; None for any other trouble."""
+    text = str(error)
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"the GPU's memory is full ({first_line(error)}); train with --gradient-checkpointing or more "
+            "--gradient-accumulation-steps, sample and cache with a smaller --pproc-batch-size"
+        )
+    if any(words in text for words in LOST_PROCESS):
+        return (
+            f"another process of this job is gone or does not answer ({first_line(error)}); what it said, or the "
+            "system's log of killed processes, tells why; the same command continues from what was saved"
+        )
+    return None
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main; a UserError, or a file or disk that fails, ends it with one line a machine and code 2."""
     try:
@@ -64,6 +96,11 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         advice = "; free some space and run the same again" if error.errno in FULL_DISK_ERRORS else ""
         print(f"error: {error}{advice}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except RuntimeError as error:
+        if (explanation := explain_runtime_error(error)) is None:
+            raise
+        print(f"error: {explanation}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = EXIT_KEYBOARD

@@ -1,4 +1,4 @@
-"""Small files written atomically, and folders that one process at a time may write to."""
+"""Files written whole or not at all, and folders that one process at a time may write to."""
 
 import errno
 import fcntl
@@ -11,20 +11,42 @@ from typing import BinaryIO
 
 from errors import UserError
 
+BUFFER = 1 << 20  # bytes: the many small tensors of a checkpoint reach the disk in few writes
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file so that `path` holds either the old text or all of the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf8")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write(text.encode())
+    sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`; `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed left half written in `folder`, which nobody else may be writing to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were changed in `folder` outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path`, synced, when the block ends well, and is removed when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", buffering=BUFFER) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -49,13 +71,19 @@ def require_space(folder: Path, size: int, what: str) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Within, no other process that asks for it may write to `folder`, which is made if it is not there.
 
+    What a killed process left half written in it is removed.
+
     Raises:
-        UserError: another process has it, or there is a file of that name.
+        UserError: another process has it, there is a file of that name, or it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: a file is in the way of this folder; choose another place") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written to") from None
+    if not os.access(folder, os.W_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written to; change its permissions, or choose another place")
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
@@ -67,6 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
             ) from None
         # a file system without locks: go on without
     try:
+        remove_leftovers(folder)
         yield
     finally:
         os.close(descriptor)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dataset import open_images
 from errors import Parser, run_script
 from loss.alignment import alignment_loss
-from loss.vae_loss import VAELossConfig
+from loss.vae_loss import VAELossConfig, first_gan_step
 from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
@@ -133,7 +133,8 @@ def main() -> None:
     run = Run(args)
     nets, state = build(args, run)
     encoders = encoder_fingerprints(args, nets.encoders)
-    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders})
+    identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders}
+    run.begin(state, identity, gan_start=first_gan_step(loss))
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)

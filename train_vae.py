@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataset import open_images
 from errors import Parser, run_script
+from loss.vae_loss import first_gan_step
 from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import (
@@ -97,7 +98,7 @@ def main() -> None:
     latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
     nets, state = build(args, run)
-    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)})
+    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)}, gan_start=first_gan_step(loss))
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
 

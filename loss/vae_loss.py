@@ -39,6 +39,11 @@ def gan_active(cfg: VAELossConfig, step: int) -> bool:
     return step >= cfg.discriminator_start
 
 
+def first_gan_step(cfg: VAELossConfig) -> float:
+    """The 1-based step from which on the discriminator learns; infinity if it never does."""
+    return cfg.discriminator_start + 1 if cfg.discriminator_factor > 0 else math.inf
+
+
 def vae_loss(
     image: Tensor, recon: Tensor, kl: Tensor, perceptual: Tensor, logits_fake: Tensor, cfg: VAELossConfig, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,10 +28,11 @@ from training.checkpoint import (
     write_atomically,
 )
 from training.ema import copy_for_ema, update_ema
+from training.identity import refuse_changed_flags
+from training.metrics_log import finite_or_null, truncate_log
 from training.precision import Optimizer, autocast_factory
 from training.previews import reconstruction_grid, sample_grid
 from training.randomness import BatchOrder, Rows, step_draws
-from training.run import finite_or_null, refuse_changed_flags, truncate_log
 
 CPU = torch.device("cpu")
 

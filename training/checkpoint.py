@@ -7,7 +7,7 @@ opt_disc, args, steps) plus what exact resume needs. A VAE is three files beside
 import argparse
 import hashlib
 import json
-import os
+import math
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from files import written_whole
+from errors import DISK_ERRORS, UserError, first_line
+from files import sync_folder, written_whole
 from training.distributed import unwrap
 from training.precision import Optimizer
 from transport import TIME_CONVENTION
@@ -39,11 +39,7 @@ def write_atomically(data: object, path: Path) -> None:
         if (failure := failed_write(error)) is not None:
             raise OSError(failure.errno, failure.strerror, str(path)) from None
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)
 
 
 def failed_write(error: BaseException) -> OSError | None:
@@ -53,32 +49,34 @@ def failed_write(error: BaseException) -> OSError | None:
     return error
 
 
-def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
+def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True) -> dict:
     """The plain data of a `.pt` file, on the CPU, mapped into memory: what is not used is not kept there.
 
     Published files hold `args` as an argparse.Namespace, which is the one class that is let through; a file that would
-    execute code is refused. The zip's checksums are verified, which torch.load alone does not do.
+    execute code is refused. With `verify` the zip's checksums are looked at, which torch.load alone does not do.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint.
+        OSError: the disk fails, or the file may not be read.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{what} {path}: no such file{neighbours(path)}")
     try:
         is_zip = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
-        if is_zip:
+        if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{what} {path}: not a readable PyTorch file ({reason[:120]})") from error
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise
+        raise UserError(f"{what} {path}: not a readable PyTorch file ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {path}: holds a {type(content).__name__}, expected a dict")
     return content
@@ -219,10 +217,14 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"{step:07d}.pt"
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the highest step in `directory`, or None."""
-    paths = [path for path in directory.glob("*.pt") if path.stem.isdigit()]
-    return max(paths, key=lambda path: int(path.stem), default=None)
+def numbered_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of steps in `directory`, the highest one last."""
+    return sorted((path for path in directory.glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
+
+
+def latest_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
+    """The checkpoint of the highest step in `directory` that is not above `up_to`, or None."""
+    return next((path for path in reversed(numbered_checkpoints(directory)) if int(path.stem) <= up_to), None)
 
 
 class TrainingState:
@@ -259,6 +261,15 @@ class TrainingState:
             "tensors": self.tensors,
             "time_convention": TIME_CONVENTION,
         }
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a name that says where it belongs; all are the same on every process."""
+        found = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
+        for name, network in self.networks.items():
+            found.update({f"{name}.{key}": value for key, value in network.state_dict().items()})
+        for name, optimizer in self.optimizers.items():
+            found.update({f"{name}.{key}": value for key, value in optimizer.named_tensors().items()})
+        return found
 
     def restore(self, checkpoint: dict, source: str) -> int:
         """Load a checkpoint, ours or the reference's, and return its step.

@@ -123,7 +123,28 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--epochs", type=POSITIVE, default=1400, help="stop after so many, if that is sooner (default: %(default)s)"
     )
     group.add_argument(
-        "--checkpointing-steps", type=POSITIVE, default=50000, help="save every N steps (default: %(default)s)"
+        "--checkpointing-steps",
+        type=POSITIVE,
+        default=50000,
+        help="save every N steps, and keep that (default: %(default)s)",
+    )
+    group.add_argument(
+        "--checkpointing-minutes",
+        type=WEIGHT,
+        default=30.0,
+        help="also save this long after the last time; 0: never (default: %(default)g)",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=POSITIVE,
+        default=2,
+        help="how many of those saved by time or by a signal are kept (default: %(default)s)",
+    )
+    group.add_argument(
+        "--check-ranks",
+        type=COUNT,
+        default=1000,
+        help="compare all processes' states every N steps; 0: only at the start (default: %(default)s)",
     )
     group.add_argument(
         "--sampling-steps", type=POSITIVE, default=10000, help="write pictures every N steps (default: %(default)s)"
@@ -161,6 +182,12 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile the networks on GPUs")
     group.add_argument(
         "--gradient-accumulation-steps", type=POSITIVE, default=1, help="micro-batches a step (default: 1)"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass: less memory, about a third more time",
     )
     group.add_argument("--adam-beta1", type=DECAY, default=0.9, help="(default: %(default)s)")
     group.add_argument("--adam-beta2", type=DECAY, default=0.999, help="(default: %(default)s)")

@@ -15,6 +15,8 @@ from errors import UserError
 from models.numerics import distributed_world_size
 
 T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # the first process samples pictures and writes checkpoints while the others wait
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def process_state():
@@ -67,6 +69,58 @@ def first_on_each_machine(action: Callable[[], T]) -> T:
     for failure in filter(None, failures):
         raise UserError(failure)
     return result if state.is_local_main_process else action()
+
+
+def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What `action` returns on the first process (plain data), on every process.
+
+    Raises:
+        UserError: on every process, if it was raised on the first.
+    """
+    if distributed_world_size() == 1:
+        return action()
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, group=group)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A group over which the processes' hosts talk without waiting for their devices; None for a single process.
+
+    It notices at once when a process is gone, where NCCL would wait for its own limit.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if distributed_world_size() > 1 else None
+
+
+def highest(values: list[int], group: dist.ProcessGroup | None) -> list[int]:
+    """The maximum of each value over the processes of a `host_group`."""
+    if group is None:
+        return values
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group)
+    return tensor.tolist()
+
+
+@torch.no_grad()
+def differing_tensor(tensors: dict[str, Tensor], device: torch.device) -> str | None:
+    """The name of the first tensor whose bits are not the same on every process, or None; compares sums of bits."""
+    sums = torch.stack([sum_of_bits(tensor).to(device) for tensor in tensors.values()])
+    extremes = torch.stack([sums, ~sums])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    differs = (extremes[0] != ~extremes[1]).tolist()
+    return next((name for name, different in zip(tensors, differs, strict=True) if different), None)
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's values, their bits taken for integers; int64, modulo 2**64."""
+    return tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 @torch.no_grad()

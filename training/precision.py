@@ -84,6 +84,14 @@ class Optimizer:
         scale = self.scaler.scale(torch.ones_like(self.skipped))
         return {f"loss_scale_{name}": scale, f"skipped_{name}": self.skipped.clone()}
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Moments and counters by parameter number, and what loss scaling knows."""
+        scale = torch.tensor(self.scaler.get_scale()) if self.scaler.is_enabled() else torch.ones(())
+        found = {"skipped": self.skipped, "loss_scale": scale}
+        for number, parameter in enumerate(self.parameters):
+            found.update({f"{number}.{key}": value for key, value in self.adamw.state.get(parameter, {}).items()})
+        return found
+
     def extra_state(self) -> dict:
         """What exact resume needs beside AdamW's own state dict."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped.item()}

@@ -1,0 +1,144 @@
+"""A run's folder of checkpoints: which one to continue from, and which ones to keep."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from errors import UserError
+from files import remove_leftovers, replace_text
+from training.checkpoint import (
+    BEST_CHECKPOINT,
+    checkpoint_path,
+    numbered_checkpoints,
+    read_checkpoint,
+    write_atomically,
+)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; only the run's first process calls this.
+
+    Those of --checkpointing-steps stay. The others (by time, by a signal) are listed in rolling.json, and all but the
+    newest few are deleted again. A checkpoint that is found damaged is renamed to NAME.damaged.
+
+    Args:
+        directory: RUN/checkpoints.
+        say: prints a line.
+    """
+
+    def __init__(self, directory: Path, say: Callable[[str], None]):
+        self.directory, self.say = directory, say
+        self.rolling_note = directory / "rolling.json"
+        self.best_note = directory / "best.json"
+        self.damaged: list[Path] = []
+
+    def to_continue(self, resume_step: int, elsewhere: str | None) -> Path | None:
+        """The newest checkpoint that is whole; the first time that --resume-step is given, the one it names.
+
+        Without checkpoints of its own the run starts from those of the run `elsewhere`, if that is given.
+
+        Raises:
+            UserError: there is none where there should be, or every one is damaged.
+        """
+        own = numbered_checkpoints(self.directory)
+        if own and resume_step and self.superseded(resume_step).exists():
+            where = self.superseded(resume_step)
+            self.say(f"this run went back to step {resume_step} before; to do so again, rename {where}")
+            resume_step = 0
+        folder = self.directory if own or elsewhere is None else Path(elsewhere) / "checkpoints"
+        if resume_step:
+            chosen = checkpoint_path(self.directory, resume_step)
+            if not chosen.is_file() and elsewhere is not None:
+                chosen = checkpoint_path(Path(elsewhere) / "checkpoints", resume_step)
+            read_checkpoint(chosen)
+            return chosen
+        candidates = numbered_checkpoints(folder)
+        if elsewhere is not None and not candidates:
+            raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
+        return self._newest_whole(candidates)
+
+    def _newest_whole(self, candidates: list[Path]) -> Path | None:
+        for path in reversed(candidates):
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                self.say(f"warning: {error}; trying the one before")
+                self.damaged.append(path)
+            else:
+                return path
+        if candidates:
+            raise UserError(
+                f"{candidates[0].parent}: all {len(candidates)} checkpoints are damaged; put copies of them back, or "
+                "choose another --exp-name to start afresh"
+            )
+        return None
+
+    def superseded(self, resume_step: int) -> Path:
+        """Where --resume-step puts what came after that step."""
+        return self.directory / f"superseded-by-resume-at-{resume_step:07d}"
+
+    def take_over(self, resume_step: int, step: int, log: Path) -> None:
+        """Make the folder that of a run that continues after `step`: damaged checkpoints get another name, and with
+        --resume-step later ones are put aside, so that the same command goes on from here instead of coming back."""
+        for path in self.damaged:
+            if path.parent == self.directory:
+                path.rename(path.with_name(path.name + ".damaged"))
+        if resume_step and not self.superseded(resume_step).exists():
+            self._put_aside(self.superseded(resume_step), step, log)
+
+    def _put_aside(self, place: Path, step: int, log: Path) -> None:
+        unfinished = place.with_suffix(".tmp")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for path in numbered_checkpoints(self.directory):
+            if int(path.stem) > step:
+                path.rename(unfinished / path.name)
+        if self.best_note.is_file() and json.loads(self.best_note.read_text(encoding="utf8"))["step"] > step:
+            for path in (self.best_note, self.directory / BEST_CHECKPOINT):
+                path.rename(unfinished / path.name)
+        if log.exists():
+            shutil.copyfile(log, unfinished / log.name)
+        unfinished.rename(place)
+
+    def save(self, content: dict, permanent: bool, keep_last: int) -> None:
+        """Write the checkpoint `content`, then delete all but the newest `keep_last` of those that are not permanent.
+
+        Raises:
+            OSError: it cannot be written; those that are there stay.
+        """
+        step = content["steps"]
+        path = checkpoint_path(self.directory, step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.directory)
+        rolling = self._rolling()
+        permanent |= path.is_file() and step not in rolling
+        rolling = rolling - {step} if permanent else rolling | {step}
+        self._note_rolling(rolling)
+        write_atomically(content, path)
+        there = sorted(step for step in rolling if checkpoint_path(self.directory, step).is_file())
+        old = there[: max(len(there) - keep_last, 0)]
+        for step in old:
+            checkpoint_path(self.directory, step).unlink()
+        self._note_rolling(set(there) - set(old))
+
+    def _rolling(self) -> set[int]:
+        """Steps of checkpoints that may be deleted; if the list is lost, none may."""
+        try:
+            return set(json.loads(self.rolling_note.read_text(encoding="utf8"))["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
+    def _note_rolling(self, steps: set[int]) -> None:
+        if steps != self._rolling():
+            replace_text(self.rolling_note, json.dumps({"steps": sorted(steps)}) + "\n")
+
+    def save_if_best(self, content: dict, measure: str, judge: str, values: dict[str, float]) -> None:
+        """Keep `content` as best.pt if values[judge] is the lowest yet; another `measure` starts afresh.
+
+        best.json says what was measured, the best one's step and its values.
+        """
+        best = json.loads(self.best_note.read_text(encoding="utf8")) if self.best_note.is_file() else {}
+        if best.get("measure") != measure or values[judge] < best["values"][judge]:
+            write_atomically(content, self.directory / BEST_CHECKPOINT)
+            note = {"measure": measure, "step": content["steps"], "values": values}
+            replace_text(self.best_note, json.dumps(note, indent=1) + "\n")

@@ -1,0 +1,162 @@
+"""What training logs: metrics.jsonl, which is the truth, and a tracker (wandb, tensorboard) beside it."""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from downloads import is_offline
+from files import replace_text, written_whole
+from training.distributed import mean_over_processes
+
+
+class MetricsLog:
+    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted.
+
+    Args:
+        accelerator: accelerate's, which opens the tracker.
+        args: the run's flags.
+        directory: the run's folder.
+        say: prints a line on the first process.
+    """
+
+    def __init__(self, accelerator, args: argparse.Namespace, directory: Path, say: Callable[[str], None]):
+        self.accelerator, self.args, self.directory, self.say = accelerator, args, directory, say
+        self.file = directory / "metrics.jsonl"
+        self.micro_metrics: list[dict[str, Tensor | None]] = []
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.records: list[dict[str, float]] = []
+        self.pictures: list[tuple[int, str, np.ndarray]] = []
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.clock = time.monotonic()
+
+    def open(self, step: int) -> None:
+        """Drop what was logged after `step`, which will be logged again, and start the tracker."""
+        if self.accelerator.is_main_process:
+            truncate_log(self.file, step)
+        if self.args.report_to == "none":
+            return
+        try:
+            plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
+            options = {self.args.report_to: self._tracker_options(step)}
+            self.accelerator.init_trackers("repa-e", config=plain, init_kwargs=options)
+        except Exception as error:  # no network, no login, no package: a tracker never stops a run
+            self.accelerator.trackers = []
+            reason = " ".join(str(error).split())[:200]
+            self.say(
+                f"warning: {self.args.report_to} is not available ({reason}); metrics.jsonl is written all the same"
+            )
+
+    def _tracker_options(self, step: int) -> dict:
+        """wandb goes on with the run of the identity in wandb-id.txt; tensorboard forgets what came after `step`."""
+        if not self.accelerator.is_main_process:
+            return {}
+        if self.args.report_to == "tensorboard":
+            return {"purge_step": step + 1}
+        identity = self.directory / "wandb-id.txt"
+        if not identity.exists():
+            replace_text(identity, os.urandom(4).hex())
+        return {
+            "name": self.args.exp_name,
+            "id": identity.read_text(encoding="utf8"),
+            "resume": "allow",
+            "dir": str(self.directory),
+            **({"mode": "offline"} if is_offline(self.args) else {}),
+        }
+
+    def start_clock(self) -> None:
+        """From now on it is training time, by which images a second are counted."""
+        self.clock = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, Tensor | None], step_complete: bool) -> None:
+        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
+        self.micro_metrics.append(metrics)
+        if step_complete:
+            values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
+            self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
+            self.micro_metrics = []
+
+    def add_evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Log `values` with the metrics of `step`; the `seconds` they took are no training time."""
+        self.evaluations[step] = values
+        self.clock += seconds
+
+    def add_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
+        from PIL import Image
+
+        folder = self.directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        array = picture.permute(1, 2, 0).cpu().numpy()
+        with written_whole(folder / f"{step:07d}.png") as file:
+            Image.fromarray(array).save(file, "png")
+        self.pictures.append((step, name, array))
+
+    def fetch(self) -> list[dict[str, float]]:
+        """The metrics of all steps added since the last call, averaged over processes in one reduction.
+
+        Here the host waits for the device. `write` will write them.
+        """
+        if not self.pending:
+            return []
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
+        rows = mean_over_processes(values).tolist()
+        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
+        speed = {"images_per_second": len(rows) * self.args.batch_size / elapsed}
+        records = [
+            {"step": step, **dict(zip(names, row, strict=True)), **speed}
+            for (step, _), row in zip(self.pending, rows, strict=True)
+        ]
+        self.pending = []
+        self.records += records
+        return records
+
+    def write(self, sync: bool) -> dict[str, float]:
+        """Append to the file, on the disk for certain if `sync`, and to the tracker; returns the last record."""
+        for record in self.records:
+            record.update(self.evaluations.pop(record["step"], {}))
+        if self.accelerator.is_main_process:
+            with open(self.file, "a", encoding="utf8") as file:
+                file.writelines(json.dumps(finite_or_null(record)) + "\n" for record in self.records)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        for record in self.records:
+            step = record["step"]
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+            for name, picture in [(name, picture) for at, name, picture in self.pictures if at == step]:
+                self._track_picture(name, picture, step)
+        last, self.records, self.pictures = self.records[-1], [], []
+        return last
+
+    def _track_picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        for tracker in self.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: picture[None]}, step=step, **options)
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the records of metrics.jsonl after `step`, and a line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    replace_text(path, b"".join(kept).decode())
+
+
+def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
