@@ -9,7 +9,6 @@ where it stopped, on any number of processes.
 """
 
 import argparse
-import hashlib
 import json
 from argparse import BooleanOptionalAction
 from collections.abc import Iterator
@@ -23,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import LATENT_FORMAT, images_directory, latents_directory, open_images
+from dataset import LATENT_FORMAT, images_directory, latent_fingerprint, latents_directory, open_images
 from errors import Parser, run_script
 from files import locked, replace_text, require_space
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
-from shards import refuse_other_shards, shard_metadata, shard_name, write_shard
+from shards import is_made_by, refuse_other_shards, shard_name, write_shard
 from training.checkpoint import fingerprint, read_latent_statistics
 from training.cli import COUNT, POSITIVE, one_of
 from training.distributed import process_state
@@ -93,7 +92,7 @@ def describe(images, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
         "num_classes": images.num_classes,
         "classes": images.classes,
     }
-    return {**description, "fingerprint": hashlib.sha256(json.dumps(description).encode()).hexdigest()}
+    return {**description, "fingerprint": latent_fingerprint(description)}
 
 
 def main() -> None:
@@ -132,7 +131,7 @@ def write_shards(
 ) -> None:
     """Write this process's share of the missing shards: every world-th of them."""
     plan = index["fingerprint"]
-    missing = [(name, rows) for name, rows in shards if shard_metadata(directory / name).get("plan") != plan]
+    missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, plan)]
     numbers = 2 * int(np.prod(index["shape"])) * (1 + args.mirrored) * sum(len(rows) for _, rows in missing)
     require_space(directory, numbers * np.dtype(args.dtype).itemsize, "the latents")
     state.wait_for_everyone()  # all see the same ones missing before the first is written

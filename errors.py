@@ -21,7 +21,7 @@ LOST_PROCESS = (
     "Connection reset by peer",
     "Connection refused",
     "Timed out waiting",
-    "NCCL",
+    "NCCL error",
 )
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD = 130
@@ -61,6 +61,11 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160]
 
 
+def lost_process(error: BaseException) -> str | None:
+    """How torch found that another process is gone or does not answer, in words; None for any other trouble."""
+    return next((words.lower() for words in LOST_PROCESS if words in str(error)), None)
+
+
 def explain_runtime_error(error: RuntimeError) -> str | None:
     """One line for what torch reports when a process is gone or memory is full; None for any other trouble."""
     text = str(error)
@@ -71,11 +76,8 @@ def explain_runtime_error(error: RuntimeError) -> str | None:
             f"the GPU's memory is full ({first_line(error)}); train with --gradient-checkpointing or more "
             "--gradient-accumulation-steps, sample and cache with a smaller --pproc-batch-size"
         )
-    if any(words in text for words in LOST_PROCESS):
-        return (
-            f"another process of this job is gone or does not answer ({first_line(error)}); what it said, or the "
-            "system's log of killed processes, tells why; the same command continues from what was saved"
-        )
+    if (how := lost_process(error)) is not None:
+        return f"another process is gone or does not answer ({how}); the same command continues from what was saved"
     return None
 
 

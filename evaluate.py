@@ -90,7 +90,7 @@ def check_places(args: argparse.Namespace) -> None:
     """Raise a UserError if results would have no place to go."""
     for path in filter(None, (output_path(args), args.save_stats)):
         folder, asked_for = path.absolute().parent, path in (args.output, args.save_stats)
-        if (asked_for or folder.is_dir()) and not os.access(folder, os.W_OK):
+        if (asked_for or folder.is_dir()) and not os.access(folder, os.W_OK, effective_ids=True):
             raise UserError(f"{path}: its folder is not there, or not to be written to")
 
 

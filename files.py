@@ -43,7 +43,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path`, synced, when the block ends well, and is removed when it does not."""
+    """A file to write to that becomes `path`, synced, when the block ends well, and is removed when it does not.
+
+    Raises:
+        OSError: it cannot be written, for want of space above all; it names a path.
+    """
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb", buffering=BUFFER) as file:
@@ -51,8 +55,10 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -3,9 +3,11 @@
 Map-style data sets of uint8 pixels (3,H,W), in the npz's order, or in that of the sorted file names.
 """
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from errors import UserError
+from image_files import opened_image, refuse_more_than_memory
 
 LOOKED_AT = 64  # images, evenly spaced, by which the range of pixels is judged
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -70,10 +73,8 @@ class FolderImages(Dataset):
     @staticmethod
     def read(path: Path) -> np.ndarray:
         """(H,W,3) uint8."""
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
+            with opened_image(path) as image:
                 mode, pixels = image.mode, np.array(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not a readable image ({error})") from None
@@ -101,23 +102,25 @@ def map_member(path: Path, name: str) -> np.ndarray:
     read into memory.
 
     Raises:
-        UserError: the file is missing or damaged, or has no such array of numbers or text.
+        UserError: the file is missing or damaged, has no such array of numbers or text, or one that is compressed and
+            would not fit into memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if name not in archive.namelist():
                 raise UserError(f"{path}: no {name.removesuffix('.npy')} inside, but {', '.join(archive.namelist())}")
             info = archive.getinfo(name)
+            with archive.open(name) as file:
+                shape, fortran, dtype = read_header(file)
+                offset = file.tell()
+            if dtype.hasobject:  # mapped, pickled objects would be taken for addresses
+                raise ValueError(f"{name} holds Python objects")
+            if info.file_size != offset + math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} says {dtype} {shape}, which its {info.file_size} bytes are not")
             if info.compress_type != zipfile.ZIP_STORED:
+                refuse_more_than_memory(info.file_size, name)
                 with archive.open(name) as file:
                     return np.lib.format.read_array(file, allow_pickle=False)
-            with archive.open(name) as file:
-                version = np.lib.format.read_magic(file)
-                read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-                shape, fortran, dtype = read_header[version[0]](file)
-                offset = file.tell()
-        if dtype.hasobject:  # mapped, pickled objects would be taken for addresses
-            raise ValueError(f"{name} holds Python objects")
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
             lengths = np.frombuffer(file.read(4), "<u2")
@@ -125,6 +128,13 @@ def map_member(path: Path, name: str) -> np.ndarray:
         return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
     except DAMAGE as error:
         raise UserError(f"{path}: not a readable npz ({error})") from None
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype of the npy that `file` is at the beginning of."""
+    version = np.lib.format.read_magic(file)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    return read[version[0]](file)
 
 
 def open_image_set(path: Path, what: str) -> Dataset:

@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,12 +31,14 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from tqdm import tqdm
 
-from dataset import IMAGE_FORMAT, images_directory
+from dataset import IMAGE_FORMAT, image_fingerprint, images_directory
 from errors import Parser, UserError, run_script
 from files import locked, replace_text, require_space
-from shards import refuse_other_shards, shard_metadata, shard_name, write_shard
+from image_files import opened_image
+from shards import is_made_by, refuse_other_shards, shard_name, write_shard
 
 EXIT_TERMINATED = 143
+SECONDS_BETWEEN_LOOKS = 1
 SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
 MAX_ASPECT_RATIO = 100
 # errors of the machine, not of an image: they end the run instead of listing the file as skipped
@@ -89,7 +93,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises where it is no whole image."""
     if not path.is_file():
         raise ValueError("no such file, or not a regular one")
-    with Image.open(path) as image:
+    with opened_image(path) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, a strip")
         image.load()
@@ -183,7 +187,7 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
     """Decode a shard's images and write it atomically; returns its number. A whole shard of this plan is left as is."""
     number, sources = job
     path = directory / shard_name(number)
-    if shard_metadata(path).get("plan") == plan:
+    if is_made_by(path, plan):
         return number
     pixels = np.empty((len(sources), 3, resolution, resolution), np.uint8)
     kept, skipped = [], []
@@ -199,11 +203,8 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
         "pixels": pixels[: len(kept)],
         "labels": np.array([source.label for source in kept], dtype=np.int64),
     }
-    digest = hashlib.sha256(tensors["pixels"])
-    digest.update(tensors["labels"])
     metadata = {
         "plan": plan,
-        "digest": digest.hexdigest(),
         "skipped": json.dumps(skipped),
         "files": json.dumps([source.path for source in kept]),
     }
@@ -229,7 +230,7 @@ def write_index(
         "images": sum(shard["images"] for shard in shards),
         "num_classes": num_classes,
         "classes": classes,
-        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "fingerprint": image_fingerprint(digests),
         "skipped": len(skipped),
         "shards": shards,
     }
@@ -282,7 +283,7 @@ def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callab
     context = multiprocessing.get_context("fork")
     bar = tqdm(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
     try:
-        with bar, ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=ignore_interrupts) as pool:
+        with bar, ProcessPoolExecutor(min(workers, len(jobs)), context, follow_main, (os.getpid(),)) as pool:
             try:
                 for done in as_completed([pool.submit(job, item) for item in jobs]):
                     bar.update(len(jobs[done.result()][1]))
@@ -297,9 +298,16 @@ def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callab
         ) from error
 
 
-def ignore_interrupts() -> None:
-    """Workers leave Ctrl-C to the main process, which ends them."""
+def follow_main(main: int) -> None:
+    """Workers leave Ctrl-C to the main process, which ends them, and end when that is gone without having done so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == main:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(EXIT_TERMINATED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

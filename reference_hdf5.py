@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from errors import UserError
+from image_files import opened_image, refuse_more_than_memory
 
 LABELS = "dataset.json"
 ROWS_A_SHARD = 512
@@ -41,8 +41,8 @@ class HDF5File:
             if not file.is_file():
                 raise UserError(f"{file}: no such file; expected the reference's HDF5 file and its list of names")
         try:
-            self.names = sorted(name for name in json.loads(listing.read_text(encoding="utf8")) if name != LABELS)
-        except (ValueError, TypeError):
+            self.names = sorted(str(name) for name in json.loads(listing.read_text(encoding="utf8")) if name != LABELS)
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{listing}: expected a JSON list of names") from None
         if not self.names:
             raise UserError(f"{listing} names no images")
@@ -54,10 +54,13 @@ class HDF5File:
     def _read_labels(self) -> list[int]:
         try:
             labels = dict(json.loads(as_bytes(self.handle[LABELS]))["labels"])
-            return [int(labels[name]) for name in self.names]
+            labels = [int(labels[name]) for name in self.names]
+            if min(labels) < 0:
+                raise ValueError(f"one is {min(labels)}")
+            return labels
         except OSError as error:
             raise UserError(f"{self.path}: not a readable HDF5 file ({error})") from None
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{self.path}: its {LABELS} gives no label for every name ({error})") from None
 
     @property
@@ -72,11 +75,12 @@ class HDF5File:
         return self.opened[1]
 
     def __getitem__(self, i: int):
-        """The data set of row `i`. Raises a UserError if there is none."""
-        try:
-            return self.handle[self.names[i]]
-        except KeyError:
-            raise UserError(f"{self.path}: holds no {self.names[i]}, which its list names") from None
+        """The data set of row `i`. Raises a UserError if there is none, a ValueError if memory could not hold it."""
+        entry = self.handle.get(self.names[i])
+        if not hasattr(entry, "nbytes"):  # nothing, or a group
+            raise UserError(f"{self.path}: holds no {self.names[i]}, which its list names")
+        refuse_more_than_memory(entry.nbytes, "it")
+        return entry
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "opened": (0, None)}
@@ -104,7 +108,7 @@ class HDF5Images:
 
     def _decode(self, i: int) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(as_bytes(self.file[i]))) as image:
+            with opened_image(io.BytesIO(as_bytes(self.file[i]))) as image:
                 return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{self.source}: {self.file.names[i]} is no readable image ({error})") from None
@@ -130,8 +134,10 @@ class HDF5Latents:
         self.fingerprint, self.num_classes = self.file.fingerprint(), max(self.file.labels) + 1
         self.vae_fingerprint = self.statistics = None
         self.image_fingerprint = None if images is None else images.fingerprint
-        channels, *sides = self._moments(0).shape
-        self.shape = (channels // 2, *sides)
+        first = self._moments(0).shape
+        if len(first) != 3:
+            raise UserError(f"{self.source}: {self.file.names[0]} has shape {first}, expected (2C, h, w)")
+        self.shape = (first[0] // 2, *first[1:])
 
     def __len__(self) -> int:
         return len(self.file.names)

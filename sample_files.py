@@ -17,6 +17,7 @@ from PIL import Image
 
 from errors import UserError
 from files import replace_text, written_whole
+from image_files import opened_image
 
 MANIFEST_FORMAT = "repae-samples/1"
 DAMAGE = (EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
@@ -170,7 +171,7 @@ class SampleFiles:
 def read_png(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A PNG's pixels. Raises a UserError if it is damaged or of another shape."""
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             pixels = np.asarray(image)
     except (*DAMAGE, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's trouble, not the file's

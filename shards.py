@@ -1,22 +1,32 @@
 """Folders of shards: uncompressed safetensors files of rows, written atomically, and an index.json beside them.
 
-A shard carries the `plan` it was made by, a hash of everything that decides its content, so that work that stopped is
-continued and shards of something else are never mixed in. Opening one maps it into memory: reading a row costs one
-copy, and any number of workers, forked or spawned, may read.
+A shard holds tensors of equally many rows, their labels, and for each tensor NAME `NAME.crc`, a checksum of every row:
+the CRC-32, as int64, of the row's bytes and then of its label's. It carries the `plan` it was made by, a hash of
+everything that decides its content, so that work that stopped is continued and shards of something else are never mixed
+in. Opening one maps it into memory: reading a row costs one pass over it, and any number of workers, forked or spawned,
+may read.
 """
 
-import errno
+import hashlib
 import json
-import os
-import re
+import reprlib
+import zlib
 from bisect import bisect_right
 from collections.abc import Collection
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from errors import UserError
+from files import sync_folder, written_whole
 
 SUFFIX = ".safetensors"
+DTYPES = {"uint8": "U8", "int64": "I64", "float16": "F16", "float32": "F32"}  # as numpy and safetensors call them
+SHARD_LIST = [{"file": str, "images": int}]  # the form of an index's "shards"
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, as safetensors writes it, and shape of a row
 
 
 def shard_name(number: int) -> str:
@@ -24,41 +34,79 @@ def shard_name(number: int) -> str:
     return f"{number:05d}{SUFFIX}"
 
 
-def shard_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a whole shard, or {} where there is none or it is cut short."""
+def open_shard(path: Path, framework: str = "np"):
+    """A whole shard as safetensors opens it, or None where there is none or it is cut short."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        return {}
+        return None
     try:
-        with safe_open(path, "np") as shard:
-            return shard.metadata() or {}
+        return safe_open(path, framework)
     except SafetensorError:
-        return {}
+        return None
 
 
-def write_shard(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """Write numpy arrays, contiguous and of equally many rows, so that `path` holds nothing or the whole shard.
+def shard_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a whole shard, or {} where there is none or it is cut short."""
+    shard = open_shard(path)
+    return {} if shard is None else shard.metadata() or {}
+
+
+def checksum(row: np.ndarray, label: int) -> int:
+    """CRC-32 of a row's bytes and then of its label's as int64; `row` is contiguous."""
+    return zlib.crc32(label.to_bytes(8, "little", signed=True), zlib.crc32(row))
+
+
+def row_checksums(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The `checksum` of every row, (rows,) int64."""
+    return np.array([checksum(row, label) for row, label in zip(rows, labels.tolist(), strict=True)], np.int64)
+
+
+def rows_digest(arrays: dict[str, np.ndarray]) -> str:
+    """Hash of a shard's rows, tensor by tensor in the order of their names, and then of their labels."""
+    digest = hashlib.sha256()
+    for name in [*sorted(arrays.keys() - {"labels"}), "labels"]:
+        digest.update(arrays[name])
+    return digest.hexdigest()
+
+
+def metadata_digest(metadata: dict[str, str]) -> str:
+    """Hash of a shard's metadata, but for itself."""
+    others = sorted(item for item in metadata.items() if item[0] != "metadata_digest")
+    return hashlib.sha256(json.dumps(others).encode()).hexdigest()
+
+
+def write_shard(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write contiguous arrays of equally many rows, one of them `labels` (rows,) int64, with checksums and hashes.
+
+    `path` holds what it held, if anything, or all of the shard, whose bytes the arguments decide.
 
     Raises:
         OSError: the file cannot be written, for want of space above all; it names `path`.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    metadata = {**metadata, "digest": rows_digest(arrays)}
+    metadata["metadata_digest"] = metadata_digest(metadata)
+    checksums = {f"{name}.crc": row_checksums(rows, arrays["labels"]) for name, rows in arrays.items()}
+    del checksums["labels.crc"]
+    tensors = {**checksums, "labels": arrays["labels"], **arrays}  # those of 8 bytes first, which aligns all
+    header, end = {"__metadata__": metadata}, 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with written_whole(path) as file:  # not by safetensors, which orders metadata at random
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(array.reshape(-1).view(np.uint8))
+    sync_folder(path.parent)
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from None
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+def is_made_by(path: Path, plan: str) -> bool:
+    """Whether there is a shard, whole by its size and header, that was made by `plan`."""
+    metadata = shard_metadata(path)
+    hashed = metadata.get("metadata_digest") in (None, metadata_digest(metadata))
+    return metadata.get("plan") == plan and hashed
 
 
 def refuse_other_shards(directory: Path, plan: str, expected: Collection[str], what: str) -> None:
@@ -68,22 +116,142 @@ def refuse_other_shards(directory: Path, plan: str, expected: Collection[str], w
             raise UserError(f"{directory} holds shards of {what}")
 
 
-def read_index(directory: Path, form: str, remedy: str) -> dict:
-    """The index.json of a folder of shards in format `form`; `remedy` says how to get one.
+def misfit(value: object, form: object, where: str = "") -> str | None:
+    """What in a JSON value is not of a form, in words, or None.
+
+    A form is a type (int: a whole number of at least 0, object: anything), a list of the form of all entries, a tuple
+    of the forms of each, or a dict of the keys that have to be there, with their forms.
+    """
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{where} is {reprlib.repr(value)}, expected a mapping".lstrip()
+        if missing := [key for key in form if key not in value]:
+            return f"{where} lacks {missing[0]!r}".lstrip()
+        parts = [(f"{where}.{key}".lstrip("."), value[key], part) for key, part in form.items()]
+    elif isinstance(form, list | tuple):
+        forms = form if isinstance(form, tuple) else form * len(value) if isinstance(value, list) else ()
+        if not isinstance(value, list) or len(value) != len(forms):
+            count = f" of {len(form)} entries" if isinstance(form, tuple) else ""
+            return f"{where} is {reprlib.repr(value)}, expected a list{count}"
+        parts = [(f"{where}[{i}]", entry, part) for i, (entry, part) in enumerate(zip(value, forms, strict=True))]
+    else:
+        kinds = {int: "a whole number of at least 0", float: "a number", str: "text", bool: "true or false"}
+        right = isinstance(value, int | float if form is float else form)
+        if form in (int, float):
+            right = right and not isinstance(value, bool) and (form is float or value >= 0)
+        return None if right else f"{where} is {reprlib.repr(value)}, expected {kinds[form]}"
+    return next(filter(None, (misfit(entry, part, name) for name, entry, part in parts)), None)
+
+
+def misnamed_shard(index: dict) -> str | None:
+    """What is wrong with the file names in an index, or None: they have to be plain names, each there once.
+
+    A name with a path in it would lead out of the index's folder.
+    """
+    names = [shard["file"] for shard in index["shards"]]
+    for i, name in enumerate(names):
+        if name in ("", "..") or Path(name).name != name or not name.isprintable():
+            return f"shards[{i}].file is {reprlib.repr(name)}, expected the name of a file beside it"
+    if len(set(names)) < len(names):
+        return f"{next(name for name in names if names.count(name) > 1)} is listed twice"
+    return None
+
+
+def read_index(directory: Path, form: str, fields: dict, remedy: str) -> dict:
+    """The index.json of a folder of shards in format `form`.
+
+    Args:
+        directory: where it lies.
+        form: what its "format" has to be.
+        fields: the form that `misfit` takes of whatever else is read from it but "shards".
+        remedy: how to get one.
 
     Raises:
-        UserError: it is missing, damaged or of another format.
+        UserError: it is missing, damaged or of another format, or names files outside of `directory`.
     """
     path = directory / "index.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; {remedy}")
     try:
         index = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); {remedy}") from None
     if not isinstance(index, dict) or index.get("format") != form:
         raise UserError(f"{path}: not an index of {form}; {remedy}")
+    if wrong := misfit(index, {**fields, "shards": SHARD_LIST}) or misnamed_shard(index):
+        raise UserError(f"{path}: damaged ({wrong}); {remedy}")
     return index
+
+
+def other_layout(shard, layout: Layout, rows: int) -> str | None:
+    """How the tensors of an open shard differ from what they should be by their headers, in words, or None."""
+    checksums = {f"{name}.crc": ("I64", ()) for name in layout if f"{name}.crc" in shard.keys()}  # noqa: SIM118
+    expected = {"labels": ("I64", ()), **layout, **checksums}
+    if strangers := sorted(set(shard.keys()) - set(expected)):
+        return f"holds {strangers[0]!r}, which no such shard has"
+    for name, (dtype, shape) in expected.items():
+        if name not in shard.keys():  # noqa: SIM118
+            return f"holds no {name}"
+        part = shard.get_slice(name)
+        found = (part.get_dtype(), tuple(part.get_shape()))
+        if found != (dtype, (rows, *shape)):
+            return f"holds {name} of {found[0]} {found[1]}, but index.json says {dtype} {(rows, *shape)}"
+    return None
+
+
+def damage(path: Path, layout: Layout, rows: int, remedy: str) -> str | None:
+    """What is wrong with a shard by its size and header, and what to do, or None; data are not read."""
+    shard = open_shard(path)
+    if shard is None:
+        return f"{path}: {'damaged' if path.is_file() else 'no such file, but index.json lists it'}; {remedy}"
+    wrong = other_layout(shard, layout, rows)
+    return wrong and f"{path}: {wrong}; delete it and {remedy}"
+
+
+def own_layout(shard) -> tuple[Layout, int]:
+    """Tensors and rows of an open shard by its own header, for where no index says what they should be."""
+    shapes = {
+        name: (shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape()) for name in set(shard.keys())
+    }
+    rows = next(iter(shapes.get("labels", ("", [0]))[1]), 0)
+    tensors = (name for name in shapes if name != "labels" and not name.endswith(".crc"))
+    return {name: (shapes[name][0], tuple(shapes[name][1][1:])) for name in tensors}, rows
+
+
+class ShardFacts(NamedTuple):
+    """What reading all of a shard gives."""
+
+    rows: int
+    bytes: int
+    metadata: dict[str, str]
+    digest: str  # of the rows that are there
+    labels: list[int]  # the lowest and the highest, if there are rows
+    damage: str | None  # in words
+
+
+def examine(path: Path) -> ShardFacts:
+    """Read a shard that is whole by its size and header into memory, and compare it to its checksums and hashes.
+
+    Shards from before there were any have nothing to be compared to.
+    """
+    shard = open_shard(path)
+    metadata = shard.metadata() or {}
+    arrays = {name: shard.get_tensor(name) for name in set(shard.keys())}
+    checksums = {name: arrays.pop(name) for name in list(arrays) if name.endswith(".crc")}
+    labels, digest = arrays["labels"], rows_digest(arrays)
+    bad = set()
+    for name, stored in checksums.items():
+        found = row_checksums(arrays[name.removesuffix(".crc")], labels)
+        bad.update(np.flatnonzero(found != stored).tolist())
+    wrong = None
+    if bad:
+        wrong = f"row {min(bad)}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''} damaged (checksum differs)"
+    elif digest != metadata.get("digest", digest):
+        wrong = "damaged (its hash differs)"
+    elif checksums and metadata.get("metadata_digest") != metadata_digest(metadata):
+        wrong = "damaged (the hash of its metadata differs)"
+    extremes = [int(labels.min()), int(labels.max())] if len(labels) else []
+    return ShardFacts(len(labels), path.stat().st_size, metadata, digest, extremes, wrong)
 
 
 class Shards:
@@ -91,39 +259,57 @@ class Shards:
 
     Args:
         directory: where they lie.
-        index: as from `read_index`, with "shards" [{"file", "images"}, ...].
+        index: as from `read_index`.
+        layout: what tensors they hold beside labels.
         remedy: how to get a shard again.
 
     Raises:
-        UserError: a shard is missing or cut short, or there are no rows.
+        UserError: a shard is missing, cut short or not what the index says, or there are no rows.
     """
 
-    def __init__(self, directory: Path, index: dict, remedy: str):
+    def __init__(self, directory: Path, index: dict, layout: Layout, remedy: str):
+        self.num_classes, self.remedy = index["num_classes"], remedy
         self.paths = [directory / shard["file"] for shard in index["shards"]]
         self.sizes = [shard["images"] for shard in index["shards"]]
         self.ends = list(accumulate(self.sizes))
-        for path in self.paths:
-            if not shard_metadata(path):
-                state = "damaged" if path.is_file() else "no such file, but index.json lists it"
-                raise UserError(f"{path}: {state}; {remedy}")
+        for path, rows in zip(self.paths, self.sizes, strict=True):
+            if wrong := damage(path, layout, rows, remedy):
+                raise UserError(wrong)
         if not len(self):
             raise UserError(f"{directory} holds no images")
-        self.opened: dict[int, object] = {}
+        self.opened: dict[int, tuple] = {}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def row(self, i: int, names: tuple[str, ...]) -> list:
-        """Row `i` of the named tensors."""
+    def row(self, i: int, name: str) -> tuple:
+        """Row `i` of tensor `name`, a torch tensor, and its label, an int.
+
+        Raises:
+            UserError: they are not what was written (shards from before there were checksums are read unchecked), or
+                the index knows of fewer classes.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         number = bisect_right(self.ends, i)
         if number not in self.opened:
-            from safetensors import safe_open
-
-            self.opened[number] = safe_open(self.paths[number], "pt")
-        first = self.ends[number - 1] if number else 0
-        return [self.opened[number].get_slice(name)[i - first] for name in names]
+            shard = open_shard(self.paths[number], "pt")
+            if shard is None:
+                raise UserError(f"{self.paths[number]}: was changed or removed meanwhile; {self.remedy}")
+            self.opened[number] = shard, set(shard.keys())
+        shard, names = self.opened[number]
+        k = i - (self.ends[number - 1] if number else 0)
+        row, label = shard.get_slice(name)[k], int(shard.get_slice("labels")[k])
+        if f"{name}.crc" in names and checksum(row.numpy(), label) != int(shard.get_slice(f"{name}.crc")[k]):
+            raise UserError(
+                f"{self.paths[number]}: row {k} damaged (checksum differs); delete the file and {self.remedy}"
+            )
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.paths[number]}: row {k} has label {label}, but index.json says {self.num_classes} classes; "
+                f"delete both and {self.remedy}"
+            )
+        return row, label
 
     def __getstate__(self) -> dict:
         # memory maps do not travel to spawned workers; each opens its own

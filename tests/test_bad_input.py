@@ -1,10 +1,12 @@
 """The table of docs/errors.md, row by row: each mistake gives its one line and exit code 2, and spoils nothing."""
 
+import json
 import os
 import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,13 @@ import torch
 from PIL import Image
 
 import files
+import image_files
 import preprocessing
 import published
 from images import make_data
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command
+from test_files import bomb_png
+from test_generate import flip_a_bit
 from training.checkpoint import vae_files
 
 TABLE = {
@@ -46,7 +51,11 @@ CASES = {
     "data-other-size": "--resolution 64",
     "shard-missing": "--data-dir {missing}",
     "shard-truncated": "--data-dir {truncated}",
+    "shard-flipped": "--data-dir {flipped} --exp-name flipped",
+    "shard-rows-disagree": "--data-dir {swapped}",
     "index-damaged": "--data-dir {damaged}",
+    "index-malformed": "--data-dir {malformed}",
+    "index-path-outside": "--data-dir {outside}",
     "labels-too-many": "--num-classes 2",
     "batch-indivisible": "--batch-size 5 --gradient-accumulation-steps 2",
     "batch-too-large": "--batch-size 64",
@@ -79,6 +88,7 @@ CASES = {
     "latents-other-vae": "--vae-ckpt {other_vae}",
     "latents-other-images": "--vae-latents-name other-images",
     "latents-truncated": "--vae-latents-name truncated",
+    "latents-flipped": "--vae-latents-name flipped --exp-name flipped-latents",
     "latents-batch": "--batch-size 64",
     "cache-arch-unknown": "--vae-arch f16d33",
     "cache-weights-missing": "--vae-ckpt-path nowhere.pt",
@@ -120,6 +130,8 @@ CASES = {
     "evaluate-mixed": "--samples {sets}/mixed",
     "evaluate-grey": "--samples {sets}/grey",
     "evaluate-damaged": "--samples {sets}/damaged",
+    "evaluate-bomb": "--samples {sets}/bomb",
+    "evaluate-npz-bomb": "--samples {sets}/bomb.npz",
     "evaluate-empty": "--samples {empty}",
     "evaluate-no-images": "--reference {sets}/stats.npz --features inception --metrics fid,precision",
     "evaluate-no-statistics": "--reference {sets}/stats.npz",
@@ -136,6 +148,9 @@ CASES = {
     "evaluate-features": "--features incepton",
     "evaluate-weights": "--features inception",
     "evaluate-vae-data": "--vae {vae}",
+    "verify": "--verify {flipped}",
+    "verify-index": "--verify {malformed}/images",
+    "verify-nothing": "--verify {empty}",
 }
 
 
@@ -172,7 +187,7 @@ def write_sets(root: Path, places: dict) -> None:
     places["sets"] = root / "sets"
     good = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     big = np.zeros((48, 48, 3), np.uint8)
-    for name in ("mixed", "grey", "damaged"):
+    for name in ("mixed", "grey", "damaged", "bomb"):
         (places["sets"] / name).mkdir(parents=True)
     for name, array in {
         "good": good,
@@ -195,7 +210,17 @@ def write_sets(root: Path, places: dict) -> None:
     Image.fromarray(good[0]).save(places["sets"] / "mixed/0.png")
     Image.fromarray(big).save(places["sets"] / "mixed/1.png")
     Image.fromarray(good[0]).convert("L").save(places["sets"] / "grey/0.png")
+    (places["sets"] / "bomb/0.png").write_bytes(bomb_png(100_000))
+    np.savez_compressed(places["sets"] / "bomb.npz", arr_0=np.zeros((100, 32, 32, 3), np.uint8))
     (places["sets"] / "damaged/0.png").write_bytes((places["sets"] / "mixed/0.png").read_bytes()[:60])
+
+
+def edit_index(data: Path, edit: Callable[[dict], object]) -> None:
+    """Change the index of a data directory's images."""
+    path = data / "images/index.json"
+    index = json.loads(path.read_text())
+    edit(index)
+    path.write_text(json.dumps(index))
 
 
 def write_data(root: Path, places: dict) -> None:
@@ -205,8 +230,15 @@ def write_data(root: Path, places: dict) -> None:
         places["data"] = make_data(root / "good", per_class=6)
     for side in (34, 36):
         places[f"data{side}"] = make_data(root / str(side), per_class=2, resolution=side)
-    for name in ("missing", "truncated", "damaged"):
+    for name in ("missing", "truncated", "damaged", "flipped", "swapped", "malformed", "outside"):
         places[name] = shutil.copytree(places["data"], root / name)
+    for path in (places["flipped"] / "images").glob("*.safetensors"):
+        flip_a_bit(path)
+    shutil.copyfile(places["data"] / "images/00000.safetensors", places["swapped"] / "images/00004.safetensors")
+    edit_index(places["malformed"], lambda index: index["shards"][1].update(images="four"))
+    edit_index(
+        places["outside"], lambda index: index["shards"][1].update(file="../../good/data/images/00001.safetensors")
+    )
     (places["missing"] / "images/00001.safetensors").unlink()
     for path in (places["truncated"] / "images/00001.safetensors", places["damaged"] / "images/index.json"):
         path.write_bytes(path.read_bytes()[:150])
@@ -231,6 +263,9 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     shutil.copytree(found["data"] / "latents", found["data"] / "truncated")
     path = found["data"] / "truncated/00000.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
+    shutil.copytree(found["data"] / "latents", found["data"] / "flipped")
+    for path in (found["data"] / "flipped").glob("*.safetensors"):
+        flip_a_bit(path)
     found["taken"] = root / "taken"
     published.write_vae(found["taken"] / "sdvae", seed=5)
     assert call("generate.py", *good_flags("generate.py", found))[0] == 0
@@ -255,6 +290,7 @@ def good_flags(script: str, places: dict) -> list:
             *("--samples", places["sets"] / "good.npz", "--reference", places["sets"] / "good.npz"),
             *("--features", "efficientnet-lite0", "--num-workers", 0, "--output", places["root"] / "result.json"),
         ],
+        "dataset.py": ["--verify", places["data"]],
         "generate.py": [
             *("--exp-path", places.get("joint"), "--sample-dir", places["root"] / "samples"),
             *("--num-fid-samples", 2, "--num-steps", 2),
@@ -279,6 +315,8 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
         full = shutil.disk_usage(places["root"])._replace(free=1000)
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path: full)
     good = good_flags(script, places)
+    if case == "evaluate-npz-bomb":
+        monkeypatch.setattr(image_files, "memory_bytes", lambda: 300_000)
     if case == "flag-missing":
         good.remove("--exp-name")
         good.remove("bad")

@@ -1,9 +1,11 @@
 """Cached latents and the reference's HDF5 data, as training reads them."""
 
+import hashlib
 import io
 import json
 import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from errors import UserError
 from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
 from scripts import call
+from test_files import bomb_png, shard_arrays, without_checksums
 from train_ldm_only import check_vae
 from training.checkpoint import fingerprint
 
@@ -68,7 +71,7 @@ def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, vae, dtype
         torch.testing.assert_close(moments, moments_of(mirrored), **tolerance)
     stored = (data / dtype / "00001.safetensors").stat().st_size
     rows = 4 * 2 * 8 * 8 * 8 * (2 if dtype == "float16" else 4)
-    assert rows < stored < rows + 1000
+    assert rows < stored < rows + 1500
 
 
 def test_the_index_holds_the_vaes_fingerprint_and_statistics(data, vae):
@@ -168,7 +171,9 @@ def test_latents_can_be_cached_from_hdf5_images(data, hdf5, vae):
         torch.testing.assert_close(one[i][2], two[i][2])
 
 
-@pytest.mark.parametrize("damage", ["no list", "bad list", "no label", "cut", "missing", "other labels"])
+@pytest.mark.parametrize(
+    "damage", ["no list", "bad list", "nested list", "no label", "negative label", "cut", "missing", "other labels"]
+)
 def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, damage):
     folder = shutil.copytree(hdf5, tmp_path / "copy")
     listing = folder / "images_h5.json"
@@ -177,6 +182,15 @@ def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, damage):
         listing.unlink()
     elif damage == "bad list":
         listing.write_text("{")
+    elif damage == "nested list":
+        listing.write_text("[" * 100_000)
+    elif damage == "negative label":
+        import h5py
+
+        labels = json.dumps({"labels": [[name, -1] for name in names]}).encode()
+        with h5py.File(folder / "images.h5", "a") as file:
+            del file["dataset.json"]
+            file.create_dataset("dataset.json", data=np.frombuffer(labels, np.uint8))
     elif damage == "no label":
         listing.write_text(json.dumps([*names, "00000/more.png"]))
     elif damage == "cut":
@@ -206,7 +220,7 @@ def test_a_forked_process_opens_its_own_hdf5_handle(hdf5):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("damage", ["no image", "other size", "other moments"])
+@pytest.mark.parametrize("damage", ["no image", "bomb", "huge", "a group", "other size", "other moments"])
 def test_hdf5_content_that_differs_is_one_clear_line(hdf5, vae, tmp_path, damage):
     import h5py
 
@@ -216,20 +230,164 @@ def test_hdf5_content_that_differs_is_one_clear_line(hdf5, vae, tmp_path, damage
     Image.new("RGB", (16, 16)).save(small := io.BytesIO(), "png")
     content = {
         "no image": np.frombuffer(b"nothing", np.uint8),
+        "bomb": np.frombuffer(bomb_png(100_000), np.uint8),
+        "huge": None,
+        "a group": None,
         "other size": np.frombuffer(small.getvalue(), np.uint8),
         "other moments": np.zeros((8, 4, 4), np.float32),
     }[damage]
     with h5py.File(folder / f"{name}.h5", "a") as file:
         del file[entry]
-        file.create_dataset(entry, data=content)
+        if damage == "a group":
+            file.create_group(entry)
+        elif damage == "huge":
+            file.create_dataset(entry, (10**15,), np.uint8, chunks=(1000,))
+        else:
+            file.create_dataset(entry, data=content)
     if damage == "other moments":
         with pytest.raises(UserError, match=f"{entry} has shape"):
             open_latents(folder, "e2e-vavae")[4]
         return
-    stderr = cache(folder, vae, "--num-workers", "1", name="broken", code=2)
+    workers = "1" if damage == "no image" else "0"
+    stderr = cache(folder, vae, "--num-workers", workers, name="broken", code=2)
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert entry in line
+    words = {"bomb": "more than 89478485 pixels", "huge": "claims 1000000.0 GB", "a group": "holds no"}
+    assert words.get(damage, "") in line
     assert "Traceback" not in stderr
+
+
+def flip(path, row: int, name: str) -> None:
+    """Flip a bit in a row of one of a shard's tensors."""
+    arrays, _ = shard_arrays(path)
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    offset = json.loads(path.read_bytes()[8 : 8 + size])[name]["data_offsets"][0]
+    with open(path, "rb+") as file:
+        file.seek(8 + size + offset + row * arrays[name][0].nbytes + arrays[name][0].nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+
+
+def test_every_row_has_the_crc32_of_its_bytes_and_its_label(data, vae):
+    cache(data, vae, "--dtype", "float16", "--mirrored", name="summed")
+    for path, names in (("images", ["pixels"]), ("summed", ["mirrored", "moments"])):
+        arrays, metadata = shard_arrays(data / path / "00001.safetensors")
+        assert arrays.keys() == {"labels", *names, *(f"{name}.crc" for name in names)}
+        digest = hashlib.sha256()
+        for name in names:
+            rows = zip(arrays[name], arrays["labels"], strict=True)
+            expected = [zlib.crc32(row.tobytes() + label.tobytes()) for row, label in rows]
+            assert arrays[f"{name}.crc"].tolist() == expected
+            digest.update(arrays[name].tobytes())
+        digest.update(arrays["labels"].tobytes())
+        assert metadata["digest"] == digest.hexdigest()
+
+
+@pytest.mark.parametrize("name", ["pixels", "labels", "pixels.crc"])
+def test_a_flipped_bit_is_noticed_when_its_row_is_read(data, tmp_path, name):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    flip(copy / "images/00001.safetensors", 2, name)
+    images = open_images(copy)
+    for i in set(range(18)) - {6}:
+        images[i]
+    with pytest.raises(UserError) as error:
+        images[6]
+    expected = (
+        f"{copy}/images/00001.safetensors: row 2 damaged (checksum differs); delete the file and run preprocessing.py "
+        f"with --output-path {copy} to the end"
+    )
+    assert str(error.value) == expected
+
+
+def test_mirrored_latents_have_checksums_of_their_own(data, vae, tmp_path):
+    cache(data, vae, "--mirrored", name="both")
+    copy = shutil.copytree(data, tmp_path / "copy")
+    flip(copy / "both/00002.safetensors", 1, "mirrored")
+    latents = open_latents(copy, "both")
+    assert torch.equal(latents[9][2], open_latents(data, "both")[9][2])
+    with pytest.raises(UserError, match="00002.safetensors: row 1 damaged .*run cache_latents.py"):
+        latents[18 + 9]
+
+
+def test_shards_from_before_checksums_are_read_and_continued(data, vae, tmp_path, monkeypatch):
+    cache(data, vae, name="older")
+    copy = shutil.copytree(data, tmp_path / "copy")
+    for path in (*(copy / "images").glob("*.safetensors"), *(copy / "older").glob("*.safetensors")):
+        without_checksums(path)
+    before = [(copy / name / "00002.safetensors").read_bytes() for name in ("images", "older")]
+    latents, whole = open_latents(copy, "older", open_images(copy)), open_latents(data, "older", open_images(data))
+    for i in range(18):
+        assert all(map(torch.equal, map(torch.as_tensor, latents[i]), map(torch.as_tensor, whole[i])))
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
+    preprocessing.preprocess(data.parent / "tree", copy, 32, 1, None)
+    cache(copy, vae, name="older")
+    assert before == [(copy / name / "00002.safetensors").read_bytes() for name in ("images", "older")]
+
+
+MISFITS = {
+    "shards": {"shards": None},
+    "no-shard-list": {"shards": {"file": "00000.safetensors", "images": 4}},
+    "no-size": {"shards": [{"file": "00000.safetensors"}]},
+    "negative": {"shards": [{"file": "00000.safetensors", "images": -4}]},
+    "truth": {"shards": [{"file": "00000.safetensors", "images": True}]},
+    "twice": {"shards": [{"file": "00000.safetensors", "images": 4}] * 2},
+    "absolute": {"shards": [{"file": "/etc/passwd", "images": 4}]},
+    "above": {"shards": [{"file": "../00000.safetensors", "images": 4}]},
+    "parent": {"shards": [{"file": "..", "images": 4}]},
+    "below": {"shards": [{"file": "a/00000.safetensors", "images": 4}]},
+    "empty": {"shards": [{"file": "", "images": 4}]},
+    "lines": {"shards": [{"file": "a\nb", "images": 4}]},
+    "number": {"shards": [{"file": 7, "images": 4}]},
+    "resolution": {"resolution": "32"},
+    "resolution-other": {"resolution": 16},
+    "classes": {"num_classes": 2.5},
+    "fingerprint": {"fingerprint": None},
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_an_index_that_holds_what_it_should_not_is_one_clear_line(data, tmp_path, case):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    path = copy / "images/index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, **MISFITS[case]}))
+    with pytest.raises(UserError) as error:
+        open_images(copy)
+    assert str(error.value).startswith(f"{copy}/images/")
+    assert "run preprocessing.py" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["shape", "dtype", "mirrored", "statistics", "num_classes", "vae_fingerprint"])
+def test_a_latent_index_that_lacks_or_misstates_something_is_one_clear_line(data, vae, tmp_path, key):
+    cache(data, vae, name="stated")
+    copy = shutil.copytree(data / "stated", tmp_path / "stated")
+    index = json.loads((copy / "index.json").read_text())
+    for changed in ({**index, key: [1, 2]}, {name: value for name, value in index.items() if name != key}):
+        (copy / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=rf"stated/index.json: damaged \(.*{key}.*\); run cache_latents.py"):
+            open_latents(tmp_path, "stated")
+    (copy / "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="damaged"):
+        open_latents(tmp_path, "stated")
+
+
+def test_labels_that_the_index_knows_nothing_of_are_one_clear_line(data, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    path = copy / "images/index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_classes": 2}))
+    images = open_images(copy)
+    assert images[0][1] == 0
+    with pytest.raises(UserError, match="row 1 has label 2, but index.json says 2 classes"):
+        images[17]
+
+
+def test_shards_may_lie_elsewhere_behind_links(data, tmp_path):
+    (tmp_path / "linked/images").mkdir(parents=True)
+    for path in (data / "images").iterdir():
+        (tmp_path / "linked/images" / path.name).symlink_to(path)
+    assert torch.equal(open_images(tmp_path / "linked")[17][0], open_images(data)[17][0])
 
 
 def test_a_shard_without_images_is_cached_as_one(tmp_path, vae, monkeypatch):

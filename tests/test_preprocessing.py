@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dataset import ImageDataset, open_images
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
+from test_files import bomb_png
 
 
 def rows(data) -> list[tuple[np.ndarray, int]]:
@@ -132,6 +134,26 @@ def test_broken_files_are_counted_and_listed(tmp_path):
     assert all(listed.values())
 
 
+def test_images_that_announce_more_pixels_than_memory_should_hold_are_listed_before_they_are_decoded(
+    tmp_path, monkeypatch
+):
+    tree = make_tree(tmp_path / "tree", 1)
+    (tree / "ape/bomb.png").write_bytes(bomb_png(100_000))
+    (tree / "ape/large.png").write_bytes(bomb_png(9460))  # just above the bound, where Pillow only warns
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail(f"{image.size} was decoded"))
+    for name in ("bomb", "large"):
+        with pytest.raises(ValueError, match="more than 89478485 pixels"), warnings.catch_warnings(record=True) as seen:
+            preprocessing.read_image(tree / f"ape/{name}.png", 32)
+        assert not seen
+    monkeypatch.undo()
+    index, skipped = preprocess(tree, tmp_path / "data", 32, 1, None)
+    assert (index["images"], index["skipped"]) == (3, 2)
+    assert {(entry.path, entry.reason) for entry in skipped} == {
+        ("ape/bomb.png", "ValueError: more than 89478485 pixels"),
+        ("ape/large.png", "ValueError: more than 89478485 pixels"),
+    }
+
+
 def test_links_in_a_circle_end(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         (tmp_path / name).mkdir()
@@ -172,6 +194,48 @@ def test_interrupting_ends_at_once(tmp_path):
     assert not (tmp_path / "data/images/index.json").exists()
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(child) for child in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_main_process_that_is_killed_and_the_same_command_continues(tmp_path):
+    (tmp_path / "tree/only").mkdir(parents=True)
+    photo(0, 600, 600).save(tmp_path / "photo.png")
+    for i in range(2000):
+        (tmp_path / f"tree/only/{i:04d}.png").symlink_to(tmp_path / "photo.png")
+    flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)
+    command = [sys.executable, "preprocessing.py", *map(str, flags), "--num-workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    images = tmp_path / "data/images"
+    while not list(images.glob("*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = children(process)
+    assert len(workers) == 2
+    assert all(map(is_running, workers))
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers live on"
+        time.sleep(0.1)
+    kept = {path: path.stat().st_mtime_ns for path in images.glob("*.safetensors")}
+    (images / ".00003.safetensors.1.tmp").write_bytes(b"half")
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted(path.name for path in images.iterdir()) == [
+        *(".lock", *(f"{i:05d}.safetensors" for i in range(4)), "index.json", "skipped.txt"),
+    ]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
 def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 2)
     tree = make_tree(tmp_path / "tree", 3)
@@ -182,6 +246,9 @@ def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):
         assert la == lb
     shards = sorted((tmp_path / "one/images").glob("*.safetensors"))
     assert len(shards) == 5
+    assert [path.read_bytes() for path in shards] == [
+        path.read_bytes() for path in sorted((tmp_path / "three/images").glob("*.safetensors"))
+    ]
     whole = shards[1].read_bytes()
     shards[0].unlink()  # as if interrupted before it was written
     shards[1].write_bytes(whole[: len(whole) // 2])  # cut short

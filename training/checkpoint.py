@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import math
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,8 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols: what cannot be read, the error says
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (UserError, MemoryError):
         raise

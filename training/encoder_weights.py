@@ -150,7 +150,9 @@ def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[st
     """
     if damaged := archive.testzip():
         raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
-    if any(b"__setstate__" in archive.read(name) for name in archive.namelist() if name.endswith(".py")):
+    reader = torch._C.PyTorchFileReader(str(path))  # finds names as torch.jit.load does, whatever their case
+    sources = (name for name in reader.get_all_records() if name.lower().endswith(".py"))
+    if any(b"__setstate__" in reader.get_record(name) for name in sources):
         raise UserError(f"{what} {path}: a TorchScript archive that runs code when loaded; expected one of weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the format is deprecated, but CLIP's weights come in it

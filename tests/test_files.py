@@ -1,0 +1,463 @@
+"""Files that are damaged, and disks that are full or read-only: one clear line, nothing lost, and the way back."""
+
+import contextlib
+import io
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import dataset
+import preprocessing
+import published
+from dataset import open_images
+from errors import UserError
+from image_sets import map_member
+from images import make_data, make_tree
+from sample_files import read_png
+from scripts import ROOT, TINY, TINY_SIT, call, records, run
+from test_generate import flip_a_bit
+from training.checkpoint import vae_files
+
+NOBODY = 65534
+OUT = "out"  # below the places of `work`, what scripts write to
+
+
+def bomb_png(side: int) -> bytes:
+    """A PNG of a few bytes whose header announces side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def shard_arrays(path) -> tuple[dict, dict]:
+    """A shard's arrays and metadata, by safetensors' own reader."""
+    with safe_open(path, "np") as shard:
+        return {name: shard.get_tensor(name) for name in shard.keys()}, shard.metadata()  # noqa: SIM118
+
+
+def without_checksums(path) -> None:
+    """Make a shard what it was before there were checksums; image shards had their digest."""
+    arrays, metadata = shard_arrays(path)
+    del metadata["metadata_digest"]
+    if "moments" in arrays:
+        del metadata["digest"]
+    save_file({name: array for name, array in arrays.items() if not name.endswith(".crc")}, path, metadata)
+
+
+def quietly(script: str, *flags: object) -> tuple[int, str, str]:
+    """Run a script's main in this process; exit code, stdout and stderr, none of which reaches a file."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        code, stderr = call(script, *flags)
+    return code, stdout.getvalue(), stderr
+
+
+def error_line(stderr: str) -> str:
+    """The one line that begins with `error: `, which is the last."""
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert line == stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but locks."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def work() -> Iterator[Path]:
+    """A tree of images, data in five shards, a VAE and a joint run, where any user can read them."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
+        make_data(root, per_class=6)
+    published.write_vae(root / "vae")
+    published.write_run(root / "joint", joint=True)
+    images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    np.savez(root / "images.npz", arr_0=images)
+    yield root
+    shutil.rmtree(root)
+
+
+def flags_of(script: str, work: Path) -> tuple:
+    """Flags with which a script writes to the folder OUT."""
+    return {
+        "preprocessing.py": (
+            *("--imagenet-path", work / "tree", "--output-path", work / OUT),
+            *("--resolution", 32, "--num-workers", 2),
+        ),
+        "cache_latents.py": (
+            *("--vae-arch", published.VAE, "--vae-ckpt-path", work / "vae/sdvae.pt", "--vae-latents-name", "latents"),
+            *("--data-dir", work / "data", "--output-dir", work / OUT, "--num-workers", 0),
+        ),
+        "generate.py": (
+            *("--exp-path", work / "joint", "--sample-dir", work / OUT),
+            *("--num-fid-samples", 4, "--num-steps", 1, "--pproc-batch-size", 4),
+        ),
+        "evaluate.py": (
+            *("--samples", work / "images.npz", "--reference", work / "images.npz", "--num-workers", 0),
+            *("--features", "efficientnet-lite0", "--output", work / OUT / "result.json"),
+        ),
+        "save_vae_weights.py": (
+            *("--repae-ckpt", work / "joint/checkpoints/0400000.pt", "--save-dir", work / OUT, "--vae-name", "e2e"),
+        ),
+    }[script]
+
+
+# script -> the file of its output that is large, and what it removes before it writes
+OUTPUTS = {
+    "preprocessing.py": ("images/00002.safetensors", {"images/index.json"}),
+    "cache_latents.py": ("latents/00002.safetensors", set()),
+    "generate.py": ("joint_0400000_cfg1.5-0.0-1.0.npz", set()),
+    "evaluate.py": ("result.json", set()),
+    "save_vae_weights.py": ("e2e/e2e-discriminator-ckpt.pt", set()),
+}
+
+
+@pytest.fixture
+def out(work, monkeypatch) -> Iterator[Path]:
+    """The folder that scripts write to, empty."""
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
+    (work / OUT).mkdir()
+    yield work / OUT
+    (work / OUT).chmod(0o755)
+    shutil.rmtree(work / OUT)
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Within, no file of this process and its children can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("script", OUTPUTS)
+def test_a_full_disk_is_one_line_and_the_same_command_completes(work, out, script):
+    flags, (large, removed) = flags_of(script, work), OUTPUTS[script]
+    assert quietly(script, *flags)[0] == 0
+    whole = contents(out)
+    limit = len(whole[large]) // 2
+    for victim in (large, None):  # on top of what is there, and from nothing
+        if victim:
+            (out / victim).unlink()
+        else:
+            shutil.rmtree(out)
+            out.mkdir()
+        before = contents(out)
+        with files_limited_to(limit):
+            code, _, stderr = quietly(script, *flags)
+        assert code == 2, stderr
+        line = error_line(stderr)
+        assert line.startswith("error: [Errno 27] File too large")
+        assert line.endswith("; free some space and run the same again")
+        after = contents(out)
+        assert after.keys() >= before.keys() - removed
+        assert all(whole[name] == content for name, content in after.items()), "half a file, or another one"
+        assert not [name for name in after if name.endswith(".tmp")]
+        assert quietly(script, *flags)[0] == 0
+        assert contents(out) == whole
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Within, this process cannot write everywhere, as root can."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("script", OUTPUTS)
+def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out, script):
+    flags, (large, _) = flags_of(script, work), OUTPUTS[script]
+    assert quietly(script, *flags)[0] == 0
+    whole = contents(out)
+    (out / large).unlink()
+    folder = (out / large).parent
+    folder.chmod(0o555)
+    left = contents(out)
+    for case in ("something there", "nothing there"):
+        if case == "nothing there":
+            folder.chmod(0o755)
+            shutil.rmtree(out)
+            out.mkdir(mode=0o555)
+            left = {}
+        with another_user():
+            code, _, stderr = quietly(script, *flags)
+        assert code == 2, stderr
+        line = error_line(stderr)
+        assert str(out) in line
+        known = (
+            "cannot be written to",
+            "cannot be made (Permission denied)",
+            "not to be written to",
+            "Permission denied",
+        )
+        assert any(words in line for words in known), line
+        assert contents(out) == left
+    out.chmod(0o755)
+    assert quietly(script, *flags)[0] == 0
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("script", ["preprocessing.py", "cache_latents.py", "generate.py"])
+def test_a_folder_that_another_process_writes_to_is_left_alone(work, out, script):
+    flags = flags_of(script, work)
+    folder = {
+        "preprocessing.py": "images",
+        "cache_latents.py": "latents",
+        "generate.py": "joint_0400000_cfg1.5-0.0-1.0.parts",
+    }
+    holder = (
+        "import sys; from pathlib import Path; from files import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    line = [sys.executable, "-c", holder, str(out / folder[script])]
+    with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        left = out / folder[script] / ".half.1.tmp"
+        left.write_bytes(b"the other process's")
+        code, _, stderr = quietly(script, *flags)
+        assert code == 2
+        assert "another process is writing there; wait for it" in error_line(stderr)
+        assert left.exists()
+    assert quietly(script, *flags)[0] == 0
+    assert not left.exists()
+
+
+def verified(directory: Path, code: int = 0) -> tuple[list[str], str]:
+    """Run dataset.py --verify; the lines it prints, and its last line on stderr."""
+    found, stdout, stderr = quietly("dataset.py", "--verify", directory)
+    assert found == code, stdout + stderr
+    if code:
+        error_line(stderr)
+    return stdout.splitlines(), stderr.splitlines()[-1]
+
+
+def cached(work: Path, data: Path, *flags: object) -> None:
+    """Cache the latents of a copy of the data beside them."""
+    good = flags_of("cache_latents.py", work)
+    code, _, stderr = quietly("cache_latents.py", *good, "--data-dir", data, "--output-dir", data, *flags)
+    assert code == 0, stderr
+
+
+@pytest.fixture
+def copied(work, tmp_path, monkeypatch) -> Path:
+    """A copy of the data, with latents."""
+    monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
+    shutil.copytree(work / "data", tmp_path / "data")
+    cached(work, tmp_path / "data", "--mirrored")
+    return tmp_path / "data"
+
+
+def test_verify_says_what_it_checked(copied):
+    (images, latents), _ = verified(copied)
+    right = "sizes, headers, checksums, hashes, labels and fingerprint are right"
+    size = sum(path.stat().st_size for path in (copied / "images").glob("*.safetensors"))
+    assert images == f"{copied}/images: 18 images in 5 shards, {size / 1e6:.1f} MB; {right}"
+    assert latents.startswith(f"{copied}/latents: 18 images in 5 shards")
+    assert verified(copied / "latents")[0] == [latents]
+    assert "no shards below it" in verified(copied.parent / "nothing", code=2)[1]
+
+
+def test_verify_follows_links_but_not_in_a_circle(copied, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/images").symlink_to(copied / "images")
+    (copied / "images/above").symlink_to(tmp_path / "links")
+    assert len(verified(tmp_path / "links")[0]) == 1
+
+
+def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(work, copied):
+    before = {name: json.loads((copied / name / "index.json").read_text()) for name in ("images", "latents")}
+    images, latents = copied / "images", copied / "latents"
+    flip_a_bit(images / "00000.safetensors")
+    (images / "00001.safetensors").unlink()
+    (images / "00002.safetensors").write_bytes((images / "00002.safetensors").read_bytes()[:-1])
+    shutil.copyfile(images / "00003.safetensors", images / "00009.safetensors")
+    shutil.copyfile(images / "00003.safetensors", images / "00004.safetensors")
+    flip_a_bit(latents / "00001.safetensors")
+    lines, last = verified(copied, code=2)
+    expected = {
+        images / "00000.safetensors": "damaged (checksum differs); delete the file and run preprocessing.py",
+        images / "00001.safetensors": "no such file, but index.json lists it; run preprocessing.py",
+        images / "00002.safetensors": "damaged; run preprocessing.py",
+        images / "00004.safetensors": "holds labels of I64 (4,), but index.json says I64 (2,); delete it and run",
+        images / "00009.safetensors": "index.json does not list it; delete it and run preprocessing.py",
+        latents / "00001.safetensors": "damaged (checksum differs); delete the file and run cache_latents.py",
+    }
+    assert len(lines) == len(expected)
+    for line, (path, words) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"{path}: ")
+        assert words in line
+    assert last == f"error: {copied}: 6 of 11 shards are damaged; what to do is said above"
+    for path in expected:
+        path.unlink(missing_ok=True)
+    preprocessing.preprocess(work / "tree", copied, 32, 1, None)
+    cached(work, copied, "--mirrored")
+    assert len(verified(copied)[0]) == 2
+    assert before == {name: json.loads((copied / name / "index.json").read_text()) for name in before}
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "words"),
+    [
+        ("images", {"fingerprint": "0"}, "damaged (its fingerprint is not that of its content)"),
+        ("images", {"images": 19}, "says 19 images, but its shards hold 18"),
+        ("images", {"resolution": None}, "damaged (resolution is None, expected a whole number"),
+        ("latents", {"image_fingerprint": "0"}, "damaged (its fingerprint is not that of its content)"),
+        ("latents", {"format": "other"}, "not an index of repae-latents/1"),
+    ],
+)
+def test_verify_names_an_index_that_is_not_its_shards(work, copied, name, edit, words):
+    path = copied / name / "index.json"
+    whole = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(whole), **edit}))
+    lines, last = verified(copied, code=2)
+    assert sum(line.startswith(f"{path}: {words}") for line in lines) == 1
+    assert "1 of 2 index.json are damaged" in last
+    path.unlink()
+    preprocessing.preprocess(work / "tree", copied, 32, 1, None)
+    cached(work, copied, "--mirrored")
+    assert json.loads(path.read_text()) == json.loads(whole)
+    verified(copied)
+
+
+def test_verify_names_labels_and_plans_that_do_not_belong(work, copied, tmp_path):
+    images = copied / "images"
+    index = json.loads((images / "index.json").read_text())
+    (images / "index.json").write_text(json.dumps({**index, "num_classes": 2}))
+    lines, last = verified(images, code=2)
+    assert lines == [
+        f"{images / name}: has label 2, but index.json says 2 classes; delete both and run preprocessing.py with "
+        f"--output-path {copied} to the end"
+        for name in ("00003.safetensors", "00004.safetensors")
+    ]
+    (images / "index.json").write_text(json.dumps(index))
+    other = make_data(tmp_path / "other", per_class=6)
+    shutil.copyfile(other / "images/00001.safetensors", images / "00001.safetensors")
+    (line,), last = verified(images, code=2)
+    assert line.startswith(f"{images}/00001.safetensors: of another plan than most; delete it and run preprocessing.py")
+    assert "1 of 5 shards are damaged" in last
+
+
+def test_verify_says_so_of_shards_from_before_checksums(copied):
+    for folder in ("images", "latents"):
+        without_checksums(copied / folder / "00001.safetensors")
+    (images, latents), _ = verified(copied)
+    assert "but 1 shards are older than checksums of rows: damage is not noticed when they are read" in images
+    assert "but 1 shards are older than checksums and could not be checked beyond size and header" in latents
+    flip_a_bit(copied / "images/00001.safetensors")
+    assert "00001.safetensors: damaged (its hash differs); delete the file" in verified(copied, code=2)[0][0]
+
+
+def test_verify_notices_any_bit_that_flips(tmp_path):
+    data = make_data(tmp_path, per_class=1, resolution=8)
+    path = data / "images/00000.safetensors"
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+        with pytest.raises(UserError):
+            dataset.verify(data)
+    path.write_bytes(whole)
+    verified(data)
+
+
+def test_a_sample_that_announces_too_many_pixels_is_one_line(tmp_path):
+    (tmp_path / "0.png").write_bytes(bomb_png(100_000))
+    with pytest.raises(UserError, match="0.png: damaged, or no sample of this set"):
+        read_png(tmp_path / "0.png", (32, 32, 3))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_array_that_claims_more_than_its_file_holds_is_one_line(tmp_path, compression):
+    claim = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**9, 3)}
+    np.lib.format.write_array_header_1_0(header := io.BytesIO(), claim)
+    with zipfile.ZipFile(tmp_path / "claim.npz", "w", compression) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    with pytest.raises(UserError, match=r"claim.npz: not a readable npz \(arr_0.npy says uint8 .* are not\)"):
+        map_member(tmp_path / "claim.npz", "arr_0.npy")
+
+
+@pytest.mark.slow
+def test_everything_works_behind_links_and_under_names_with_spaces_and_other_letters(tmp_path, vgg_weights):
+    root = tmp_path / "Größe und Ruß 数据"
+    for name in ("wirklich/data", "wirklich/exps"):
+        (root / name).mkdir(parents=True)
+    data, exps = root / "Daten 图", root / "Läufe"
+    data.symlink_to(root / "wirklich/data")
+    exps.symlink_to(root / "wirklich/exps", target_is_directory=True)
+    lpips, vae = root / "Maß.pt", published.write_vae(root / "Kodierer ä")
+    lpips.symlink_to(vgg_weights)
+    make_tree(root / "Bilder ß", per_class=6)
+    flags = ("--imagenet-path", root / "Bilder ß", "--resolution", 32, "--num-workers", 2)
+    run("preprocessing.py", *flags, "--output-path", data)
+    train = (*TINY, *TINY_SIT, "--data-dir", data, "--output-dir", exps, "--max-train-steps", 1)
+    disc = vae_files(vae).discriminator
+    joint = (*train, "--lpips-vgg-ckpt", lpips, "--vae-ckpt", vae, "--disc-pretrained-ckpt", disc)
+    run("train_repae.py", *joint, "--exp-name", "Übung 一")
+    checkpoint = exps / "Übung 一/checkpoints/0000001.pt"
+    for script, flags in (
+        ("save_vae_weights.py", ("--repae-ckpt", checkpoint, "--vae-name", "Ä ö", "--save-dir", exps)),
+        (
+            "cache_latents.py",
+            (
+                *("--vae-arch", published.VAE, "--vae-ckpt-path", exps / "Ä ö/Ä ö.pt", "--num-workers", 0),
+                *("--data-dir", data, "--output-dir", data, "--vae-latents-name", "Maße 四"),
+            ),
+        ),
+    ):
+        code, stderr = call(script, *flags)
+        assert code == 0, stderr
+    latents = ("--vae-latents-name", "Maße 四", "--vae-ckpt", exps / "Ä ö/Ä ö.pt", "--exp-name", "Eis é")
+    run("train_ldm_only.py", *train, *latents)
+    for name in ("Übung 一", "Eis é"):
+        assert [record["step"] for record in records(exps / name / "metrics.jsonl")] == [1]
+        flags = (
+            "--exp-path",
+            exps / name,
+            "--sample-dir",
+            root / "Proben 样",
+            "--num-fid-samples",
+            2,
+            "--num-steps",
+            1,
+        )
+        code, stderr = call("generate.py", *flags)
+        assert code == 0, stderr
+        pixels = np.load(root / f"Proben 样/{name}_0000001_cfg1.5-0.0-1.0.npz")["arr_0"]
+        assert pixels.shape == (2, 32, 32, 3)
+    assert data.is_symlink()
+    assert exps.is_symlink()
+    assert len(open_images(root / "wirklich/data")) == 18
+    done = run("dataset.py", "--verify", data)
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"{data}/Maße 四", f"{data}/images"]
+    assert {path.name for path in root.iterdir()} == {
+        *("wirklich", "Daten 图", "Läufe", "Maß.pt", "Kodierer ä", "Bilder ß", "Proben 样"),
+    }

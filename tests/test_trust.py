@@ -1,0 +1,328 @@
+"""Nothing from outside is executed: files that would run code when they are read, given to whatever reads files."""
+
+import ast
+import importlib
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import published
+from images import make_data
+from scripts import ROOT, TINY, TINY_SIT, call
+from training.checkpoint import vae_files
+
+
+class Executed:
+    """Unpickles to a call that makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, vgg_weights) -> dict[str, Path]:
+    """Good files, by name."""
+    root = tmp_path_factory.mktemp("trust")
+    found = {"root": root, "data": make_data(root, per_class=6), "vae": published.write_vae(root / "vae")}
+    found["vgg"] = vgg_weights
+    found["joint"] = published.write_run(root / "joint", joint=True)
+    found["frozen"] = published.write_run(root / "frozen", joint=False, vae_ckpt=found["vae"])
+    images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    np.savez(root / "images.npz", arr_0=images)
+    code, stderr = call("cache_latents.py", *good_flags("cache_latents.py", found, found["data"]))
+    assert code == 0, stderr
+    return found
+
+
+def good_flags(script: str, places: dict[str, Path], out: Path) -> list:
+    """Flags with which a script would do its work."""
+    train = (
+        *TINY,
+        *TINY_SIT,
+        "--data-dir",
+        places["data"],
+        "--output-dir",
+        out / "exps",
+        "--exp-name",
+        "run",
+        "--offline",
+    )
+    images = places["root"] / "images.npz"
+    return {
+        "train_vae.py": [*TINY, *train[len(TINY) + len(TINY_SIT) :], "--lpips-vgg-ckpt", places["vgg"]],
+        "train_repae.py": [*train, "--vae-ckpt", places["vae"], "--lpips-vgg-ckpt", places["vgg"]],
+        "train_ldm_only.py": [*train, "--vae-ckpt", places["vae"], "--vae-latents-name", "latents"],
+        "generate.py": [
+            *("--exp-path", places["frozen"].parent.parent, "--sample-dir", out / "samples"),
+            *("--num-fid-samples", 1, "--num-steps", 1),
+        ],
+        "save_vae_weights.py": ["--repae-ckpt", places["joint"], "--save-dir", out, "--vae-name", "e2e"],
+        "cache_latents.py": [
+            *("--vae-arch", published.VAE, "--vae-ckpt-path", places["vae"], "--vae-latents-name", "latents"),
+            *("--data-dir", places["data"], "--output-dir", out, "--num-workers", 0),
+        ],
+        "evaluate.py": [
+            *("--samples", images, "--reference", images, "--num-workers", 0, "--output", out / "result.json"),
+            *("--features", "efficientnet-lite0", "--offline"),
+        ],
+        "reconstruction": [
+            *("--vae", places["vae"], "--vae-arch", published.VAE, "--data-dir", places["data"], "--num-workers", 0),
+            *("--features", "efficientnet-lite0", "--offline", "--output", out / "result.json"),
+            *("--lpips-vgg-ckpt", places["vgg"]),
+        ],
+        "dataset.py": ["--verify", out / "data"],
+    }[script]
+
+
+# script, and what makes it read a crafted file: flags after good ones, with the places of `crafted`
+READERS = [
+    ("train_repae.py", "--vae-ckpt {bad}"),
+    ("train_repae.py", "--disc-pretrained-ckpt {bad}"),
+    ("train_repae.py", "--lpips-vgg-ckpt {bad}"),
+    ("train_repae.py", "--enc-ckpt efficientnet-lite0={bad}"),
+    ("train_repae.py", "--vae-ckpt {beside}/sdvae.pt"),
+    ("train_repae.py", "--output-dir {resumed}"),
+    ("train_repae.py", "--output-dir {resumed} --resume-step 5"),
+    ("train_repae.py", "--output-dir {out} --continue-train-exp-dir {resumed}/run"),
+    ("train_vae.py", "--vae-ckpt {bad}"),
+    ("train_ldm_only.py", "--vae-ckpt {bad}"),
+    ("generate.py", "--exp-path {resumed}/run"),
+    ("generate.py", "--exp-path {resumed}/run --train-steps best"),
+    ("generate.py", "--vae-ckpt {bad}"),
+    ("generate.py", "--vae-ckpt {beside}/sdvae.pt"),
+    ("save_vae_weights.py", "--repae-ckpt {bad}"),
+    ("save_vae_weights.py", "--save-dir {taken}"),
+    ("cache_latents.py", "--vae-ckpt-path {bad}"),
+    ("cache_latents.py", "--vae-ckpt-path {beside}/sdvae.pt"),
+    ("evaluate.py", "--features inception --inception-weights {bad}"),
+    ("evaluate.py", "--enc-ckpt efficientnet-lite0={bad}"),
+    ("evaluate.py", "--samples {bad}"),
+    ("evaluate.py", "--reference {bad}"),
+    ("reconstruction", "--vae {bad}"),
+    ("reconstruction", "--vae {beside}/sdvae.pt"),
+    ("reconstruction", "--lpips-vgg-ckpt {bad}"),
+]
+
+
+def craft(path: Path, form: str, canary: Path) -> None:
+    """A file that makes a folder `canary` when it is unpickled: a bare pickle, or PyTorch's file of old or of today."""
+    content = {"model": Executed(canary)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+
+
+def crafted(places: dict[str, Path], root: Path, form: str) -> dict[str, Path]:
+    """Crafted files wherever one is read without being named: beside a VAE, in a run, where a VAE is to go."""
+    found = {"bad": root / "bad.pt", "canary": root / "canary", "out": root / "out"}
+    craft(found["bad"], form, found["canary"])
+    found["beside"] = shutil.copytree(places["vae"].parent, root / "beside")
+    craft(vae_files(found["beside"] / "sdvae.pt").statistics, form, found["canary"])
+    found["resumed"], checkpoints = root / "resumed", root / "resumed/run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in ("0000005.pt", "best.pt"):
+        shutil.copyfile(found["bad"], checkpoints / name)
+    found["taken"] = root / "taken"
+    (found["taken"] / "e2e").mkdir(parents=True)
+    shutil.copyfile(found["bad"], found["taken"] / "e2e/e2e.pt")
+    found["out"].mkdir()
+    return found
+
+
+def refused(script: str, flags: list, canary: Path) -> str:
+    """The one line that a script ends with, without having executed anything."""
+    code, stderr = call("evaluate.py" if script == "reconstruction" else script, *flags)
+    assert not canary.exists(), "executed"
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert line == stderr.splitlines()[-1]
+    return line
+
+
+@pytest.mark.parametrize("form", ["pickle", "legacy", "zip"])
+def test_the_crafted_files_would_execute(tmp_path, form):
+    craft(tmp_path / "bad.pt", form, tmp_path / "canary")
+    with open(tmp_path / "bad.pt", "rb") as file:
+        pickle.load(file) if form == "pickle" else torch.load(file, weights_only=False)
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("form", ["pickle", "zip"])
+@pytest.mark.parametrize(("script", "flags"), READERS)
+def test_a_file_that_would_execute_is_refused_wherever_it_is_read(places, tmp_path, script, flags, form):
+    bad = crafted(places, tmp_path, form)
+    words = flags.format(**bad).split()
+    line = refused(script, [*good_flags(script, places, bad["out"]), *words], bad["canary"])
+    assert str(tmp_path) in line
+
+
+@pytest.mark.parametrize("form", ["pickle", "legacy", "zip"])
+def test_a_file_in_torchvisions_cache_is_not_trusted(places, tmp_path, monkeypatch, form):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
+    cached.parent.mkdir(parents=True)
+    craft(cached, form, tmp_path / "canary")
+    flags = good_flags("train_repae.py", places, tmp_path)
+    at = flags.index("--lpips-vgg-ckpt")
+    refused("train_repae.py", [*flags[:at], *flags[at + 2 :]], tmp_path / "canary")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["arr_0", "mu", "about"])
+@pytest.mark.parametrize("flag", ["--samples", "--reference"])
+def test_objects_in_an_npz_are_refused(places, tmp_path, save, name, flag):
+    canary, path = tmp_path / "canary", tmp_path / "bad.npz"
+    save(path, **{name: np.array([Executed(canary), None], dtype=object)})
+    line = refused("evaluate.py", [*good_flags("evaluate.py", places, tmp_path), flag, path], canary)
+    assert str(path) in line
+    with pytest.raises(FileExistsError):  # it would have been: once by each of the two
+        canary.mkdir()
+        np.load(path, allow_pickle=True)[name]
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/object/new:os.mkdir [{}]"])
+def test_a_yaml_that_would_execute_is_refused(places, tmp_path, tag):
+    path, canary = tmp_path / "loss.yaml", tmp_path / "canary"
+    path.write_text("losses: " + tag.format(canary) + "\n")
+    flags = [*good_flags("train_repae.py", places, tmp_path), "--loss-cfg-path", path]
+    assert "loss.yaml: not a readable YAML file" in refused("train_repae.py", flags, canary)
+
+
+@pytest.mark.parametrize("name", ["index.json", "00000.safetensors"])
+@pytest.mark.parametrize("script", ["train_repae.py", "cache_latents.py", "dataset.py"])
+def test_pickles_in_place_of_index_and_shards_are_refused(places, tmp_path, script, name):
+    data = shutil.copytree(places["data"], tmp_path / "data")
+    craft(data / "images" / name, "pickle", tmp_path / "canary")
+    flags = [*good_flags(script, places, tmp_path), *(() if script == "dataset.py" else ("--data-dir", data))]
+    assert str(data) in refused(script, flags, tmp_path / "canary")
+
+
+class Busy(nn.Module):
+    """A module of TorchScript that writes a file when it is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return torch.zeros(1), self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        torch.save(state[0], "CANARY")
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("suffix", [".py", ".PY"])  # PyTorch's own reader finds names whatever their case
+def test_torchscript_that_would_execute_is_refused(places, tmp_path, suffix):
+    canary, path = tmp_path / "c", tmp_path / "bad.pt"
+    torch.jit.script(Busy()).save(tmp_path / "busy.pt")
+    with zipfile.ZipFile(tmp_path / "busy.pt") as busy, zipfile.ZipFile(path, "w") as archive:
+        for name in busy.namelist():
+            content = (
+                busy.read(name).replace(b'"CANARY"', f'"{canary}"'.encode())
+                if name.endswith(".py")
+                else busy.read(name)
+            )
+            archive.writestr(name.removesuffix(".py") + suffix if name.endswith(".py") else name, content)
+    flags = [*good_flags("train_repae.py", places, tmp_path), "--enc-ckpt", f"efficientnet-lite0={path}"]
+    assert "runs code when loaded" in refused("train_repae.py", flags, canary)
+    torch.jit.load(path)
+    assert canary.exists()
+
+
+# what runs code that a file brings along; torch.jit.load is for archives whose code was looked at before
+FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load", "torch.hub.load"),
+    *("torch.hub.load_state_dict_from_url", "torch.serialization.add_safe_globals"),
+    *(
+        "yaml.load",
+        "yaml.load_all",
+        "yaml.full_load",
+        "yaml.unsafe_load",
+        "yaml.unsafe_load_all",
+        "importlib.import_module",
+    ),
+}
+ALLOWED = {
+    "demo/convert_lpips.py": {"import pickle"},  # for an Unpickler that knows numpy's arrays alone
+    "training/encoder_weights.py": {"torch.jit.load"},
+}
+
+
+def violations(source: str) -> set[str]:
+    """What a source does that could execute what a file brings along."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found |= {f"import {name}" for name in names if name.split(".")[0] in FORBIDDEN_MODULES}
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in FORBIDDEN_CALLS or name.split(".")[0] == "pickle" and name.split(".")[-1] in ("load", "loads"):
+            found.add(name)
+        if name == "torch.load" and flags.get("weights_only") != "True":
+            found.add("torch.load of more than weights")
+        if name.endswith(".get_state_dict"):  # torchvision's, which unpickles what it downloaded before
+            found.add("get_state_dict")
+        if flags.get("allow_pickle", "False") != "False":
+            found.add(f"{name} with pickles")
+        if name.endswith("safe_globals") and ast.unparse(node.args[0]) != "[argparse.Namespace]":
+            found.add(f"{name} of more than a Namespace")
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            "import pickle",
+            "from dill import load",
+            "pickle.loads(x)",
+            "torch.load(x)",
+            "torch.load(x, weights_only=False)",
+        ),
+        *(
+            "np.load(x, allow_pickle=True)",
+            "read_array(f, allow_pickle=a)",
+            "yaml.load(x, Loader)",
+            "eval('1')",
+            "exec(x)",
+        ),
+        *("torch.jit.load(x)", "torch.serialization.safe_globals([A])", "W.V.get_state_dict()"),
+    ],
+)
+def test_the_search_finds(source):
+    assert violations(source)
+
+
+def test_the_search_lets_through():
+    good = (
+        "model.eval()\ntorch.load(x, weights_only=True)\nnp.load(x)\nread_array(f, allow_pickle=False)\njson.loads(x)"
+    )
+    assert not violations(good)
+
+
+def test_no_source_executes_what_a_file_brings_along():
+    paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests"))]
+    assert len(paths) > 40
+    found = {str(path.relative_to(ROOT)): violations(path.read_text(encoding="utf8")) for path in paths}
+    assert {path: names for path, names in found.items() if names} == ALLOWED
+    unpickler = importlib.import_module("demo.convert_lpips").NumpyUnpickler
+    assert unpickler.find_class is not pickle.Unpickler.find_class
