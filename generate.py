@@ -160,20 +160,27 @@ def set_name(args: argparse.Namespace, experiment: Experiment) -> str:
 
 
 def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
-    """Make this process's share of the missing samples: every world-th batch of them."""
-    missing = files.missing()
+    """Make this process's share of the missing samples: every world-th batch that lacks one.
+
+    What is in a batch does not depend on what is missing, and so neither does how its pixels are rounded.
+    """
+    missing = set(files.missing())
     sampling = Sampling.from_flags(args, state.device)
     state.wait_for_everyone()  # all see the same ones missing before the first is written
-    batches = [missing[i : i + args.pproc_batch_size] for i in range(0, len(missing), args.pproc_batch_size)]
+    size = args.pproc_batch_size
+    everything = list(range(args.num_fid_samples))
+    batches = [everything[i : i + size] for i in range(0, len(everything), size)]
+    batches = [batch for batch in batches if not missing.isdisjoint(batch)]
     bar = tqdm(total=args.num_fid_samples, unit="sample", desc="sampling", disable=not state.is_main_process)
     bar.update(args.num_fid_samples - len(missing))
     for first in range(0, len(batches), state.num_processes):
         together = batches[first : first + state.num_processes]
         if state.process_index < len(together):
             indices = together[state.process_index]
-            pixels = sample_pixels(experiment.sit, experiment.vae, indices, sampling)
-            files.write(indices, pixels.permute(0, 2, 3, 1).cpu().numpy())
-        bar.update(sum(map(len, together)))
+            pixels = sample_pixels(experiment.sit, experiment.vae, indices, sampling).permute(0, 2, 3, 1).cpu().numpy()
+            rows = [row for row, index in enumerate(indices) if index in missing]
+            files.write([indices[row] for row in rows], pixels[rows])
+        bar.update(sum(len(missing.intersection(batch)) for batch in together))
     bar.close()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.numerics import float32_or_wider
+from models.recompute import call
 
 # torchvision VGG16 `features` indices of each slice; a slice ends in relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 SLICES = (range(4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
@@ -27,7 +28,12 @@ class ScalingLayer(nn.Module):
 
 
 class VGG16Features(nn.Module):
-    """The five taps of VGG16's convolutions, named by torchvision's layer indices."""
+    """The five taps of VGG16's convolutions, named by torchvision's layer indices.
+
+    With `recompute`, each slice is computed again in the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self):
         super().__init__()
@@ -43,7 +49,7 @@ class VGG16Features(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
         for block in self.children():
-            x = block(x)
+            x = call(block, x, recompute=self.recompute)
             features.append(x)
         return features
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.numerics import float32_or_wider
+from models.recompute import call
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -125,18 +126,21 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each where the configuration asks for it."""
+    """The residual blocks of one resolution, with attention after each where the configuration asks for it.
+
+    With `recompute`, each is computed again in the backward pass.
+    """
 
     def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else channels, channels) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = call(block, x, recompute=recompute)
             if self.attn:
-                x = self.attn[i](x)
+                x = call(self.attn[i], x, recompute=recompute)
         return x
 
 
@@ -152,7 +156,12 @@ def middle(channels: int) -> nn.ModuleDict:
 
 
 class Encoder(nn.Module):
-    """Image (B,3,R,R) -> features (B, 2·z_channels, r, r)."""
+    """Image (B,3,R,R) -> features (B, 2·z_channels, r, r).
+
+    With `recompute`, all but the first layer are computed again in the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -171,16 +180,21 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
+            x = level(x, self.recompute)
             if hasattr(level, "downsample"):
-                x = level.downsample(x)
+                x = call(level.downsample, x, recompute=self.recompute)
         for module in self.mid.values():
-            x = module(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = call(module, x, recompute=self.recompute)
+        return call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, r, r) -> image (B,3,R,R). `up` is indexed by resolution: up.0 is the finest level."""
+    """Features (B, z_channels, r, r) -> image (B,3,R,R). `up` is indexed by resolution: up.0 is the finest level.
+
+    With `recompute`, all but the first layer are computed again in the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -199,12 +213,12 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for module in self.mid.values():
-            x = module(x)
+            x = call(module, x, recompute=self.recompute)
         for level in reversed(self.up):
-            x = level(x)
+            x = level(x, self.recompute)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+                x = call(level.upsample, x, recompute=self.recompute)
+        return call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
 
 
 class AutoencoderKL(nn.Module):

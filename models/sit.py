@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from models.numerics import GlobalBatchNorm2d
+from models.recompute import call
 
 # size: (depth, width, heads). S to XL are the published ones; XXS and XS are for images of 32 and 64 pixels.
 SIT_SIZES = {
@@ -146,8 +147,11 @@ class SiT(nn.Module):
     """Velocity network v(x, t, y) over latents (B, in_channels, input_size, input_size).
 
     `null_label` is the label that stands for "no label" (num_classes), or None if the network was built without one.
-    `bn` holds the latent normaliser's statistics; the step applies it, `forward` does not.
+    `bn` holds the latent normaliser's statistics; the step applies it, `forward` does not. With `recompute`, the blocks
+    are computed again in the backward pass.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -238,7 +242,7 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for number, block in enumerate(self.blocks[:depth], start=1):
-            x = block(x, c)
+            x = call(block, x, c, recompute=self.recompute)
             if number == self.encoder_depth:
                 tokens = [project(x) for project in self.projectors]
         if depth is not None:

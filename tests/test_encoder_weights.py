@@ -29,8 +29,8 @@ from training.encoder_weights import (
     load_encoders,
     weights_file,
 )
+from training.metrics_log import MetricsLog
 from training.networks import build_transformer_nets
-from training.run import Run
 
 CPU = torch.device("cpu")
 TIMM = "timm:test_vit.r160_in1k"  # 0.4 M parameters
@@ -423,10 +423,12 @@ def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
 def test_offline_wandb_keeps_its_files(tmp_path, monkeypatch):
     opened = {}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    accelerator = SimpleNamespace(init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]))
+    accelerator = SimpleNamespace(
+        init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]), is_main_process=True
+    )
     for offline in (False, True):
         args = argparse.Namespace(report_to="wandb", exp_name="x", offline=offline)
-        Run._open_trackers(SimpleNamespace(args=args, is_main=True, directory=tmp_path, accelerator=accelerator))
+        MetricsLog(accelerator, args, tmp_path, say=print).open(step=0)
         assert opened.get("mode") == ("offline" if offline else None)
 
 

@@ -373,7 +373,6 @@ def test_the_best_checkpoint_is_kept_and_only_the_best(tmp_path):
     )
     training = Run(args)
     training.state = TrainingState({}, {}, {"n": torch.zeros(())})
-    training.clock = 0.0
 
     def judged(step: int, evaluation: Judged) -> tuple[int, float]:
         training.step = step
@@ -391,8 +390,7 @@ def test_the_best_checkpoint_is_kept_and_only_the_best(tmp_path):
     # another measure cannot be compared
     assert judged(40, Judged(9.0, measure="b")) == (40, 9.0)
     # going back by --resume-step puts it aside with the later checkpoints
-    training.step, args.resume_step = 20, 20
-    training._put_later_checkpoints_aside()
+    training.checkpoints.take_over(resume_step=20, step=20, log=tmp_path / "x/metrics.jsonl")
     assert not (tmp_path / "x/checkpoints/best.pt").exists()
     assert (tmp_path / "x/checkpoints/superseded-by-resume-at-0000020/best.json").is_file()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from downloads import is_offline
+from downloads import download, is_offline
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
@@ -85,12 +85,11 @@ def torchvision_vgg16(offline: bool) -> dict[str, Tensor]:
     weights = VGG16_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     advice = f"put torchvision's {cached.name} at {cached}, or name the file by --lpips-vgg-ckpt"
-    if offline and not cached.is_file():
-        raise UserError(f"VGG16 for LPIPS is not on this machine, and offline; {advice}")
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        raise UserError(f"could not download VGG16 for LPIPS ({error}); {advice}") from error
+    if not cached.is_file():
+        if offline:
+            raise UserError(f"VGG16 for LPIPS is not on this machine, and offline; {advice}")
+        download("VGG16 for LPIPS", weights.url, cached, advice, sha256=cached.stem.rsplit("-", 1)[1])
+    return read_checkpoint(cached, "VGG16 weights")
 
 
 def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:
@@ -130,6 +129,7 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
     sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
     encoders = load_encoders(args, sit.grid, run.device, say=run.print)
     ema = copy_for_ema(sit).to(run.device)
+    sit.recompute = args.gradient_checkpointing
     compile_in_place(sit.blocks, args, run.device)
     sit = run.prepare(sit)
     opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
@@ -180,6 +180,8 @@ def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
     vae = load_vae(args.vae, args.vae_ckpt)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
+    # not the discriminator: computing again would move its running statistics twice
+    vae.encoder.recompute = vae.decoder.recompute = lpips.net.recompute = args.gradient_checkpointing
     compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     options = optimizer_options(args, run.device)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_line
+from errors import UserError, lost_process
 from files import locked, replace_text
 from training.checkpoint import TrainingState, latest_checkpoint, read_checkpoint
 from training.checkpoint_folder import CheckpointFolder
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
+CONTINUES = "The same command continues from there"
 
 
 class Batch(NamedTuple):
@@ -99,6 +100,7 @@ class Run:
         self.state: TrainingState | None = None
         self.wrapped: list[nn.Module] = []
         self.metrics = MetricsLog(self.accelerator, args, self.directory, self.print)
+        self.watch = Watch(scaled=args.mixed_precision == "fp16")
         self.hosts = host_group()
         self.signal = self.agreed_signal = 0  # that asked this process, and with it all, to stop
         self.saved_at = time.monotonic()
@@ -139,7 +141,7 @@ class Run:
                 with other flags or data; processes were started differently; or what `check` raises.
         """
         self.state, self.identity = state, identity
-        self.watch = Watch(self.args.mixed_precision == "fp16", gan_start)
+        self.watch.gan_start = gan_start
         refuse_other_processes(vars(self.args), identity, self.hosts)
         path = on_first_process(self._choose_checkpoint, self.hosts)
         if path is not None:
@@ -269,7 +271,7 @@ class Run:
             self.saved_at = time.monotonic()
         if stop:
             self.accelerator.wait_for_everyone()  # a launcher that sees one process end ends the others
-            self.print(f"stopped by signal {self.agreed_signal} after step {self.step}; the same command continues")
+            self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {CONTINUES}")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
 
@@ -285,7 +287,9 @@ class Run:
             # one that arrives from here on is for the next step: all must see the same
             self.agreed_signal, overdue = highest([self.signal, int(overdue)], self.hosts)
         except RuntimeError as error:
-            self._stop(f"step {self.step}: another process is gone or does not answer ({first_line(error)})", "")
+            if (how := lost_process(error)) is None:
+                raise
+            self._stop(f"step {self.step}: another process is gone or does not answer ({how})", CONTINUES)
         return self.agreed_signal > 0 and self.step < last, bool(overdue)
 
     def _check_processes(self) -> None:

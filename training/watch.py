@@ -20,11 +20,13 @@ class Watch:
 
     Args:
         scaled: whether losses are scaled (float16): now and then a gradient then overflows, and its step is skipped.
-        gan_start: 1-based step from which on the discriminator learns.
+
+    Attributes:
+        gan_start: 1-based step from which on a discriminator learns.
     """
 
-    def __init__(self, scaled: bool, gan_start: float):
-        self.scaled, self.gan_start = scaled, gan_start
+    def __init__(self, scaled: bool):
+        self.scaled, self.gan_start = scaled, math.inf
         self.zero, self.skipped = Counter(), Counter()
 
     def reason_to_stop(self, records: list[dict[str, float]]) -> str | None:

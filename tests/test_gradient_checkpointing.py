@@ -1,0 +1,286 @@
+"""Gradient checkpointing: less memory, and in everything else the same to the bit."""
+
+import weakref
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import test_distributed
+import test_ldm_step
+import train_ldm_only
+import train_repae
+from joint_golden import CONFIG
+from loss.lpips import LPIPS, VGG16Features
+from models.autoencoder import Decoder, Encoder, build_vae
+from models.discriminator import PatchDiscriminator
+from models.sit import SiT, SiT_models
+from published import STATISTICS, write_vae
+from scripts import ROOT, TINY, assert_same_run, equal, records, run
+from test_distributed import in_two_processes
+from test_flags import OneProcess
+from test_joint_step import gradients_of, small_batch, small_nets, step_once, with_cfg
+from train_ldm_only import ldm_step
+from train_repae import JointNets, repae_step
+from training.checkpoint import read_checkpoint
+from training.distributed import frozen_call
+from training.randomness import Draws, Rows
+from training.run import Batch
+
+BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+@contextmanager
+def checkpointing(on: bool = True):
+    """Every network, whenever it was built, computes its activations again in the backward pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        for network in (SiT, Encoder, Decoder, VGG16Features):
+            patch.setattr(network, "recompute", on)
+        yield
+
+
+def everything_in(nets) -> dict:
+    """Copies of the state dicts of a step's networks, averages and optimisers."""
+    states = {}
+    for name, value in vars(nets).items():
+        if isinstance(value, nn.Module):
+            states[name] = {key: tensor.clone() for key, tensor in value.state_dict().items()}
+        elif name.startswith("opt"):
+            states[name] = [{k: v.clone() for k, v in state.items()} for state in value.adamw.state.values()]
+    return states
+
+
+def joint_run(on: bool, steps: int, accumulation: int, cfg) -> tuple[list[dict], dict]:
+    """Metrics and final states of joint steps."""
+    nets = small_nets(accumulation_steps=accumulation)
+    with checkpointing(on):
+        metrics = [step_once(nets, cfg) for _ in range(steps * accumulation)]
+    return metrics, everything_in(nets)
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulation", "autocast"),
+    [(2, 1, None), (1, 2, None), (2, 1, BF16)],
+    ids=["plain", "accumulated", "bf16"],
+)
+def test_joint_steps_are_the_same(steps, accumulation, autocast):
+    cfg = CONFIG if autocast is None else with_cfg(autocast=autocast)
+    without, with_it = (joint_run(on, steps, accumulation, cfg) for on in (False, True))
+    assert equal(without, with_it)
+    assert without[1]["sit"]["bn.num_batches_tracked"] == steps * accumulation
+
+
+@pytest.mark.parametrize("autocast", [None, BF16], ids=["plain", "bf16"])
+def test_gradients_are_the_same(autocast):
+    cfg = CONFIG if autocast is None else with_cfg(autocast=autocast)
+    without, nets = gradients_of(small_nets(), cfg), small_nets()
+    with checkpointing():
+        with_it = gradients_of(nets, cfg)
+    assert equal(without, with_it)
+    assert any(gradient.abs().max() > 0 for gradient in with_it["sit"])
+    # the alignment's blocks were run again with constants for parameters
+    trainable = {name for name, p in nets.sit.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad}
+    assert trainable == {name for name, _ in nets.sit.named_parameters()} - {"pos_embed"}
+
+
+def test_steps_on_cached_latents_are_the_same():
+    batch, draws = test_ldm_step.batch_and_draws()
+    results = []
+    for on in (False, True):
+        nets = test_ldm_step.nets([test_ldm_step.toy_encoder])
+        with checkpointing(on):
+            metrics = [ldm_step(nets, batch, draws, test_ldm_step.CONFIG) for _ in range(2)]
+        results.append((metrics, everything_in(nets)))
+    assert equal(*results)
+
+
+def with_and_without(rank: int, world: int) -> list[dict]:
+    """Networks and metrics after two accumulated joint steps of test_distributed.py, without and with checkpointing."""
+    test_distributed.STEPS = 2
+    results = []
+    for on in (False, True):
+        with checkpointing(on):
+            results.append(test_distributed.joint_steps(rank, world, 2))
+    return results
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_same(tmp_path):
+    first, second = in_two_processes(with_and_without, tmp_path)
+    assert equal(*first)
+    assert equal(*second)
+    assert equal(first[1]["networks"], second[1]["networks"])
+
+
+def test_blocks_run_twice_only_where_gradients_are_taken():
+    nets, runs = small_nets(), []
+    batch, draws, _ = small_batch()
+    for block in (*nets.sit.blocks, nets.vae.encoder.mid["block_1"], nets.vae.decoder.up[0].block[0]):
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    image = batch.pixels.float()
+    with checkpointing():
+        with torch.no_grad():
+            _, z, _ = nets.vae(image, draws.posterior)
+            nets.sit(z, draws.t, batch.labels)
+        assert len(runs) == 6
+        nets.vae(image, draws.posterior)[2].mean().backward()
+        assert len(runs) == 6 + 2 * 2
+        velocity, _ = nets.sit(z, draws.t, batch.labels)
+        velocity.mean().backward()
+        assert len(runs) == 6 + 2 * 2 + 2 * 4
+
+
+class PeakMemory(TorchDispatchMode):
+    """Within, `peak` is the most bytes that tensors made by operations held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known | given:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def free(self, key: int, count: int) -> None:
+        self.known.discard(key)
+        self.live -= count
+
+
+def peak_memory(make_loss, on: bool) -> int:
+    """Bytes at the peak of a forward and a backward pass, gradients among them, parameters not."""
+    with checkpointing(on), PeakMemory() as memory:
+        make_loss().backward()
+    return memory.peak
+
+
+def sit_loss(frozen: bool):
+    """A deep, narrow transformer's loss on latents of 32x32, which are 256 tokens."""
+    sit = SiT(depth=12, width=64, heads=2, num_classes=3, z_dims=(8,), encoder_depth=12, projector="conv")
+    x, t, y = torch.randn(4, 4, 32, 32, requires_grad=True), torch.rand(4), torch.arange(4) % 3
+    return lambda: (frozen_call(sit, x, t, y, depth=12) if frozen else sit(x, t, y))[1][0].square().mean()
+
+
+def vae_loss():
+    """The loss of a VAE's reconstruction, at 64 px."""
+    vae, image, noise = build_vae("f8d4-small"), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    return lambda: vae(image, noise)[2].square().mean()
+
+
+def lpips_loss():
+    """LPIPS at 64 px; its linear heads keep as much as before."""
+    lpips, image, recon = LPIPS(), torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64, requires_grad=True)
+    return lambda: lpips(image, recon).mean()
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "times"),
+    [(partial(sit_loss, False), 6), (partial(sit_loss, True), 4), (vae_loss, 2.5), (lpips_loss, 1.3)],
+    ids=["transformer", "alignment", "vae", "lpips"],
+)
+def test_the_peak_of_memory_is_many_times_lower(make_loss, times):
+    loss = make_loss()
+    without, with_it = peak_memory(loss, False), peak_memory(loss, True)
+    assert without > times * with_it, f"{without} bytes without, {with_it} with gradient checkpointing"
+
+
+class Backward:
+    """An optimiser that only asks for gradients."""
+
+    def update(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+def in_float32(function):
+    """A normalisation as autocast runs it on GPUs."""
+
+    def run(x: torch.Tensor, *args):
+        with torch.autocast("cpu", enabled=False):
+            return function(x.float(), *args)
+
+    return run
+
+
+def joint_step_peak(count: int, on: bool, vae: str, sit: str) -> int:
+    """Bytes at the peak of a joint step on `count` images of 256 px, without parameters and their gradients.
+
+    Nothing is computed: tensors have shapes, but no values.
+    """
+    with FakeTensorMode():
+        vae = build_vae(vae)
+        latent = (vae.config.z_channels, 256 // vae.config.downsampling, 256 // vae.config.downsampling)
+        nets = JointNets(
+            vae=vae,
+            discriminator=PatchDiscriminator(),
+            lpips=LPIPS(),
+            **{name: Backward() for name in ("opt_vae", "opt_disc", "opt_sit")},
+            lecam=torch.zeros(2),
+            sit=SiT_models[sit](input_size=latent[1], in_channels=latent[0]),
+            ema=None,
+            encoders=[lambda pixels: torch.randn(count, 256, 768)],
+        )
+        for parameter in (*vae.parameters(), *nets.discriminator.parameters(), *nets.sit.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        pixels, labels = torch.zeros(count, 3, 256, 256, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
+        draws = Draws(torch.randn(count, *latent), torch.randn(count, *latent), torch.rand(count), labels > 0)
+        with checkpointing(on), PeakMemory() as memory:
+            repae_step(nets, Batch(pixels, labels, 0, Rows(0, count)), draws, with_cfg(autocast=BF16))
+    return memory.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vae", "sit", "without", "with_it"), [("f8d4", "SiT-XL/2", 2063, 502), ("f16d32", "SiT-XL/1", 1560, 377)]
+)
+def test_the_memory_that_the_documentation_states(monkeypatch, vae, sit, without, with_it):
+    for name in ("group_norm", "layer_norm"):
+        monkeypatch.setattr(nn.functional, name, in_float32(getattr(nn.functional, name)))
+    for on, expected in ((False, without), (True, with_it)):
+        more, fewer = (joint_step_peak(count, on, vae, sit) for count in (16, 8))
+        assert (more - fewer) / 8 / 2**20 == pytest.approx(expected, abs=1), "MiB an image"
+    words = " ".join((ROOT / "docs/many-machines.md").read_text(encoding="utf8").split())
+    assert f"| {vae}, {sit} | {without / 1024:.1f} GiB | {with_it / 1024:.1f} GiB |" in words
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
+    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
+        --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
+    joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
+    nets = train_repae.build(joint, OneProcess())[0]
+    networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
+    statistics = tuple(value.reshape(1, -1, 1, 1) for value in STATISTICS.values())
+    frozen = train_ldm_only.build(train_ldm_only.parse_args(flags.split()), OneProcess(), statistics)[0].sit
+    assert [network.recompute for network in (*networks, frozen)] == [on] * 5
+
+
+@pytest.mark.slow
+def test_joint_runs_are_the_same(joint):
+    output, flags = joint
+    for name, more in (("kept", ()), ("recomputed", ("--gradient-checkpointing",))):
+        run("train_repae.py", *flags, *more, "--exp-name", name, "--max-train-steps", 4)
+    assert_same_run(output / "kept", output / "recomputed", last=4)
+    args = read_checkpoint(output / "recomputed/checkpoints/0000004.pt")["args"]
+    assert args["gradient_checkpointing"]
+
+
+@pytest.mark.slow
+def test_runs_of_a_vae_are_the_same(tmp_path, tiny_vae, tiny_data, vgg_weights):
+    flags = ("--exp-name", "vae", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    run("train_vae.py", *TINY, *flags, "--max-train-steps", 5, "--gradient-checkpointing")
+    assert records(tmp_path / "vae/metrics.jsonl") == records(tiny_vae[0] / "vae/metrics.jsonl")
+    assert equal(read_checkpoint(tmp_path / "vae/vae.pt"), read_checkpoint(tiny_vae[1]))

@@ -1,0 +1,146 @@
+"""Killed at any moment, and run again by the same command: the end is what an uninterrupted run leaves, to the bit."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import published
+import scripts
+from images import make_data
+from killer import Killer
+from scripts import LAST, TINY, TINY_SIT, assert_same_run
+from training.checkpoint import numbered_checkpoints
+
+pytestmark = pytest.mark.slow
+# a checkpoint after every step, of which one is kept
+ROLLING = ("--checkpointing-minutes", 1e-6, "--keep-last", 1)
+SHORT = ("--num-workers", 0, "--batch-size", 2, "--projector", "conv", "--max-train-steps", 2, *ROLLING)
+
+
+@pytest.fixture(scope="module")
+def killer():
+    server = Killer(scripts.ENVIRONMENT)
+    yield server
+    server.close()
+
+
+def shard(path: Path) -> tuple[dict, dict]:
+    """Tensors, as bytes, and metadata, whose order in the file is arbitrary."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def content(folder: Path) -> dict[str, object]:
+    """All files below `folder` but locks, without what is timing."""
+    readers = {"metrics.jsonl": scripts.records, ".safetensors": shard}
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            read = readers.get(path.name) or readers.get(path.suffix) or Path.read_bytes
+            found[path.relative_to(folder).as_posix()] = read(path)
+    return found
+
+
+def kill_everywhere(killer: Killer, folder: Path, command: list, check=lambda: None, constants=None) -> list[str]:
+    """Kill `command`, which writes to `folder` only, at each of its operations on files, each time from the beginning;
+    after each the same command must end in the same files. Returns the operations."""
+    prepared = folder.with_name("prepared")
+    if folder.exists():
+        shutil.copytree(folder, prepared)
+    assert killer.run(command, folder, constants=constants) == 0, killer.log(folder).with_suffix(".log.out").read_text()
+    operations, whole = killer.operations(folder), content(folder)
+    for number, operation in enumerate(operations, 1):
+        shutil.rmtree(folder)
+        if prepared.exists():
+            shutil.copytree(prepared, folder)
+        assert killer.run(command, folder, kill=number, constants=constants) == -9, f"{number}: {operation}"
+        check()
+        assert killer.run(command, folder, constants=constants) == 0, f"after a kill at {number}: {operation}"
+        after = content(folder)
+        assert after.keys() == whole.keys(), f"after a kill at {number}: {operation}"
+        for name, value in whole.items():
+            assert after[name] == value, f"{name} differs after a kill at {number}: {operation}"
+    return operations
+
+
+def kinds(operations: list[str]) -> set[str]:
+    return {operation.split()[0] for operation in operations}
+
+
+def test_joint_training_killed_at_every_write_fsync_and_rename(killer, joint, tmp_path):
+    folder = tmp_path / "exps"
+    command = ["train_repae.py", *joint[1], *SHORT, "--exp-name", "killed", "--output-dir", folder]
+    wholes = {}
+
+    def check() -> None:
+        """What is there under a checkpoint's name is always all of it."""
+        for path in numbered_checkpoints(folder / "killed/checkpoints"):
+            assert wholes.setdefault(path.name, path.read_bytes()) == path.read_bytes(), path
+
+    operations = kill_everywhere(killer, folder, command, check)
+    assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
+    assert sum("checkpoints/.0000002.pt" in operation for operation in operations) > 10
+    assert set(wholes) == {"0000001.pt", "0000002.pt"}
+
+
+def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae, tiny_data, tmp_path):
+    folder, data = tmp_path / "exps", tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    cached = ("--data-dir", data, "--output-dir", data, "--num-workers", 0, "--vae-latents-name", "latents")
+    code, stderr = scripts.call("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", tiny_vae[1], *cached)
+    assert code == 0, stderr
+    flags = ("--data-dir", data, "--vae-latents-name", "latents", "--vae-ckpt", tiny_vae[1], "--output-dir", folder)
+    command = ["train_ldm_only.py", *TINY, *TINY_SIT, *flags, *SHORT, "--exp-name", "killed"]
+    operations = kill_everywhere(killer, folder, command)
+    assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
+
+
+def test_preprocessing_killed_at_every_write_fsync_and_rename(killer, tmp_path):
+    make_data(tmp_path / "other", per_class=6)
+    tree, folder = tmp_path / "other/tree", tmp_path / "data"
+    command = ["preprocessing.py", "--imagenet-path", tree, "--output-path", folder, "--resolution", 32]
+    command += ["--num-workers", 2]
+    operations = kill_everywhere(killer, folder, command, constants={"preprocessing.SHARD_IMAGES": 4})
+    assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
+
+
+def test_caching_killed_at_every_write_fsync_and_rename(killer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.SHARD_IMAGES", 4)
+    data, folder = make_data(tmp_path / "images", per_class=6), tmp_path / "cache"
+    weights = published.write_vae(tmp_path / "vae")
+    command = ["cache_latents.py", "--vae-arch", published.VAE, "--vae-ckpt-path", weights, "--data-dir", data]
+    command += ["--output-dir", folder, "--vae-latents-name", "latents", "--num-workers", 1, "--pproc-batch-size", 3]
+    operations = kill_everywhere(killer, folder, command)
+    assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
+
+
+@pytest.mark.parametrize("form", [(), ("--no-png",)])
+def test_generation_killed_at_every_write_fsync_and_rename(killer, tmp_path, form):
+    published.write_run(tmp_path / "run", joint=True)
+    folder = tmp_path / "samples"
+    command = ["generate.py", "--exp-path", tmp_path / "run", "--sample-dir", folder, "--num-fid-samples", 5]
+    command += ["--num-steps", 2, "--pproc-batch-size", 2, *form]
+    operations = kill_everywhere(killer, folder, command)
+    assert sum(operation.startswith("replace") for operation in operations) >= 5
+
+
+def test_joint_training_killed_at_ten_random_moments(killer, joint, whole_run):
+    output, flags = joint
+    often = ("--checkpointing-minutes", 0.003, "--max-train-steps", LAST)
+    command = ["train_repae.py", *flags, *often, "--exp-name", "random"]
+    moments, kills = random.Random(0), 0
+    while kills < 10:
+        code = killer.run(command, output / "random", after=moments.uniform(0.2, 4))
+        if code == 0:  # it came to its end first: once more
+            shutil.rmtree(output / "random")
+        else:
+            assert code == -9, killer.log(output / "random").with_suffix(".log.out").read_text()[-2000:]
+            kills += 1
+    assert killer.run(command, output / "random") == 0
+    assert_same_run(whole_run, output / "random")
+    rolling = json.loads((output / "random/checkpoints/rolling.json").read_text())["steps"]
+    assert {int(path.stem) for path in numbered_checkpoints(output / "random/checkpoints")} == {*rolling, LAST}
