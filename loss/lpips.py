@@ -37,9 +37,9 @@ class VGG16Features(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from torchvision.models import vgg16
+        from torchvision.models.vgg import cfgs, make_layers
 
-        layers = vgg16(weights=None).features
+        layers = make_layers(cfgs["D"])  # of vgg16, whose classifier would take a second to initialise
         for number, indices in enumerate(SLICES, start=1):
             block = nn.Sequential()
             for i in indices:

@@ -100,8 +100,8 @@ def test_steps_on_cached_latents_are_the_same():
 
 
 def with_and_without(rank: int, world: int) -> list[dict]:
-    """Networks and metrics after two accumulated joint steps of test_distributed.py, without and with checkpointing."""
-    test_distributed.STEPS = 2
+    """Networks and metrics after an accumulated joint step of test_distributed.py, without and with checkpointing."""
+    test_distributed.STEPS = 1
     results = []
     for on in (False, True):
         with checkpointing(on):
