@@ -1,0 +1,140 @@
+"""A run whose numbers say that it is lost stops, names step, term and last good checkpoint, and overwrites nothing."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+
+from loss.vae_loss import VAELossConfig, first_gan_step
+from scripts import ROOT, call, records
+from training.checkpoint import read_checkpoint, write_atomically
+from training.watch import COLLAPSED, SKIPPED, VANISHED, Watch
+
+GOOD = {"denoising_loss": 0.5, "grad_norm_sit": 1.0, "grad_norm_vae": 1.0, "grad_norm_disc": 1.0}
+
+
+def reason(*changes: dict, scaled: bool = False, gan_start: float = 1) -> str | None:
+    """What a watch says of steps 1, 2, ... that differ from good ones."""
+    watch = Watch(scaled)
+    watch.gan_start = gan_start
+    reasons = [watch.reason_to_stop([{"step": step, **GOOD, **change}]) for step, change in enumerate(changes, 1)]
+    assert all(said is None for said in reasons[:-1])
+    return reasons[-1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_that_is_not_finite_stops_at_once(value, scaled):
+    assert reason({}, {"denoising_loss": value}, scaled=scaled) == f"step 2: denoising_loss is {value}"
+
+
+def test_a_gradient_that_is_not_finite_stops_unless_losses_are_scaled():
+    assert reason({"grad_norm_sit": float("inf")}) == "step 1: grad_norm_sit is inf"
+    assert reason({"grad_norm_sit": float("inf")}, scaled=True) is None
+
+
+def test_a_long_run_of_skipped_steps_stops():
+    skip = {"grad_norm_vae": float("inf")}
+    assert reason(*[skip] * (SKIPPED - 1), {}, *[skip] * (SKIPPED - 1), scaled=True) is None
+    said = reason({}, *[skip] * SKIPPED, scaled=True)
+    assert said == f"step {SKIPPED + 1}: grad_norm_vae has not been finite for {SKIPPED} steps, which were all skipped"
+
+
+def test_a_loss_scale_at_its_floor_stops():
+    assert reason({"loss_scale_disc": 1.0}, scaled=True) is None
+    assert reason({"loss_scale_disc": 0.5}, scaled=True).startswith("step 1: loss_scale_disc is 0.5, so low")
+
+
+@pytest.mark.parametrize("name", VANISHED)
+def test_a_vanished_gradient_stops(name):
+    limit = VANISHED[name]
+    assert reason(*[{name: 0.0}] * (limit - 1), {}, {name: 0.0}) is None
+    assert reason(*[{name: 0.0}] * limit) == f"step {limit}: {name} has been 0 for {limit} steps"
+
+
+def test_a_collapsed_gan_stops_once_the_discriminator_learns():
+    limit = COLLAPSED["grad_norm_disc"]
+    zero = [{"grad_norm_disc": 0.0}] * (limit + 9)
+    assert reason(*zero[:limit]) == f"step {limit}: grad_norm_disc has been 0 for {limit} steps: the GAN has collapsed"
+    assert reason(*zero, gan_start=11) is None
+    assert reason(*zero, {"grad_norm_disc": 0.0}, gan_start=11).startswith(f"step {limit + 10}: ")
+    assert reason(*zero, gan_start=float("inf")) is None
+
+
+def test_when_the_discriminator_begins_to_learn():
+    assert first_gan_step(VAELossConfig()) == 1
+    assert first_gan_step(VAELossConfig(discriminator_start=10)) == 11
+    assert first_gan_step(VAELossConfig(discriminator_factor=0.0)) == float("inf")
+
+
+def edit(path, change) -> None:
+    """Change the content of a `.pt` file."""
+    content = read_checkpoint(path)
+    change(content)
+    write_atomically(content, path)
+
+
+def files_of(folder) -> dict:
+    """Checkpoints and what is in them."""
+    return {path: path.read_bytes() for path in folder.glob("checkpoints/*")}
+
+
+@pytest.fixture
+def started(joint):
+    """Flags of a joint run that has a checkpoint at step 3, and its folder."""
+    output, flags = joint
+    name = f"watched-{len(list(output.glob('watched-*')))}"
+    flags = (*flags, "--exp-name", name, "--num-workers", 0, "--checkpointing-steps", 3)
+    code, said = call("train_repae.py", *flags, "--max-train-steps", 3)
+    assert code == 0, said
+    return output / name, flags
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "key", "term"),
+    [
+        ("vae", "decoder.conv_in.weight", "reconstruction_loss"),
+        ("model", "final_layer.linear.bias", "denoising_loss"),
+        ("discriminator", "main.0.weight", "weighted_gan_loss"),
+    ],
+)
+def test_a_run_that_becomes_nan_stops_and_overwrites_nothing(started, network, key, term):
+    folder, flags = started
+    path = folder / "checkpoints/0000003.pt"
+    edit(path, lambda content: content[network][key].fill_(float("nan")))
+    before = files_of(folder)
+    code, said = call("train_repae.py", *flags, "--max-train-steps", 9)
+    assert code == 2
+    assert f"error: step 4: {term} is nan; training stopped. Last good checkpoint: {path}. Try bf16" in said
+    assert files_of(folder) == before
+    assert [record["step"] for record in records(folder / "metrics.jsonl")][-1] < 9
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[3])[term] is None
+
+
+@pytest.mark.slow
+def test_a_discriminator_without_gradients_stops_the_run(joint, tmp_path, monkeypatch):
+    monkeypatch.setitem(COLLAPSED, "grad_norm_disc", 3)
+    output, flags = joint
+    loss = OmegaConf.load(ROOT / "configs/l1_lpips_kl_gan.yaml")
+    loss.losses.discriminator_factor = 1e-60  # so that its gradients are 0 in float32
+    OmegaConf.save(loss, tmp_path / "loss.yaml")
+    names = ("--exp-name", "collapsed", "--num-workers", 0, "--loss-cfg-path", tmp_path / "loss.yaml")
+    code, said = call("train_repae.py", *flags, *names, "--max-train-steps", 2)
+    assert code == 0, said
+    code, said = call("train_repae.py", *flags, *names, "--max-train-steps", 6)
+    assert code == 2
+    assert "step 5: grad_norm_disc has been 0 for 3 steps: the GAN has collapsed; training stopped" in said
+    assert f"Last good checkpoint: {output / 'collapsed/checkpoints/0000002.pt'}" in said
+    assert not (output / "collapsed/checkpoints/0000006.pt").exists()
+
+
+@pytest.mark.slow
+def test_half_precision_whose_gradients_always_overflow_stops(joint, monkeypatch):
+    monkeypatch.setattr("training.watch.SKIPPED", 3)
+    output, flags = joint
+    names = ("--exp-name", "overflows", "--num-workers", 0, "--mixed-precision", "fp16", "--max-train-steps", 4)
+    code, said = call("train_repae.py", *flags, *names, "--batch-size", 2, "--proj-coeff", 1e30)
+    assert code == 2
+    assert "step 3: grad_norm_sit has not been finite for 3 steps, which were all skipped; training stopped" in said
+    assert not list((output / "overflows").glob("checkpoints/*.pt"))
