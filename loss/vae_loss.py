@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.numerics import float32_or_wider
+from models.numerics import float32_or_wider, mean_over_batches
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,15 @@ def discriminator_loss(
     """
     real, fake = float32_or_wider(logits_real), float32_or_wider(logits_fake)
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    # of the global batch: LeCam is no mean over images
+    mean_real, mean_fake = mean_over_batches(torch.stack([real.mean(), fake.mean()]))
     lecam_loss = torch.zeros_like(hinge)
     if cfg.lecam_regularization_weight > 0:
-        lecam_loss = F.relu(real.mean() - lecam[1]).square() + F.relu(lecam[0] - fake.mean()).square()
+        lecam_loss = F.relu(mean_real - lecam[1]).square() + F.relu(lecam[0] - mean_fake).square()
         lecam_loss = cfg.lecam_regularization_weight * lecam_loss
     factor = cfg.discriminator_factor if gan_active(cfg, step) else 0.0
     total = factor * (hinge + lecam_loss)
-    terms = {"d_loss": total, "logits_real": real.mean(), "logits_fake": fake.mean(), "lecam_loss": lecam_loss}
+    terms = {"d_loss": total, "logits_real": mean_real, "logits_fake": mean_fake, "lecam_loss": lecam_loss}
     return total, terms
 
 

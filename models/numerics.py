@@ -34,6 +34,15 @@ class SumOverProcesses(torch.autograd.Function):
         return total
 
 
+def mean_over_batches(x: Tensor) -> Tensor:
+    """`x`, something averaged over this process's batch, averaged over all processes, whose batches are equally large.
+
+    Autograd passes through the reduction, as in `global_moments`.
+    """
+    world = distributed_world_size()
+    return x if world == 1 else SumOverProcesses.apply(x) / world
+
+
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Per-channel batch statistics of `x` (B,C,H,W) over the batches of all processes, which must be equally large.
 

@@ -73,7 +73,6 @@ def watch(operations: Operations) -> None:
         real_fsync(descriptor)
 
     os.fsync = watched_fsync
-    watch_safetensors(operations)
 
 
 def watched_call(operations: Operations, name: str, call):
@@ -83,22 +82,6 @@ def watched_call(operations: Operations, name: str, call):
         return call(path, *rest, **options)
 
     return watched
-
-
-def watch_safetensors(operations: Operations) -> None:
-    import safetensors.numpy
-
-    real = safetensors.numpy.save_file
-
-    def save_file(tensors, path, metadata=None):
-        def torn() -> None:
-            real(tensors, path, metadata)
-            os.truncate(path, os.path.getsize(path) // 2)
-
-        operations.begin("write", path, torn)
-        real(tensors, path, metadata)
-
-    safetensors.numpy.save_file = save_file
 
 
 def run_forked(command: list[str], folder: str, log: str, kill: int, after: float, constants: dict) -> int:
@@ -144,7 +127,6 @@ def serve() -> None:
         "timm",
         "accelerate",
         "tqdm",
-        "safetensors.numpy",
         "torch.utils.data",
         "torchvision.models",
     ):

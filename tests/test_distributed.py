@@ -1,6 +1,7 @@
 """Two gloo processes at one global batch compute what one process does."""
 
 import copy
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import test_ldm_step
 from joint_golden import CONFIG
+from loss.vae_loss import VAELossConfig
 from metrics.features import Features
 from metrics.statistics import METRICS, SetStatistics, compare
 from models.numerics import GlobalBatchNorm2d, global_moments
@@ -23,6 +25,7 @@ from training.randomness import Draws, Rows
 from training.run import Batch
 
 STEPS = 3
+WITH_LECAM = replace(CONFIG, loss=VAELossConfig(lecam_regularization_weight=0.5))
 
 
 def start(rank: int, world: int, rendezvous: str) -> None:
@@ -70,7 +73,7 @@ def joint_steps(rank: int, world: int, accumulation: int) -> dict:
             part = draws.rows(rows)
             part = Draws(part.posterior.double(), part.noise.double(), part.t.double(), part.drop)
             with gradient_sync([nets.vae, nets.discriminator, nets.sit], sync=micro == accumulation - 1):
-                result = repae_step(nets, Batch(batch.pixels[mine], batch.labels[mine], step, rows), part, CONFIG)
+                result = repae_step(nets, Batch(batch.pixels[mine], batch.labels[mine], step, rows), part, WITH_LECAM)
         metrics.append({name: value for name, value in result.items() if value is not None})
     networks = {"vae": nets.vae, "discriminator": nets.discriminator, "sit": nets.sit, "ema": nets.ema}
     return {
@@ -89,6 +92,9 @@ def test_two_processes_equal_one_in_float64(tmp_path, accumulation):
             first, second = (result["networks"][name][key] for result in two)
             assert torch.equal(first, second), f"ranks differ in {name} {key}"
             torch.testing.assert_close(first, value, atol=1e-10, rtol=1e-10, msg=f"{name} {key}")
+    assert torch.equal(two[0]["lecam"], two[1]["lecam"])
+    torch.testing.assert_close(two[0]["lecam"], one["lecam"], atol=1e-10, rtol=1e-10)
+    assert all(metrics["lecam_loss"] > 0 for metrics in one["metrics"])
     if accumulation == 1:
         for step in range(STEPS):
             a, b = (result["metrics"][step] for result in two)

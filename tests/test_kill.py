@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 import published
 import scripts
@@ -16,9 +15,9 @@ from scripts import LAST, TINY, TINY_SIT, assert_same_run
 from training.checkpoint import numbered_checkpoints
 
 pytestmark = pytest.mark.slow
-# a checkpoint after every step, of which one is kept
+# a checkpoint after every step, of which one is kept beside the last
 ROLLING = ("--checkpointing-minutes", 1e-6, "--keep-last", 1)
-SHORT = ("--num-workers", 0, "--batch-size", 2, "--projector", "conv", "--max-train-steps", 2, *ROLLING)
+SHORT = ("--num-workers", 0, "--batch-size", 2, "--projector", "conv", *ROLLING)
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +27,13 @@ def killer():
     server.close()
 
 
-def shard(path: Path) -> tuple[dict, dict]:
-    """Tensors, as bytes, and metadata, whose order in the file is arbitrary."""
-    with safe_open(path, "np") as file:
-        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def content(folder: Path) -> dict[str, object]:
+def content(folder: Path) -> dict[str, bytes | list]:
     """All files below `folder` but locks, without what is timing."""
-    readers = {"metrics.jsonl": scripts.records, ".safetensors": shard}
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != ".lock":
-            read = readers.get(path.name) or readers.get(path.suffix) or Path.read_bytes
-            found[path.relative_to(folder).as_posix()] = read(path)
+            timed = path.name == "metrics.jsonl"
+            found[path.relative_to(folder).as_posix()] = scripts.records(path) if timed else path.read_bytes()
     return found
 
 
@@ -81,10 +73,17 @@ def test_joint_training_killed_at_every_write_fsync_and_rename(killer, joint, tm
         for path in numbered_checkpoints(folder / "killed/checkpoints"):
             assert wholes.setdefault(path.name, path.read_bytes()) == path.read_bytes(), path
 
-    operations = kill_everywhere(killer, folder, command, check)
+    assert killer.run([*command, "--max-train-steps", 2], folder) == 0
+    operations = kill_everywhere(killer, folder, [*command, "--max-train-steps", 4], check)
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
-    assert sum("checkpoints/.0000002.pt" in operation for operation in operations) > 10
-    assert set(wholes) == {"0000001.pt", "0000002.pt"}
+    for step in (3, 4):
+        assert sum(f"checkpoints/.{step:07d}.pt" in operation for operation in operations) > 10
+    assert set(wholes) == {f"{step:07d}.pt" for step in range(1, 5)}
+    assert [path.name for path in numbered_checkpoints(folder / "killed/checkpoints")] == [
+        "0000002.pt",
+        "0000003.pt",
+        "0000004.pt",
+    ]
 
 
 def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae, tiny_data, tmp_path):
@@ -95,7 +94,8 @@ def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae
     assert code == 0, stderr
     flags = ("--data-dir", data, "--vae-latents-name", "latents", "--vae-ckpt", tiny_vae[1], "--output-dir", folder)
     command = ["train_ldm_only.py", *TINY, *TINY_SIT, *flags, *SHORT, "--exp-name", "killed"]
-    operations = kill_everywhere(killer, folder, command)
+    assert killer.run([*command, "--max-train-steps", 2], folder) == 0
+    operations = kill_everywhere(killer, folder, [*command, "--max-train-steps", 4])
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
 
 

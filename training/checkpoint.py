@@ -7,7 +7,6 @@ opt_disc, args, steps) plus what exact resume needs. A VAE is three files beside
 import argparse
 import hashlib
 import json
-import math
 import warnings
 import zipfile
 from pathlib import Path
@@ -224,9 +223,9 @@ def numbered_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
 
 
-def latest_checkpoint(directory: Path, up_to: float = math.inf) -> Path | None:
-    """The checkpoint of the highest step in `directory` that is not above `up_to`, or None."""
-    return next((path for path in reversed(numbered_checkpoints(directory)) if int(path.stem) <= up_to), None)
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the highest step in `directory`, or None."""
+    return next(reversed(numbered_checkpoints(directory)), None)
 
 
 class TrainingState:

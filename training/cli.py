@@ -144,7 +144,7 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--check-ranks",
         type=COUNT,
         default=1000,
-        help="compare all processes' states every N steps; 0: only at the start (default: %(default)s)",
+        help="compare all processes' states every N steps, and before every checkpoint (default: %(default)s)",
     )
     group.add_argument(
         "--sampling-steps", type=POSITIVE, default=10000, help="write pictures every N steps (default: %(default)s)"

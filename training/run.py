@@ -104,7 +104,6 @@ class Run:
         self.hosts = host_group()
         self.signal = self.agreed_signal = 0  # that asked this process, and with it all, to stop
         self.saved_at = time.monotonic()
-        self.identical_at: float = math.inf  # the last step after which processes were seen to be identical
         self.identity: dict = {}
         self.resources = ExitStack()
 
@@ -259,7 +258,7 @@ class Run:
         stop, rolling = self._agree(last)
         permanent = self.step == last or self.due(self.args.checkpointing_steps)
         save = stop or rolling or permanent
-        if self.args.check_ranks and self.due(self.args.check_ranks):
+        if save or (self.args.check_ranks and self.due(self.args.check_ranks)):
             self._check_processes()
         if save or self.due(LOG_INTERVAL):
             self._look()
@@ -296,8 +295,7 @@ class Run:
         """Raise a UserError unless everything that a checkpoint holds is the same on every process, to the bit."""
         if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
             advice = "Look for faulty memory, or for machines with other software"
-            self._stop(f"step {self.step}: processes differ in {name}", advice, self.identical_at)
-        self.identical_at = self.step
+            self._stop(f"step {self.step}: processes differ in {name}", advice)
 
     def _look(self) -> None:
         """Fetch the metrics of all steps since the last look, and stop the run if they say that it is lost.
@@ -309,8 +307,8 @@ class Run:
             self.metrics.write(sync=False)
             self._stop(reason, "Try bf16 or a lower learning rate")
 
-    def _stop(self, reason: str, advice: str, good_up_to: float = math.inf) -> None:
-        good = latest_checkpoint(self.checkpoints.directory, good_up_to) or "none"
+    def _stop(self, reason: str, advice: str) -> None:
+        good = latest_checkpoint(self.checkpoints.directory) or "none"
         raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}".rstrip())
 
     def _on_signal(self, kind: int, frame: object) -> None:

@@ -1,0 +1,255 @@
+"""Several processes that train together: what one does, all do, and when one dies, no other waits for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from errors import UserError, explain_runtime_error, lost_process
+from scripts import ENVIRONMENT, LAST, ROOT, assert_same_run, command, equal, records, run, torchrun
+from test_distributed import in_two_processes
+from training import distributed
+from training.checkpoint import read_checkpoint
+from training.distributed import differing_tensor, highest, host_group, on_first_process
+from training.identity import refuse_other_processes
+
+STEPS = 12
+PER_STEP = ("--checkpointing-minutes", 1e-6, "--keep-last", 2, "--max-train-steps", STEPS)
+# how far apart a joint run of STEPS steps may end on one and on two processes, in float32: Adam turns the rounding of
+# gradients near 0 into steps of the learning rate, so losses and norms are compared, and weights to a few such steps
+LOSSES, WEIGHTS = 2e-3, 5e-4
+
+
+def agree(rank: int, world: int) -> list:
+    group = host_group()
+    return [*highest([rank, 5 - rank], group), on_first_process(lambda: f"rank {rank}", group)]
+
+
+def test_processes_agree_on_the_highest_of_each_and_on_what_the_first_says(tmp_path):
+    assert in_two_processes(agree, tmp_path) == [[1, 5, "rank 0"]] * 2
+    assert highest([3, 4], None) == [3, 4]
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    said = []
+
+    def refuse() -> None:
+        raise UserError(f"said by {rank}")
+
+    group = host_group()
+    flags = {"seed": rank, "data_dir": str(rank)}
+    for action in (
+        lambda: on_first_process(refuse, group),
+        lambda: refuse_other_processes(flags, {}, group),
+        lambda: refuse_other_processes({}, {"data": str(rank)}, group),
+    ):
+        with pytest.raises(UserError) as error:
+            action()
+        said.append(str(error.value))
+    refuse_other_processes({"data_dir": str(rank)}, {"data": "a"}, group)
+    return said
+
+
+def test_processes_that_were_started_differently_all_stop(tmp_path):
+    one, two = in_two_processes(refusals, tmp_path)
+    assert one == two
+    assert one[0] == "said by 0"
+    assert one[1] == "process 1 was started with other flags than process 0 (--seed 0 -> 1); use the same"
+    assert one[2] == "process 1 has other images than --data-dir holds on process 0; use the same everywhere"
+
+
+def flip(rank: int, world: int) -> list:
+    """Names that are found to differ: none, then with one bit flipped on the second process only."""
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor([1.0, float("nan")], dtype=torch.bfloat16),
+        "c": torch.tensor(7),
+    }
+    found = [differing_tensor(tensors, torch.device("cpu"))]
+    for name, integers in (("a", torch.int32), ("b", torch.int16), ("c", torch.int64)):
+        changed = {key: value.clone() for key, value in tensors.items()}
+        if rank == 1:
+            changed[name].reshape(-1).view(integers)[-1] ^= 1
+        found.append(differing_tensor(changed, torch.device("cpu")))
+    return found
+
+
+def test_a_single_bit_that_differs_is_found(tmp_path):
+    assert in_two_processes(flip, tmp_path) == [[None, "a", "b", "c"]] * 2
+
+
+def wait_for_the_dead(rank: int, world: int, hang: bool) -> str | None:
+    distributed.PATIENCE = timedelta(seconds=2)
+    group = host_group()
+    if rank == 1:
+        if not hang:
+            os._exit(0)
+        time.sleep(5)
+        return None
+    try:
+        highest([0], group)
+    except RuntimeError as error:
+        said = lost_process(error)
+    dist.destroy_process_group = lambda: None  # the other one is not there to take part
+    return said
+
+
+@pytest.mark.parametrize("hang", [False, True])
+def test_a_process_that_dies_or_hangs_is_noticed(tmp_path, hang):
+    with pytest.raises(FileNotFoundError):  # the dead one's result
+        in_two_processes(wait_for_the_dead, tmp_path, False) if not hang else raise_missing(tmp_path)
+    said = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert said in (("timed out waiting",) if hang else ("connection closed by peer", "connection reset by peer"))
+
+
+def raise_missing(tmp_path: Path) -> None:
+    in_two_processes(wait_for_the_dead, tmp_path, True)
+    raise FileNotFoundError
+
+
+def test_what_torch_says_of_lost_processes_and_full_memory_becomes_one_line():
+    worker = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
+    assert explain_runtime_error(worker).endswith("try fewer --num-workers")
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    assert "--gradient-checkpointing" in explain_runtime_error(full)
+    assert "\n" not in explain_runtime_error(full)
+    nccl = dist.DistBackendError("NCCL error in: x.cpp, remote process exited or there was a network error")
+    assert "another process is gone" in explain_runtime_error(nccl)
+    assert explain_runtime_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+@pytest.fixture(scope="module")
+def two(joint) -> tuple[Path, tuple]:
+    """An uninterrupted run on two processes, and its flags without a name."""
+    output, flags = joint
+    flags = (*flags, *PER_STEP)
+    run("train_repae.py", *flags, "--exp-name", "two-whole", launcher=torchrun(2))
+    return output / "two-whole", flags
+
+
+def started(name: str, flags: tuple, log: Path, lines: int):
+    """A run on two processes that has logged so many lines, and its two processes by rank."""
+    line = command("train_repae.py", *flags, "--exp-name", name, launcher=torchrun(2))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    launcher = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **options)
+    deadline = time.monotonic() + 120
+    while len(records(log)) < lines:
+        assert launcher.poll() is None, launcher.stdout.read()[-4000:]
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.02)
+    return launcher, {int(p.environ()["RANK"]): p for p in psutil.Process(launcher.pid).children()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_job_with_a_message_and_the_same_command_completes_it(two, victim):
+    whole, flags = two
+    name = f"killed-{victim}"
+    folder = whole.with_name(name)
+    launcher, processes = started(name, flags, folder / "metrics.jsonl", 3)
+    processes[victim].kill()
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode != 0
+    assert "another process is gone or does not answer (connection" in said
+    assert not any(process.is_running() for process in processes.values())
+    run("train_repae.py", *flags, "--exp-name", name, launcher=torchrun(2))
+    assert_same_run(whole, folder, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "kind"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two, asked, kind):
+    whole, flags = two
+    name = f"asked-{asked}"
+    folder = whole.with_name(name)
+    rare = (*flags, "--checkpointing-minutes", 0)
+    launcher, processes = started(name, (*flags, "--max-train-steps", STEPS), folder / "metrics.jsonl", 3)
+    processes[asked].send_signal(kind)
+    said = launcher.communicate(timeout=60)[0]
+    saved = len(records(folder / "metrics.jsonl"))
+    assert f"stopped by signal {kind.value} after step {saved}. The same command continues" in said
+    assert said.count("exitcode  : 75") == 2
+    assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
+    run("train_repae.py", *rare, "--exp-name", name, launcher=torchrun(2))
+    assert_same_run(whole, folder, STEPS)
+
+
+@pytest.mark.slow
+def test_one_process_then_two_then_one(joint, two, whole_run):
+    output, flags = joint
+    for steps, launcher in ((4, ()), (8, torchrun(2)), (STEPS, ())):
+        names = ("--exp-name", "one-two-one", "--max-train-steps", steps)
+        run("train_repae.py", *flags, *names, launcher=launcher)
+    run("train_repae.py", *flags, "--exp-name", "one", "--max-train-steps", STEPS)
+    log = records(output / "one-two-one/metrics.jsonl")
+    assert [record["step"] for record in log] == list(range(1, STEPS + 1))
+    assert log[:4] == records(whole_run / "metrics.jsonl")[:4]
+    for found, expected in zip(log, records(whole_run / "metrics.jsonl"), strict=False):
+        for name in expected.keys() - {"psnr"}:
+            assert found[name] == pytest.approx(expected[name], rel=LOSSES, abs=1e-3), f"{found['step']}: {name}"
+    ends = [read_checkpoint(output / name / f"checkpoints/{STEPS:07d}.pt") for name in ("one", "one-two-one")]
+    for network in ("model", "ema", "vae", "discriminator"):
+        for key, value in ends[0][network].items():
+            torch.testing.assert_close(ends[1][network][key], value, atol=WEIGHTS, rtol=LOSSES, msg=f"{network} {key}")
+    assert not equal(ends[0]["model"], ends[1]["model"])  # else nothing was compared
+    assert LAST > STEPS
+
+
+WRAPPER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train_repae
+from errors import run_script
+
+step_of = train_repae.repae_step
+
+def broken_step(nets, batch, draws, cfg):
+    metrics = step_of(nets, batch, draws, cfg)
+    if batch.step == 4 and os.environ["RANK"] == "1":  # a bit flips in the memory of one process
+        nets.ema.bn.running_mean.view(torch.int32)[0] ^= 1
+    return metrics
+
+train_repae.repae_step = broken_step
+run_script(train_repae.main)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_drift_apart_are_stopped(two, tmp_path):
+    whole, flags = two
+    script = tmp_path / "broken.py"
+    script.write_text(WRAPPER.format(root=str(ROOT)))
+    line = [sys.executable, *torchrun(2), str(script), *map(str, flags), "--exp-name", "drift", "--check-ranks", "2"]
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    good = whole.with_name("drift") / "checkpoints/0000004.pt"
+    assert (
+        f"step 5: processes differ in ema.bn.running_mean; training stopped. Last good checkpoint: {good}"
+        in done.stderr
+    )
+    assert not (good.parent / "0000005.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_training_with_one_line(joint):
+    output, flags = joint
+    line = command("train_repae.py", *flags, "--exp-name", "worker", "--max-train-steps", 500)
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not records(output / "worker/metrics.jsonl"):
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+    for worker in psutil.Process(process.pid).children(recursive=True):
+        worker.kill()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert "error: a process that reads data was killed, most likely for want of memory" in said
+    assert "Traceback" not in said
