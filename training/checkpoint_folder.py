@@ -93,7 +93,7 @@ class CheckpointFolder:
         for path in numbered_checkpoints(self.directory):
             if int(path.stem) > step:
                 path.rename(unfinished / path.name)
-        if self.best_note.is_file() and json.loads(self.best_note.read_text(encoding="utf8"))["step"] > step:
+        if (best := read_note(self.best_note)) and best["step"] > step:
             for path in (self.best_note, self.directory / BEST_CHECKPOINT):
                 path.rename(unfinished / path.name)
         if log.exists():
@@ -123,10 +123,8 @@ class CheckpointFolder:
 
     def _rolling(self) -> set[int]:
         """Steps of checkpoints that may be deleted; if the list is lost, none may."""
-        try:
-            return set(json.loads(self.rolling_note.read_text(encoding="utf8"))["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return set()
+        steps = read_note(self.rolling_note).get("steps", [])
+        return {step for step in steps if isinstance(step, int)} if isinstance(steps, list) else set()
 
     def _note_rolling(self, steps: set[int]) -> None:
         if steps != self._rolling():
@@ -137,8 +135,17 @@ class CheckpointFolder:
 
         best.json says what was measured, the best one's step and its values.
         """
-        best = json.loads(self.best_note.read_text(encoding="utf8")) if self.best_note.is_file() else {}
+        best = read_note(self.best_note)
         if best.get("measure") != measure or values[judge] < best["values"][judge]:
             write_atomically(content, self.directory / BEST_CHECKPOINT)
             note = {"measure": measure, "step": content["steps"], "values": values}
             replace_text(self.best_note, json.dumps(note, indent=1) + "\n")
+
+
+def read_note(path: Path) -> dict:
+    """The mapping in a small JSON file; empty if it is missing or damaged."""
+    try:
+        note = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        note = {}
+    return note if isinstance(note, dict) else {}

@@ -1,6 +1,7 @@
 """What training logs: metrics.jsonl, which is the truth, and a tracker (wandb, tensorboard) beside it."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -144,16 +145,14 @@ class MetricsLog:
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drop the records of metrics.jsonl after `step`, and a line that a crash cut short."""
+    """Drop the records of metrics.jsonl after `step`, and lines that are none, like one that a crash cut short."""
     if not path.exists():
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
-            break
     replace_text(path, b"".join(kept).decode())
 
 
