@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from errors import UserError
 
-BUFFER = 1 << 20  # bytes: the many small tensors of a checkpoint reach the disk in few writes
+BUFFER = 1 << 22  # bytes: the many small tensors of a checkpoint reach the disk in few writes
 
 
 def replace_text(path: Path, text: str) -> None:

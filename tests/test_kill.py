@@ -77,7 +77,7 @@ def test_joint_training_killed_at_every_write_fsync_and_rename(killer, joint, tm
     operations = kill_everywhere(killer, folder, [*command, "--max-train-steps", 4], check)
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
     for step in (3, 4):
-        assert sum(f"checkpoints/.{step:07d}.pt" in operation for operation in operations) > 10
+        assert sum(f"checkpoints/.{step:07d}.pt" in operation for operation in operations) > 8
     assert set(wholes) == {f"{step:07d}.pt" for step in range(1, 5)}
     assert [path.name for path in numbered_checkpoints(folder / "killed/checkpoints")] == [
         "0000002.pt",

@@ -206,6 +206,10 @@ class Run:
                     with gradient_sync(self.wrapped, sync=self.step_complete):
                         yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), moments)
                 self._finish_step(bar, last)
+        except SystemExit:
+            # a launcher that sees one process end signals the others, which are about to end with the same code
+            previous = dict.fromkeys(previous, signal.SIG_IGN)
+            raise
         finally:
             bar.close()
             for kind, handler in previous.items():
