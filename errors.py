@@ -21,7 +21,13 @@ LOST_PROCESS = (
     "Connection reset by peer",
     "Connection refused",
     "Timed out waiting",
-    "NCCL error",
+    "Connection timed out",
+    "Broken pipe",
+    "No route to host",
+    "Network is unreachable",
+    "failed to recv",
+    "ncclRemoteError",
+    "remote process exited",
 )
 EXIT_USER_ERROR = 2
 EXIT_KEYBOARD = 130

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +100,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process is writing there; wait for it, or choose another name"
             ) from None
-        # a file system without locks: go on without
+        print(
+            f"warning: {folder} is on a file system without locks; see that nothing else writes there", file=sys.stderr
+        )
     try:
         remove_leftovers(folder)
         yield

@@ -42,7 +42,10 @@ SECONDS_BETWEEN_LOOKS = 1
 SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
 MAX_ASPECT_RATIO = 100
 # errors of the machine, not of an image: they end the run instead of listing the file as skipped
-MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+MACHINE_ERRORS = {
+    *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
+    *(errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO),
+}
 
 
 class Source(NamedTuple):
@@ -198,6 +201,8 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
         except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
             if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
                 raise
+            if not os.path.lexists(root / source.path):
+                raise UserError(f"{root / source.path}: was listed, and now is gone; run the same again") from None
             skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
     tensors = {
         "pixels": pixels[: len(kept)],

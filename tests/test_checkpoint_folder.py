@@ -55,19 +55,12 @@ def test_a_permanent_checkpoint_stays_whatever_is_saved_in_its_place(folder):
     assert steps(folder) == [10, 12, 14]
 
 
-@pytest.mark.parametrize("lost", ["", "{", '{"steps": 3}', "[]"])
+@pytest.mark.parametrize("lost", ["", "{", '{"steps": 3}', '{"steps": ["x"]}', "[]"])
 def test_without_the_list_of_rolling_checkpoints_nothing_is_deleted(folder, lost):
     save(folder, 10, 11)
     folder.rolling_note.write_text(lost)
     save(folder, 12, 13, 14, keep_last=1)
     assert steps(folder) == [10, 11, 14]
-
-
-def test_what_a_killed_process_left_is_removed(folder):
-    save(folder, 1)
-    (folder.directory / ".0000002.pt.77.tmp").write_bytes(b"half a checkpoint")
-    save(folder, 2)
-    assert sorted(path.name for path in folder.directory.iterdir()) == ["0000001.pt", "0000002.pt", "rolling.json"]
 
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
@@ -131,6 +124,33 @@ def test_without_own_checkpoints_those_of_another_run_are_the_start(folder, tmp_
     assert steps(other) == [10, 20]  # another run's files are left as they are
     save(folder, 11)
     assert folder.to_continue(0, str(tmp_path / "other")) == folder.directory / "0000011.pt"
+
+
+@pytest.mark.parametrize("moved", [("best.pt",), ("best.pt", "best.json")])
+def test_the_best_goes_aside_with_its_note_even_if_that_is_interrupted(folder, moved):
+    save(folder, 10, 20, keep_last=9)
+    folder.save_if_best({"steps": 20}, "a", "fid", {"fid": 1.0})
+    aside = folder.superseded(10).with_suffix(".tmp")
+    aside.mkdir()
+    for name in moved:
+        (folder.directory / name).rename(aside / name)  # killed here
+    folder.take_over(10, 10, folder.directory.parent / "metrics.jsonl")
+    assert {path.name for path in folder.superseded(10).iterdir()} == {"0000020.pt", "best.pt", "best.json"}
+
+
+@pytest.mark.parametrize("note", ["{", "[]", '{"measure": "a"}'])
+def test_a_damaged_note_of_the_best_is_taken_for_none(folder, note):
+    folder.directory.mkdir(parents=True)
+    folder.best_note.write_text(note)
+    folder.save_if_best({"steps": 5}, "a", "fid", {"fid": 3.0})
+    assert json.loads(folder.best_note.read_text())["values"] == {"fid": 3.0}
+
+
+def test_checkpoints_that_a_link_leads_to_must_be_there(folder, tmp_path):
+    folder.directory.parent.mkdir()
+    folder.directory.symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match="a link to .*unmounted, which is not there; mount or mend it"):
+        folder.to_continue(0, None)
 
 
 def test_the_best_is_kept_beside_and_never_deleted(folder):

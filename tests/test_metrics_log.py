@@ -1,11 +1,15 @@
 """metrics.jsonl and trackers: every scalar of every step once, however often a run is interrupted."""
 
+import argparse
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts import assert_same_run, call, records, run
+from training.checkpoint import read_checkpoint
+from training.metrics_log import MetricsLog
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +28,54 @@ def test_tensorboard_shows_each_step_once_after_a_crash(joint):
         shown = {event.step: event.value for event in board.Scalars(name)}
         assert len(shown) == len(board.Scalars(name))
         assert shown == pytest.approx({record["step"]: record[name] for record in log})
+
+
+def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, capsys):
+    def fail(*_, **__) -> None:
+        raise OSError("no space for the tracker")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
+    output, flags = joint
+    flags = (*flags, "--exp-name", "failing", "--report-to", "tensorboard", "--num-workers", 0)
+    assert call("train_repae.py", *flags, "--max-train-steps", 2)[0] == 0
+    assert "warning: tensorboard is not available (no space for the tracker)" in "".join(capsys.readouterr())
+    assert (output / "failing/checkpoints/0000002.pt").is_file()
+    assert len(records(output / "failing/metrics.jsonl")) == 2
+
+
+def test_an_empty_identity_of_wandb_is_made_anew(tmp_path):
+    args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
+    (tmp_path / "wandb-id.txt").write_text("")
+    opened = {}
+    accelerator = SimpleNamespace(
+        init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]), is_main_process=True
+    )
+    MetricsLog(accelerator, args, tmp_path, say=print).open(step=0)
+    assert len(opened["id"]) == 8
+    assert (tmp_path / "wandb-id.txt").read_text() == opened["id"]
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_the_log(joint, capsys):
+    output, flags = joint
+    flags = (*flags, "--exp-name", "gone", "--num-workers", 0)
+    assert call("train_repae.py", *flags, "--max-train-steps", 3)[0] == 0
+    before = (output / "gone/metrics.jsonl").read_bytes()
+    shutil.rmtree(output / "gone/checkpoints")
+    assert call("train_repae.py", *flags, "--max-train-steps", 1)[0] == 0
+    assert "no checkpoint; beginning again, the log is kept as" in "".join(capsys.readouterr())
+    assert (output / "gone/metrics-before-restart.jsonl").read_bytes() == before
+    assert len(records(output / "gone/metrics.jsonl")) == 1
+
+
+def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint):
+    output, flags = joint
+    flags = (*flags, "--num-workers", 0, "--batch-size", 2, "--mixed-precision", "fp16")
+    for name, lengths in (("half-whole", (4,)), ("half-parts", (2, 4))):
+        for steps in lengths:
+            assert call("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)[0] == 0
+    assert_same_run(output / "half-whole", output / "half-parts", 4)
+    checkpoint = read_checkpoint(output / "half-parts/checkpoints/0000004.pt")
+    assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 4
 
 
 def test_wandb_goes_on_with_the_same_run(joint, whole_run):

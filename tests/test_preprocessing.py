@@ -271,6 +271,19 @@ def test_other_images_in_the_output_are_refused(tmp_path):
         preprocess(tree, tmp_path / "data", 32, 1, None)
 
 
+def test_a_file_that_vanishes_meanwhile_ends_the_run_and_the_same_command_completes(tmp_path, monkeypatch):
+    tree = make_tree(tmp_path / "tree", per_class=2)
+    sources, _, _ = preprocessing.list_sources(tree)
+    gone = (tree / sources[1].path).rename(tmp_path / "gone.png")
+    monkeypatch.setattr("preprocessing.list_sources", lambda root: (sources, [], None))
+    with pytest.raises(UserError, match="was listed, and now is gone; run the same again"):
+        preprocess(tree, tmp_path / "data", 32, 1, None)
+    gone.rename(tree / sources[1].path)
+    (tmp_path / "data/images/.lock").unlink()
+    index, skipped = preprocess(tree, tmp_path / "data", 32, 1, None)
+    assert (index["images"], skipped) == (len(sources), [])
+
+
 def test_max_images_takes_the_first_in_sorted_order(tmp_path):
     index, _ = preprocess(make_tree(tmp_path / "tree", 3), tmp_path / "data", 32, 1, 4)
     assert index["images"] == 4

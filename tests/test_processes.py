@@ -1,5 +1,6 @@
 """Several processes that train together: what one does, all do, and when one dies, no other waits for ever."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError, explain_runtime_error, lost_process
-from scripts import ENVIRONMENT, LAST, ROOT, assert_same_run, command, equal, records, run, torchrun
+from scripts import ACCELERATE, ENVIRONMENT, LAST, ROOT, assert_same_run, command, equal, records, run, torchrun
 from test_distributed import in_two_processes
 from training import distributed
 from training.checkpoint import read_checkpoint
@@ -180,6 +181,28 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(two, asked, kind)
     assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
     run("train_repae.py", *rare, "--exp-name", name, launcher=torchrun(2))
     assert_same_run(whole, folder, STEPS)
+
+
+@pytest.mark.slow
+def test_a_signal_to_accelerate_launch_reaches_training(joint):
+    output, flags = joint
+    line = command(
+        "train_repae.py", *flags, "--exp-name", "launched-one", "--max-train-steps", 900, launcher=ACCELERATE
+    )
+    launcher = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = output / "launched-one"
+    deadline = time.monotonic() + 120
+    while not records(folder / "metrics.jsonl"):
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+    (training,) = psutil.Process(launcher.pid).children()
+    launcher.terminate()
+    launcher.wait(timeout=30)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        training.wait(timeout=60)
+    saved = len(records(folder / "metrics.jsonl"))
+    assert saved < 900
+    assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
 
 
 @pytest.mark.slow

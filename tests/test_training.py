@@ -374,10 +374,15 @@ def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 6)) + '{"st')
-    with open(path, "a") as file:
-        file.write('\n7\n{"loss": 1}\n{"step": 2, "again": 1}\n\xff\n')
     truncate_log(path, 3)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 2]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    damaged = b'{"step": 1}\n\xff\n7\n{"loss": 1}\n{"step": 2}\n'
+    path.write_bytes(damaged + b'{"step": 3}\n4\n\xfe\n{"step": 2}')
+    truncate_log(path, 2)  # what is damaged further up costs nothing else
+    assert path.read_bytes() == damaged
+    truncate_log(path, 0)
+    truncate_log(path, 0)
+    assert path.read_bytes() == b""
     assert finite_or_null({"a": float("nan"), "b": float("inf"), "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from loss.vae_loss import VAELossConfig, first_gan_step
@@ -106,7 +107,9 @@ def test_a_run_that_becomes_nan_stops_and_overwrites_nothing(started, network, k
     before = files_of(folder)
     code, said = call("train_repae.py", *flags, "--max-train-steps", 9)
     assert code == 2
-    assert f"error: step 4: {term} is nan; training stopped. Last good checkpoint: {path}. Try bf16" in said
+    assert (
+        f"error: step 4: {term} is nan; training stopped. Last good checkpoint: {path}. Another --exp-name with" in said
+    )
     assert files_of(folder) == before
     assert [record["step"] for record in records(folder / "metrics.jsonl")][-1] < 9
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[3])[term] is None
@@ -138,3 +141,40 @@ def test_half_precision_whose_gradients_always_overflow_stops(joint, monkeypatch
     assert code == 2
     assert "step 3: grad_norm_sit has not been finite for 3 steps, which were all skipped; training stopped" in said
     assert not list((output / "overflows").glob("checkpoints/*.pt"))
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_saved(started, monkeypatch):
+    folder, flags = started
+    before = files_of(folder)
+    monkeypatch.setattr("training.precision.nn.utils.clip_grad_norm_", spoil_gradients)
+    code, said = call("train_repae.py", *flags, "--max-train-steps", 4)
+    assert code == 2
+    assert "error: step 4: model." in said
+    assert "is not finite; training stopped. Last good checkpoint:" in said
+    assert files_of(folder) == before
+
+
+def spoil_gradients(parameters, *_, **__) -> torch.Tensor:
+    """A norm that looks right, of gradients that are not."""
+    for parameter in parameters:
+        parameter.grad.fill_(float("nan"))
+    return torch.ones(())
+
+
+@pytest.mark.slow
+def test_another_run_goes_on_from_the_last_good_checkpoint_with_another_recipe(started):
+    folder, flags = started
+    changed = ("--learning-rate", 1e-5, "--mixed-precision", "bf16", "--max-train-steps", 4)
+    code, said = call("train_repae.py", *flags, *changed)
+    assert code == 2
+    assert "made with other flags (--mixed-precision no -> bf16, --learning-rate 0.0001 -> 1e-05)" in said
+    branch = ("--exp-name", f"{folder.name}-branch", "--continue-train-exp-dir", folder)
+    code, said = call("train_repae.py", *flags, *branch, *changed)
+    assert code == 0, said
+    checkpoint = read_checkpoint(folder.with_name(f"{folder.name}-branch") / "checkpoints/0000004.pt")
+    assert checkpoint["opt"]["param_groups"][0]["lr"] == 1e-5
+    assert checkpoint["opt_vae"]["param_groups"][0]["lr"] == 1e-4
+    code, said = call("train_repae.py", *flags, *branch, *changed, "--seed", 1, "--max-train-steps", 5)
+    assert code == 2
+    assert "--seed 0 -> 1" in said

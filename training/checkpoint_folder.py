@@ -1,12 +1,14 @@
 """A run's folder of checkpoints: which one to continue from, and which ones to keep."""
 
+import errno
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from errors import UserError
-from files import remove_leftovers, replace_text
+from files import replace_text
 from training.checkpoint import (
     BEST_CHECKPOINT,
     checkpoint_path,
@@ -41,6 +43,10 @@ class CheckpointFolder:
         Raises:
             UserError: there is none where there should be, or every one is damaged.
         """
+        if self.directory.is_symlink() and not self.directory.exists():
+            raise UserError(
+                f"{self.directory}: a link to {self.directory.readlink()}, which is not there; mount or mend it"
+            )
         own = numbered_checkpoints(self.directory)
         if own and resume_step and self.superseded(resume_step).exists():
             where = self.superseded(resume_step)
@@ -62,7 +68,9 @@ class CheckpointFolder:
         for path in reversed(candidates):
             try:
                 read_checkpoint(path)
-            except UserError as error:
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EIO:
+                    raise
                 self.say(f"warning: {error}; trying the one before")
                 self.damaged.append(path)
             else:
@@ -93,8 +101,9 @@ class CheckpointFolder:
         for path in numbered_checkpoints(self.directory):
             if int(path.stem) > step:
                 path.rename(unfinished / path.name)
-        if (best := read_note(self.best_note)) and best["step"] > step:
-            for path in (self.best_note, self.directory / BEST_CHECKPOINT):
+        if read_note(self.best_note).get("step", 0) > step:
+            # the note last: without it, the best checkpoint would be taken for none
+            for path in filter(Path.exists, (self.directory / BEST_CHECKPOINT, self.best_note)):
                 path.rename(unfinished / path.name)
         if log.exists():
             shutil.copyfile(log, unfinished / log.name)
@@ -109,7 +118,6 @@ class CheckpointFolder:
         step = content["steps"]
         path = checkpoint_path(self.directory, step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.directory)
         rolling = self._rolling()
         permanent |= path.is_file() and step not in rolling
         rolling = rolling - {step} if permanent else rolling | {step}
@@ -136,7 +144,7 @@ class CheckpointFolder:
         best.json says what was measured, the best one's step and its values.
         """
         best = read_note(self.best_note)
-        if best.get("measure") != measure or values[judge] < best["values"][judge]:
+        if best.get("measure") != measure or values[judge] < best.get("values", {}).get(judge, math.inf):
             write_atomically(content, self.directory / BEST_CHECKPOINT)
             note = {"measure": measure, "step": content["steps"], "values": values}
             replace_text(self.best_note, json.dumps(note, indent=1) + "\n")

@@ -1,5 +1,9 @@
 """The few things that training over several processes needs beyond DistributedDataParallel."""
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -15,6 +19,7 @@ from errors import UserError
 from models.numerics import distributed_world_size
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 PATIENCE = timedelta(minutes=30)  # the first process samples pictures and writes checkpoints while the others wait
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,6 +34,12 @@ def process_state():
 
     # without cpu, several processes would not find each other on CPUs
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+
+
+def follow_launcher() -> None:
+    """Let SIGTERM reach this process when `accelerate launch`, which does not pass it on, dies of it."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # which it sets
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -119,8 +130,17 @@ def differing_tensor(tensors: dict[str, Tensor], device: torch.device) -> str | 
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's values, their bits taken for integers; int64, modulo 2**64."""
-    return tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
+    """The sum of a tensor's values, their bits taken for integers and weighted by position; int64, modulo 2**64."""
+    bits = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
+    weights = torch.arange(len(bits), device=bits.device) % 65521 + 1
+    return (bits * weights).sum()
+
+
+@torch.no_grad()
+def tensor_not_finite(tensors: dict[str, Tensor], device: torch.device) -> str | None:
+    """The name of the first tensor with a value that is not finite, or None."""
+    finite = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 @torch.no_grad()

@@ -21,6 +21,11 @@ FREE_FLAGS = PLACES | {
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks"),
     *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
 }
+# what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost
+RECIPE = {
+    *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+}
 # what runs did before these flags were there
 EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None}
 # what a run's identity may name, and what it stands for
@@ -39,14 +44,16 @@ def changed_flags(before: dict, now: dict, free: Collection[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {now[name]}" for name in changed)
 
 
-def refuse_changed_flags(checkpoint: dict, flags: dict, identity: dict, path: Path) -> None:
-    """Raise a UserError if the checkpoint's run had other flags than `flags`, but for those that may change.
+def refuse_changed_flags(
+    checkpoint: dict, flags: dict, identity: dict, path: Path, free: Collection[str] = FREE_FLAGS
+) -> None:
+    """Raise a UserError if the checkpoint's run had other flags than `flags`, but for those that are `free` to change.
 
     The same for `identity`, where the checkpoint has one.
     """
     before = checkpoint.get("args") or {}
     before = {**EARLIER_FLAGS, **(vars(before) if isinstance(before, argparse.Namespace) else before)}
-    if what := changed_flags(before, flags, FREE_FLAGS):
+    if what := changed_flags(before, flags, free):
         raise UserError(f"{path} was made with other flags ({what}); use the same ones, or another --exp-name")
     known = checkpoint.get("identity") or {}
     for name, what in IDENTITY.items():

@@ -1,10 +1,11 @@
 """What training logs: metrics.jsonl, which is the truth, and a tracker (wandb, tensorboard) beside it."""
 
 import argparse
-import contextlib
 import json
 import math
+import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,11 @@ class MetricsLog:
     def open(self, step: int) -> None:
         """Drop what was logged after `step`, which will be logged again, and start the tracker."""
         if self.accelerator.is_main_process:
+            if step == 0 and self.file.exists() and self.file.stat().st_size:
+                before = shutil.copyfile(self.file, self.file.with_name("metrics-before-restart.jsonl"))
+                self.say(
+                    f"warning: there are logged steps, but no checkpoint; beginning again, the log is kept as {before}"
+                )
             truncate_log(self.file, step)
         if self.args.report_to == "none":
             return
@@ -48,12 +54,14 @@ class MetricsLog:
             plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
             options = {self.args.report_to: self._tracker_options(step)}
             self.accelerator.init_trackers("repa-e", config=plain, init_kwargs=options)
-        except Exception as error:  # no network, no login, no package: a tracker never stops a run
-            self.accelerator.trackers = []
-            reason = " ".join(str(error).split())[:200]
-            self.say(
-                f"warning: {self.args.report_to} is not available ({reason}); metrics.jsonl is written all the same"
-            )
+        except Exception as error:  # no network, no login, no package
+            self._without_tracker(error)
+
+    def _without_tracker(self, error: Exception) -> None:
+        """A tracker that fails never stops a run."""
+        self.accelerator.trackers = []
+        reason = " ".join(str(error).split())[:200]
+        self.say(f"warning: {self.args.report_to} is not available ({reason}); metrics.jsonl is written all the same")
 
     def _tracker_options(self, step: int) -> dict:
         """wandb goes on with the run of the identity in wandb-id.txt; tensorboard forgets what came after `step`."""
@@ -62,7 +70,7 @@ class MetricsLog:
         if self.args.report_to == "tensorboard":
             return {"purge_step": step + 1}
         identity = self.directory / "wandb-id.txt"
-        if not identity.exists():
+        if not identity.is_file() or not identity.read_text(encoding="utf8").strip():
             replace_text(identity, os.urandom(4).hex())
         return {
             "name": self.args.exp_name,
@@ -130,13 +138,19 @@ class MetricsLog:
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
+        try:
+            self._track()
+        except Exception as error:
+            self._without_tracker(error)
+        last, self.records, self.pictures = self.records[-1], [], []
+        return last
+
+    def _track(self) -> None:
         for record in self.records:
             step = record["step"]
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
             for name, picture in [(name, picture) for at, name, picture in self.pictures if at == step]:
                 self._track_picture(name, picture, step)
-        last, self.records, self.pictures = self.records[-1], [], []
-        return last
 
     def _track_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         for tracker in self.accelerator.trackers:
@@ -145,15 +159,28 @@ class MetricsLog:
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drop the records of metrics.jsonl after `step`, and lines that are none, like one that a crash cut short."""
-    if not path.exists():
+    """Drop what stands in metrics.jsonl after the last record of a step that is not after `step`.
+
+    That is found from the end, and what stands before is left as it is: a log may be of millions of steps.
+    """
+    if not path.exists() or (end := path.stat().st_size) == 0:
         return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    replace_text(path, b"".join(kept).decode())
+    with open(path, "rb+") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            while end:
+                start = text.rfind(b"\n", 0, end - 1) + 1
+                if is_record(text[start:end], step):
+                    break
+                end = start
+        file.truncate(end)
+
+
+def is_record(line: bytes, step: int) -> bool:
+    """Whether this is a whole line of the log, of a step that is not after `step`; what a crash cut short is none."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:

@@ -110,9 +110,11 @@ class Optimizer:
         if len(ids) == len(self.parameters) + len(self.fixed):
             ids = [key for i, key in enumerate(ids) if i not in self.fixed]
         state = {new: adamw["state"][old] for new, old in enumerate(ids) if old in adamw["state"]}
-        # fused must be set before loading: it decides where AdamW puts its step counters
-        group = {**group, "params": list(range(len(ids))), "fused": True, "foreach": None}
+        # rates are this optimiser's; fused must be set before loading: it decides where AdamW puts its step counters
+        own = {key: self.adamw.param_groups[0][key] for key in ("lr", "betas", "weight_decay", "eps")}
+        group = {**group, **own, "params": list(range(len(ids))), "fused": True, "foreach": None}
         self.adamw.load_state_dict({"state": state, "param_groups": [group]})
         if extra:
-            self.scaler.load_state_dict(extra["scaler"])
+            if extra["scaler"]:  # else that run had no loss scaling
+                self.scaler.load_state_dict(extra["scaler"])
             self.skipped.fill_(extra["skipped"])

@@ -22,11 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, lost_process
-from files import locked, replace_text
+from files import locked, remove_leftovers, replace_text
 from training.checkpoint import TrainingState, latest_checkpoint, read_checkpoint
 from training.checkpoint_folder import CheckpointFolder
-from training.distributed import differing_tensor, gradient_sync, highest, host_group, on_first_process
-from training.identity import refuse_changed_flags, refuse_other_processes
+from training.distributed import (
+    PATIENCE,
+    differing_tensor,
+    follow_launcher,
+    gradient_sync,
+    highest,
+    host_group,
+    on_first_process,
+    tensor_not_finite,
+)
+from training.identity import FREE_FLAGS, RECIPE, refuse_changed_flags, refuse_other_processes
 from training.metrics_log import MetricsLog
 from training.randomness import BatchOrder, Rows
 from training.watch import Watch
@@ -67,8 +76,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
+        follow_launcher()
         self.args = args
         self.directory = Path(args.output_dir) / args.exp_name
         self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
@@ -79,7 +89,10 @@ class Run:
             project_config=ProjectConfiguration(
                 project_dir=str(self.directory), logging_dir=str(self.directory / args.logging_dir)
             ),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
@@ -145,7 +158,8 @@ class Run:
         path = on_first_process(self._choose_checkpoint, self.hosts)
         if path is not None:
             checkpoint = self._read_chosen(Path(path))
-            refuse_changed_flags(checkpoint, vars(self.args), identity, path)
+            free = FREE_FLAGS if Path(path).parent == self.checkpoints.directory else FREE_FLAGS | RECIPE
+            refuse_changed_flags(checkpoint, vars(self.args), identity, path, free)
             self.step = state.restore(checkpoint, path)
             check()
             self.print(f"continuing after step {self.step} from {path}")
@@ -157,6 +171,8 @@ class Run:
 
     def _choose_checkpoint(self) -> str | None:
         self.resources.enter_context(locked(self.directory))
+        for folder in filter(Path.is_dir, self.directory.iterdir()):
+            remove_leftovers(folder)
         path = self.checkpoints.to_continue(self.args.resume_step, self.args.continue_train_exp_dir)
         return None if path is None else str(path)
 
@@ -246,6 +262,7 @@ class Run:
     def evaluate(self, evaluation: "Evaluation", *nets: nn.Module) -> None:
         """Log what an evaluation of `nets` at this step finds, and keep the state as best.pt if it is the best yet."""
         self._look()
+        self._check_state()
         started = time.monotonic()
         values = evaluation(*nets)
         self.metrics.add_evaluation(self.step, values, time.monotonic() - started)
@@ -262,10 +279,12 @@ class Run:
         stop, rolling = self._agree(last)
         permanent = self.step == last or self.due(self.args.checkpointing_steps)
         save = stop or rolling or permanent
-        if save or (self.args.check_ranks and self.due(self.args.check_ranks)):
-            self._check_processes()
-        if save or self.due(LOG_INTERVAL):
+        look = save or self.due(LOG_INTERVAL)
+        if look:
             self._look()
+        if save or (self.args.check_ranks and self.due(self.args.check_ranks)):
+            self._check_state()
+        if look:
             latest = self.metrics.write(sync=save)
             bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[1:5]}, refresh=False)
         if save and self.is_main:
@@ -273,7 +292,7 @@ class Run:
         if save:
             self.saved_at = time.monotonic()
         if stop:
-            self.accelerator.wait_for_everyone()  # a launcher that sees one process end ends the others
+            highest([0], self.hosts)  # all wait: a launcher that sees one process end ends the others
             self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {CONTINUES}")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
@@ -296,10 +315,16 @@ class Run:
         return self.agreed_signal > 0 and self.step < last, bool(overdue)
 
     def _check_processes(self) -> None:
-        """Raise a UserError unless everything that a checkpoint holds is the same on every process, to the bit."""
+        """Raise a UserError unless what a checkpoint would hold is the same on every process, to the bit."""
         if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
             advice = "Look for faulty memory, or for machines with other software"
             self._stop(f"step {self.step}: processes differ in {name}", advice)
+
+    def _check_state(self) -> None:
+        """Raise a UserError unless what a checkpoint would hold is finite, and the same on every process."""
+        self._check_processes()
+        if (name := tensor_not_finite(self.state.named_tensors(), self.device)) is not None:
+            self._stop(f"step {self.step}: {name} is not finite", self._another_recipe())
 
     def _look(self) -> None:
         """Fetch the metrics of all steps since the last look, and stop the run if they say that it is lost.
@@ -309,11 +334,15 @@ class Run:
         """
         if (reason := self.watch.reason_to_stop(self.metrics.fetch())) is not None:
             self.metrics.write(sync=False)
-            self._stop(reason, "Try bf16 or a lower learning rate")
+            self._stop(reason, self._another_recipe())
+
+    def _another_recipe(self) -> str:
+        source = f"--continue-train-exp-dir {self.directory}"
+        return f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
 
     def _stop(self, reason: str, advice: str) -> None:
         good = latest_checkpoint(self.checkpoints.directory) or "none"
-        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}".rstrip())
+        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}")
 
     def _on_signal(self, kind: int, frame: object) -> None:
         if self.signal and kind == signal.SIGINT:
