@@ -168,7 +168,7 @@ def test_another_run_goes_on_from_the_last_good_checkpoint_with_another_recipe(s
     changed = ("--learning-rate", 1e-5, "--mixed-precision", "bf16", "--max-train-steps", 4)
     code, said = call("train_repae.py", *flags, *changed)
     assert code == 2
-    assert "made with other flags (--mixed-precision no -> bf16, --learning-rate 0.0001 -> 1e-05)" in said
+    assert "made with other flags (--learning-rate 0.0001 -> 1e-05, --mixed-precision no -> bf16)" in said
     branch = ("--exp-name", f"{folder.name}-branch", "--continue-train-exp-dir", folder)
     code, said = call("train_repae.py", *flags, *branch, *changed)
     assert code == 0, said
