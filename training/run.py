@@ -337,6 +337,8 @@ class Run:
             self._stop(reason, self._another_recipe())
 
     def _another_recipe(self) -> str:
+        if latest_checkpoint(self.checkpoints.directory) is None:
+            return "Begin under another --exp-name, with bf16 or a lower learning rate"
         source = f"--continue-train-exp-dir {self.directory}"
         return f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
 
