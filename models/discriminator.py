@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from models.numerics import GlobalBatchNorm2d
 
+SMALLEST_IMAGE = 24  # pixels a side that leave one logit
+
 
 class PatchDiscriminator(nn.Module):
     """Logits for overlapping patches: image (B,3,R,R) in [-1, 1] -> (B,1,r,r).

@@ -73,6 +73,7 @@ CASES = {
     "spatial-norm-one-token": "--model SiT-XXS/8 --spatial-norm",
     "grid-mismatch": "--model SiT-XXS/1 --enc-type dinov2-vit-s",
     "patch-indivisible": "--data-dir {data36} --resolution 36",
+    "resolution-small": "--data-dir {data16} --resolution 16",
     "resolution-indivisible": "--data-dir {data34} --resolution 34",
     "weights-missing": "--vae-ckpt {vae_folder}/nowhere.pt",
     "weights-truncated": "--vae-ckpt {cut}",
@@ -228,7 +229,7 @@ def write_data(root: Path, places: dict) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocessing, "SHARD_IMAGES", 4)
         places["data"] = make_data(root / "good", per_class=6)
-    for side in (34, 36):
+    for side in (16, 34, 36):
         places[f"data{side}"] = make_data(root / str(side), per_class=2, resolution=side)
     for name in ("missing", "truncated", "damaged", "flipped", "swapped", "malformed", "outside"):
         places[name] = shutil.copytree(places["data"], root / name)

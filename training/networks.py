@@ -11,7 +11,7 @@ from downloads import download, is_offline
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
-from models.discriminator import PatchDiscriminator
+from models.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from models.encoders import encoder_specs
 from models.sit import SiT, SiT_models
 from training.autoencoding import VAENets
@@ -177,6 +177,10 @@ def check_data(data, args: argparse.Namespace) -> None:
 
 def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
     """The VAE, its discriminator, LPIPS and the optimisers that the flags ask for, on this process's device."""
+    if args.resolution < SMALLEST_IMAGE:
+        raise UserError(
+            f"--resolution {args.resolution} is too small for the discriminator, which needs at least {SMALLEST_IMAGE}"
+        )
     vae = load_vae(args.vae, args.vae_ckpt)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
