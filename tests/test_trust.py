@@ -176,7 +176,8 @@ def test_a_file_in_torchvisions_cache_is_not_trusted(places, tmp_path, monkeypat
     craft(cached, form, tmp_path / "canary")
     flags = good_flags("train_repae.py", places, tmp_path)
     at = flags.index("--lpips-vgg-ckpt")
-    refused("train_repae.py", [*flags[:at], *flags[at + 2 :]], tmp_path / "canary")
+    line = refused("train_repae.py", [*flags[:at], *flags[at + 2 :]], tmp_path / "canary")
+    assert f"VGG16 weights {cached}: not a readable PyTorch file" in line
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
