@@ -12,7 +12,6 @@ import math
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from models.numerics import GlobalBatchNorm2d
@@ -84,6 +83,8 @@ class SiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the condition (adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, fused_attn: bool):
+        from timm.models.vision_transformer import Attention, Mlp  # here, so that --help needs no timm
+
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, num_heads=heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
@@ -170,6 +171,8 @@ class SiT(nn.Module):
         qk_norm: bool = False,
         fused_attn: bool = True,
     ):
+        from timm.models.vision_transformer import PatchEmbed
+
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"the latent is {input_size}x{input_size}, which patch size {patch_size} does not divide")
