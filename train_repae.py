@@ -33,6 +33,7 @@ from training.networks import (
     transformer_step_options,
     use_tf32,
 )
+from training.overlap import beside
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
 from training.randomness import Draws
 from training.run import Batch, Run
@@ -61,7 +62,8 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     image = pixels_to_image(batch.pixels).to(draws.noise.dtype)
 
     # 1. The frozen encoders' tokens are what representations align to.
-    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
+    #    They are not needed before 3, so a GPU may compute them beside 2.
+    encoding = beside(lambda: encoder_tokens(nets.encoders, batch.pixels, cfg), image.device)
 
     # 2. The VAE's posterior, a sample z of it, and the reconstruction.
     with cfg.autocast():
@@ -70,7 +72,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by
     #    the running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
-    if zs:
+    if zs := encoding():
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
         with cfg.autocast():
             _, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=sit.encoder_depth)

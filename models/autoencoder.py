@@ -231,6 +231,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
 
     def encode(self, image: Tensor) -> Posterior:
         """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""
@@ -254,8 +255,11 @@ def build_vae(name: str) -> AutoencoderKL:
 
 
 def pixels_to_image(pixels: Tensor) -> Tensor:
-    """uint8 pixels (B,3,R,R) -> float32 image in [-1, 1]: pixels/127.5 - 1. The only place where this is done."""
-    return pixels.float() / 127.5 - 1
+    """uint8 pixels (B,3,R,R) -> float32 image in [-1, 1]: pixels/127.5 - 1. The only place where this is done.
+
+    The image is laid out as the networks' convolutions have it: channels last.
+    """
+    return pixels.float(memory_format=torch.channels_last) / 127.5 - 1
 
 
 def image_to_pixels(image: Tensor) -> Tensor:

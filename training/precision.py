@@ -114,6 +114,11 @@ class Optimizer:
         own = {key: self.adamw.param_groups[0][key] for key in ("lr", "betas", "weight_decay", "eps")}
         group = {**group, **own, "params": list(range(len(ids))), "fused": True, "foreach": None}
         self.adamw.load_state_dict({"state": state, "param_groups": [group]})
+        for parameter, moments in self.adamw.state.items():  # fused AdamW takes them for being laid out alike
+            moments |= {
+                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                for key, value in moments.items()
+            }
         if extra:
             if extra["scaler"]:  # else that run had no loss scaling
                 self.scaler.load_state_dict(extra["scaler"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from training.overlap import to_device
 from transport import sample_time
 
 
@@ -36,8 +37,7 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """All tensors on `device`; on a GPU the copies do not make the host wait."""
-        pinned = (tensor.pin_memory() if device.type == "cuda" else tensor for tensor in self)
-        return Draws(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+        return Draws(*to_device(self, device))
 
 
 def generator_for(seed: int, stream: str, index: int) -> torch.Generator:

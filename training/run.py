@@ -37,6 +37,7 @@ from training.distributed import (
 )
 from training.identity import FREE_FLAGS, RECIPE, refuse_changed_flags, refuse_other_processes
 from training.metrics_log import MetricsLog
+from training.overlap import to_device
 from training.randomness import BatchOrder, Rows
 from training.watch import Watch
 
@@ -216,8 +217,7 @@ class Run:
             for step in range(self.step, last):
                 self.step = step + 1
                 for micro in range(args.gradient_accumulation_steps):
-                    loaded = (tensor.to(self.device, non_blocking=True) for tensor in next(batches))
-                    pixels, labels, moments = (*loaded, None)[:3]
+                    pixels, labels, moments = (*to_device(next(batches), self.device), None)[:3]
                     self.step_complete = micro == args.gradient_accumulation_steps - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
                         yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), moments)
