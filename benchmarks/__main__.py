@@ -1,0 +1,148 @@
+"""What every stage costs on this machine: time, memory, FLOPs, and the share of its best matrix products.
+
+    python -m benchmarks                                    # two CPU cores: eight minutes
+    python -m benchmarks --device cuda --json gpu.json      # one GPU
+
+Networks and data are made up (benchmarks/workspace.py). `make bench` is the first line.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Measurement, matrix_peak, measure, profile
+from benchmarks.stages import (
+    Stage,
+    build_networks,
+    data_stages,
+    inference_stages,
+    step_stages,
+    transformer_stages,
+    vae_stages,
+)
+from benchmarks.workspace import CPU, GPU, TINY, Setting, make_workspace
+from errors import Parser, UserError, run_script
+from files import replace_text
+from training.cli import COUNT, WEIGHT
+from training.networks import use_tf32
+
+COLUMNS = (
+    "stage",
+    "median s",
+    "fastest",
+    "slowest",
+    "runs",
+    "images/s",
+    "peak GB",
+    "GFLOP/image",
+    "TFLOP/s",
+    "of peak",
+)
+PROFILED = "joint step"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="networks and images so small that only the way is tested")
+    parser.add_argument("--only", help="stages whose names begin so, like VAE,sampling (default: all)")
+    parser.add_argument("--seconds", type=WEIGHT, default=6.0, help="a stage, at least three runs (default: 6)")
+    parser.add_argument("--num-workers", type=COUNT, default=2, help="for reading and preprocessing (default: 2)")
+    parser.add_argument("--json", type=Path, help="also write everything there")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu")
+    return args
+
+
+def machine(device: torch.device, setting: Setting, peak: float) -> dict:
+    """What the numbers were measured on."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "matrix_peak_flops": peak,
+        **asdict(setting),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def row(name: str, found: Measurement, peak: float) -> tuple[str, ...]:
+    """A stage's line of the table; stages without matrix products have no share of their peak."""
+    rate = found.flops / found.median
+    counted = (f"{found.flops / found.images / 1e9:.1f}", f"{rate / 1e12:.3f}", f"{rate / peak:.0%}")
+    return (
+        name,
+        *(f"{value:.4f}" for value in (found.median, found.fastest, found.slowest)),
+        str(found.runs),
+        f"{found.images / found.median:.2f}",
+        f"{found.memory / 1e9:.2f}",
+        *(counted if found.flops else ("", "", "")),
+    )
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A table with a header, its columns padded to one width."""
+    rows = [COLUMNS, *rows]
+    widths = [max(len(line[i]) for line in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def all_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]:
+    """Every stage, in the order in which data pass them."""
+    data = data_stages(folder, setting, workers)
+    networks = build_networks(folder, setting)
+    return {
+        **data,
+        **vae_stages(networks, setting.batch),
+        **transformer_stages(networks, setting.batch),
+        **step_stages(networks, setting.batch),
+        **inference_stages(networks, setting, folder),
+    }
+
+
+def main() -> None:
+    """Make a workspace, measure stage after stage, and say what came out."""
+    args = parse_args()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    setting = TINY if args.tiny else GPU if args.device == "cuda" else CPU
+    use_tf32(True)
+    peak = matrix_peak(device, setting.precision)
+    report = {"machine": machine(device, setting, peak), "stages": {}}
+    print(json.dumps(report["machine"], indent=1))
+    with tempfile.TemporaryDirectory(prefix="repae-benchmarks-") as folder:
+        make_workspace(Path(folder), setting, args.num_workers)
+        stages = all_stages(Path(folder), setting, args.num_workers)
+        wanted = [n for n in stages if args.only is None or n.startswith(tuple(args.only.split(",")))]
+        for name in wanted:
+            found = measure(*stages[name], device, args.seconds)
+            report["stages"][name] = asdict(found)
+            print(f"{name}: {found.median:.4f} s, {found.images / found.median:.2f} images/s", flush=True)
+        if PROFILED in wanted:
+            report["profile"] = profile(stages[PROFILED].work, device)
+    print(markdown([row(name, Measurement(**found), peak) for name, found in report["stages"].items()]))
+    for entry in report.get("profile", []):
+        print(f"{entry['share']:6.1%}  {entry['calls']:5d} x  {entry['operation']}")
+    if args.json:
+        replace_text(args.json, json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,125 @@
+"""Time, memory and FLOPs of a piece of work, and what the machine's matrix products reach at best."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.precision import AUTOCAST_DTYPES
+
+LEAST_RUNS = 3
+MOST_RUNS = 50
+PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that the peak is measured on
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One stage: seconds of a call, images of a call, peak memory in bytes, counted FLOPs of a call (0: none)."""
+
+    median: float
+    fastest: float
+    slowest: float
+    runs: int
+    images: int
+    memory: int
+    flops: int
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(work: Callable[[], object], images: int, device: torch.device, seconds: float) -> Measurement:
+    """Call `work` once to warm up, once to count FLOPs, and then again and again for about so many `seconds`.
+
+    `images` is how many a call handles. Peak memory is the device's allocator's, or on CPUs the whole process's.
+    """
+    work()
+    flops = counted_flops(work)
+    with peak_memory(device) as peak:
+        work()
+        wait(device)
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or (sum(times) < seconds and len(times) < MOST_RUNS):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return Measurement(statistics.median(times), min(times), max(times), len(times), images, peak(), flops)
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """FLOPs of matrix products, convolutions and attention of a call; a multiplication and an addition are two.
+
+    Compiled networks run uncompiled here: the counter does not see into kernels.
+    """
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function that afterwards tells the highest number of bytes in use within."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    seen, done = [resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(resident_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: max(seen)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def resident_bytes() -> int:
+    """Memory of this process that lies in RAM; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def matrix_peak(device: torch.device, precision: str, seconds: float = 2.0) -> float:
+    """FLOPs a second of the best square matrix product in `precision` (no: float32, TF32 where it is allowed)."""
+    dtype = AUTOCAST_DTYPES[precision] or torch.float32
+    side = PEAK_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / measure(lambda: a @ b, 1, device, seconds).fastest
+
+
+def profile(work: Callable[[], object], device: torch.device, rows: int = 12) -> list[dict]:
+    """Where the time of a call goes: the operations that take most of it themselves, with their share and calls."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        wait(device)
+
+    def own(event) -> float:
+        if on_gpu:  # of kernels, not of the calls that launch them
+            return event.self_device_time_total if event.device_type == DeviceType.CUDA else 0.0
+        return event.self_cpu_time_total
+
+    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events)) or 1.0
+    return [{"operation": event.key, "share": own(event) / total, "calls": event.count} for event in events[:rows]]

@@ -1,0 +1,201 @@
+"""The stages of the method, each as a piece of work to be measured, built by what builds them for the scripts."""
+
+import io
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import train_repae
+from benchmarks.workspace import Setting, training_flags
+from cache_latents import encode
+from dataset import open_images
+from loss.alignment import alignment_loss
+from models.autoencoder import pixels_to_image
+from preprocessing import preprocess
+from sample_files import SampleFiles
+from train_ldm_only import ldm_step
+from training import cli
+from training.diffusion import encoder_tokens
+from training.distributed import frozen_call
+from training.ema import update_ema
+from training.networks import transformer_draws
+from training.overlap import to_device
+from training.precision import Optimizer
+from training.previews import decode_pixels
+from training.randomness import Draws, Rows
+from training.run import Batch, Run
+from training.sampling import Sampling, sample_pixels
+from transport import diffusion_loss, interpolate
+
+READ_AT_ONCE = 32
+GUIDANCE_SCALE = 2.0
+
+
+class Stage(NamedTuple):
+    """`work` handles so many `images` a call."""
+
+    work: Callable[[], object]
+    images: int
+
+
+class Networks(NamedTuple):
+    """What the stages share: a joint run's networks, and one batch with its draws on the device."""
+
+    nets: train_repae.JointNets
+    cfg: train_repae.JointStepConfig
+    batch: Batch
+    draws: Draws
+
+
+def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]:
+    """Reading as training reads, and preprocessing; neither needs a network."""
+    data = open_images(folder / "data")
+
+    def read(workers: int) -> None:
+        rows = torch.randperm(len(data)).split(READ_AT_ONCE)
+        for _ in DataLoader(data, batch_sampler=[part.tolist() for part in rows], num_workers=workers):
+            pass
+
+    def prepare() -> None:
+        shutil.rmtree(folder / "again", ignore_errors=True)
+        with redirect_stderr(io.StringIO()):  # a progress bar a call
+            preprocess(folder / "photographs", folder / "again", setting.resolution, workers, None)
+
+    return {
+        "preprocessing": Stage(prepare, len(data)),
+        "reading, no workers": Stage(lambda: read(0), len(data)),
+        f"reading, {workers} workers": Stage(lambda: read(workers), len(data)),
+    }
+
+
+def build_networks(folder: Path, setting: Setting) -> Networks:
+    """The networks of a joint run on the workspace in `folder`, and its first batch."""
+    args = train_repae.parse_args(training_flags(folder, setting, "benchmark"))
+    run = Run(args)
+    nets, _ = train_repae.build(args, run)
+    cfg = train_repae.step_config(args, cli.load_loss_config(args.loss_cfg_path), run.device)
+    data = open_images(args.data_dir, args.resolution)
+    pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
+    rows = Rows(0, setting.batch)
+    draws = transformer_draws(args, 1).rows(rows).to(run.device)
+    moments = torch.cat([draws.posterior, draws.noise.abs()], dim=1)
+    return Networks(
+        nets, cfg, Batch(*to_device([torch.stack(pixels), torch.tensor(labels)], run.device), 0, rows, moments), draws
+    )
+
+
+def backward(loss: Tensor, network: nn.Module) -> None:
+    """Gradients of the network's parameters, and away with them."""
+    loss.backward()
+    network.zero_grad(set_to_none=True)
+
+
+def vae_stages(networks: Networks, images: int) -> dict[str, Stage]:
+    """The VAE and its losses, each forward and backward."""
+    nets, cfg, batch, draws = networks
+    image = pixels_to_image(batch.pixels)
+    with torch.no_grad(), cfg.autocast():
+        recon = nets.vae(image, draws.posterior)[2]
+
+    def vae() -> None:
+        with cfg.autocast():
+            posterior, _, recon = nets.vae(image, draws.posterior)
+        backward(recon.mean() + posterior.kl().mean(), nets.vae)
+
+    def lpips() -> None:
+        nets.lpips(image, recon.detach().requires_grad_()).mean().backward()
+
+    def gan() -> None:
+        with cfg.autocast():
+            (logits,) = frozen_call(nets.discriminator, recon.detach().requires_grad_())
+        logits.float().mean().backward()
+        with cfg.autocast():
+            real, fake = nets.discriminator(image, recon)
+        backward((real.float() - fake.float()).mean(), nets.discriminator)
+
+    return {"VAE": Stage(vae, images), "LPIPS": Stage(lpips, images), "GAN": Stage(gan, images)}
+
+
+def transformer_stages(networks: Networks, images: int) -> dict[str, Stage]:
+    """The encoder, the alignment pass through the frozen transformer, and the transformer, forward and backward."""
+    nets, cfg, batch, draws = networks
+    sit = nets.sit
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
+
+    def alignment() -> None:
+        z_norm = sit.bn.by_running_statistics(draws.posterior).requires_grad_()
+        x_t, _ = interpolate(cfg.path_type, z_norm, draws.noise, draws.t)
+        with cfg.autocast():
+            _, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=sit.encoder_depth)
+        alignment_loss(tokens, zs).backward()
+
+    def transformer() -> None:
+        x_t, target = interpolate(cfg.path_type, draws.posterior, draws.noise, draws.t)
+        with cfg.autocast():
+            prediction, tokens = sit(x_t, draws.t, batch.labels)
+        backward(diffusion_loss(prediction.float(), target).mean() + alignment_loss(tokens, zs), sit)
+
+    return {
+        "encoder": Stage(lambda: encoder_tokens(nets.encoders, batch.pixels, cfg), images),
+        "alignment pass": Stage(alignment, images),
+        "transformer": Stage(transformer, images),
+    }
+
+
+def optimiser_step(optimizer: Optimizer) -> Callable[[], object]:
+    """Unscaling, clipping and AdamW, on gradients that are there already."""
+    gradients = [torch.full_like(parameter, 1e-6) for parameter in optimizer.parameters]
+    loss = torch.zeros((), device=gradients[0].device, requires_grad=True)
+
+    def work() -> None:
+        for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.update(loss)
+
+    return work
+
+
+def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
+    """What follows the gradients, and both steps as a whole."""
+    nets, cfg, batch, draws = networks
+    updates = [optimiser_step(optimizer) for optimizer in (nets.opt_vae, nets.opt_disc, nets.opt_sit)]
+    return {
+        "three optimisers": Stage(lambda: [update() for update in updates], images),
+        "EMA": Stage(lambda: update_ema(nets.ema, nets.sit, cfg.ema_decay), images),
+        "joint step": Stage(lambda: train_repae.repae_step(nets, batch, draws, cfg), images),
+        "frozen step": Stage(lambda: ldm_step(nets, batch, draws, cfg), images),
+    }
+
+
+def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict[str, Stage]:
+    """Caching, sampling by the SDE without and with guidance, decoding, and writing PNGs and parts of an npz."""
+    nets, cfg, batch, draws = networks
+    images = setting.batch
+    indices = list(range(images))
+    vae, ema = nets.vae.eval(), nets.ema
+
+    def sample(scale: float) -> Tensor:
+        sampling = Sampling(mode="sde", num_steps=setting.sampling_steps, cfg_scale=scale, autocast=cfg.autocast)
+        return sample_pixels(ema, vae, indices, sampling)
+
+    def decode() -> Tensor:
+        with cfg.autocast():
+            return decode_pixels(vae, draws.posterior)
+
+    pixels = decode().permute(0, 2, 3, 1).cpu().numpy()
+    (folder / "written").mkdir(exist_ok=True)
+    files = SampleFiles(folder / "written", "set", {"count": images, "resolution": setting.resolution}, True, True)
+    steps = f"SDE, {setting.sampling_steps} steps"
+    return {
+        "caching": Stage(lambda: encode(vae, batch.pixels).cpu(), images),
+        f"sampling, {steps}": Stage(lambda: sample(1.0), images),
+        f"sampling, {steps}, guided": Stage(lambda: sample(GUIDANCE_SCALE), images),
+        "decoding": Stage(decode, images),
+        "writing": Stage(lambda: files.write(indices, pixels), images),
+    }
