@@ -9,6 +9,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser) -> None:
+    """`--device cuda` runs the tests of golden values on a GPU, as `make gpu-check` does."""
+    parser.addoption("--device", default="cpu", help="where tests make their tensors (default: cpu)")
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """Tensors and networks are made on --device; a GPU computes in float32 throughout, as golden values were made."""
+    import torch
+
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cpu":
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with device:
+        yield
+
+
 @pytest.fixture(scope="session")
 def vgg_weights(tmp_path_factory) -> Path:
     """VGG16's real convolutions in torchvision's keys, converted as the demo does."""

@@ -37,9 +37,12 @@ def fill(module: nn.Module, prefix: str = "", keep: tuple[str, ...] = ("pos_embe
     return module
 
 
-def assert_close(actual: Tensor | np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    """|actual - expected| <= tolerance · max|expected|."""
-    actual = actual.detach().double().numpy() if isinstance(actual, Tensor) else np.asarray(actual, dtype=np.float64)
+def assert_close(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: float = 1e-5) -> None:
+    """|actual - expected| <= tolerance · max|expected|, wherever the two lie."""
+    actual, expected = (
+        array.detach().cpu().double().numpy() if isinstance(array, Tensor) else np.asarray(array, dtype=np.float64)
+        for array in (actual, expected)
+    )
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     error = np.abs(actual - expected).max()
     assert error <= tolerance * np.abs(expected).max(), f"off by {error / np.abs(expected).max():.2e} of the largest"

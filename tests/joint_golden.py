@@ -38,7 +38,7 @@ def golden_nets(
         input_size=size, in_channels=vae.config.z_channels, num_classes=10, z_dims=z_dims, encoder_depth=depth
     )
     fill(sit)
-    device = torch.device("cpu")
+    device = torch.get_default_device()
     return JointNets(
         vae=vae,
         discriminator=discriminator,

@@ -1,0 +1,163 @@
+"""Whether training does on this machine what it should: numbers, speed, and what happens when it is killed.
+
+    python -m benchmarks.gpu_check                          # one GPU
+    python -m benchmarks.gpu_check --device cpu --tiny      # the same way, on networks of no size
+
+First the tests of golden values, on the device. Then for each of SiT-XL/2 on f8d4 and SiT-XL/1 on f16d32, in bfloat16
+and in float16, train_repae.py itself: losses must fall; once it is warm, nothing may be compiled anew, and no graph
+break; the host may not wait for the device between two logs; killed, and started again, it must go on from its
+checkpoint with the same losses. `make gpu-check` is the first line. Networks and data are made up (benchmarks/workspace.py).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.flops import stage_flops
+from benchmarks.measure import matrix_peak
+from benchmarks.workspace import GPU, TINY, Setting, make_workspace, training_flags
+from errors import Parser, UserError, run_script
+from files import replace_text
+
+ROOT = Path(__file__).parents[1]
+FALLING = ("reconstruction_loss", "perceptual_loss", "denoising_loss", "proj_loss")
+WARM_UP, CHECKPOINT, LAST = 3, 10, 30  # steps
+COMPARED = 5  # steps at either end whose mean losses are compared
+TOLERANCE = {"cpu": 0.0, "cuda": 0.05}  # relative, of a loss after a restart; on GPUs the order of sums differs
+GOLDEN_TESTS = ("tests/test_golden.py", "tests/test_joint_step.py", "-k", "golden")
+
+
+class Case(NamedTuple):
+    """One run: what is trained, and in which precision."""
+
+    name: str
+    setting: Setting
+
+
+def cases(tiny: bool) -> list[Case]:
+    """What is checked."""
+    if tiny:
+        return [Case("tiny", TINY)]
+    other = replace(GPU, vae="f16d32", model="SiT-XL/1")
+    return [
+        Case(f"{setting.model} {setting.vae} {precision}", replace(setting, precision=precision))
+        for setting in (GPU, other)
+        for precision in ("bf16", "fp16")
+    ]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="networks and images so small that only the way is tested")
+    parser.add_argument("--json", type=Path, help="also write everything there")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU; --device cpu --tiny goes the same way without one")
+    if args.device == "cpu" and not args.tiny:
+        raise UserError("--device cpu would take days; add --tiny")
+    return args
+
+
+def golden_parity(device: str) -> tuple[bool, str]:
+    """Whether the tests of golden values pass on the device, and pytest's last line."""
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *GOLDEN_TESTS, f"--device={device}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode == 0, done.stdout.strip().splitlines()[-1]
+
+
+def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[dict]]:
+    """Train until the process kills itself after step LAST; its facts, and the log.
+
+    Raises:
+        UserError: it ended otherwise, with the end of what it wrote.
+    """
+    facts = folder / "facts.json"
+    facts.unlink(missing_ok=True)
+    flags = [*training_flags(folder, case.setting, name), f"--max-train-steps={LAST + 1}", "--num-workers=2"]
+    flags += [f"--checkpointing-steps={CHECKPOINT}", f"--sampling-steps={LAST * 2}"]
+    flags += [f"--{network}learning-rate={case.setting.learning_rate}" for network in ("", "vae-", "disc-")]
+    line = [sys.executable, "-m", "benchmarks.watched_training", str(facts), str(WARM_UP), str(LAST), *flags]
+    environment = {**os.environ, **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode != -signal.SIGKILL or not facts.is_file():
+        raise UserError(f"{case.name}: training ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    log = (folder / "exps" / name / "metrics.jsonl").read_text().splitlines()
+    return json.loads(facts.read_text()), [json.loads(line) for line in log]
+
+
+def check(folder: Path, case: Case, device: str, peak: float) -> dict:
+    """Everything that is to be known of a case; "failed" names what is not as it should be."""
+    name = case.name.replace("/", "-").replace(" ", "-")
+    first, before = train(folder, case, name, device)
+    again, after = train(folder, case, name, device)
+    failed = [
+        f"{term} does not fall" for term in FALLING if mean(before[-COMPARED:], term) >= mean(before[:COMPARED], term)
+    ]
+    failed += [f"{again['recompiled']} compiled anew"] * (again["recompiled"] + first["recompiled"] > 0)
+    failed += [f"{first['graph_breaks']} graph breaks"] * (first["graph_breaks"] > 0)
+    failed += [f"the host waits at {place}" for place in first["waits"]]
+    difference = restart_difference(before, after)
+    failed += [f"losses differ by {difference:.1e} after the restart"] * (difference > TOLERANCE[device])
+    speed = before[-1]["images_per_second"]
+    flops = stage_flops(
+        case.setting.vae, case.setting.model, case.setting.encoder, case.setting.resolution, case.setting.encoder_depth
+    )["joint step"]
+    return {
+        "losses": {term: [mean(before[:COMPARED], term), mean(before[-COMPARED:], term)] for term in FALLING},
+        "restart_difference": difference,
+        "images_per_second": speed,
+        "mfu": flops * speed / peak,
+        **first,
+        "failed": failed,
+    }
+
+
+def mean(records: list[dict], term: str) -> float:
+    """The mean of a loss over records of the log."""
+    return sum(record[term] for record in records) / len(records)
+
+
+def restart_difference(before: list[dict], after: list[dict]) -> float:
+    """The largest relative difference of a loss between the steps after the checkpoint and the same steps again."""
+    if [record["step"] for record in after] != list(range(1, LAST + 1)):
+        return float("inf")
+    pairs = [(a[term], b[term]) for a, b in zip(before, after, strict=True) for term in FALLING]
+    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)
+
+
+def main() -> None:
+    """Check case after case; exit code 1 if something is not as it should be."""
+    args = parse_args()
+    parity, summary = golden_parity(args.device)
+    print(f"golden values on {args.device}: {summary}", flush=True)
+    report = {"golden": {"passed": parity, "summary": summary}, "cases": {}}
+    with tempfile.TemporaryDirectory(prefix="repae-gpu-check-") as folder:
+        for case in cases(args.tiny):
+            place = Path(folder) / case.setting.vae
+            place.mkdir(exist_ok=True)
+            make_workspace(place, case.setting, workers=2)
+            peak = matrix_peak(torch.device(args.device), case.setting.precision)
+            found = report["cases"][case.name] = check(place, case, args.device, peak)
+            speed = f"{found['images_per_second']:.1f} images/s, MFU {found['mfu']:.1%}, {found['memory'] / 1e9:.1f} GB"
+            print(f"{case.name}: {speed}; {'; '.join(found['failed']) or 'as it should be'}", flush=True)
+            shutil.rmtree(place / "exps")  # checkpoints of 12 GB
+    if args.json:
+        replace_text(args.json, json.dumps(report, indent=1) + "\n")
+    if not parity or any(found["failed"] for found in report["cases"].values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,124 @@
+"""train_repae.py as it is, watched from within, and killed on the way: what `benchmarks.gpu_check` starts.
+
+    python -m benchmarks.watched_training FACTS.json WARM_UP LAST [flags of train_repae.py]
+
+Its first WARM_UP steps may compile. From then on it counts what is compiled anew and where graphs break, and, but for
+the steps at which the log is written, where the host waits for the device. After step LAST it writes FACTS.json and
+kills itself, so that no signal handler and no exit hook has a part in what the next start finds.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import train_repae
+import training.networks
+from errors import run_script
+from training.run import LOG_INTERVAL
+
+OWN = Path(__file__).parents[1]
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+class Watched:
+    """The step function of a training script, with what happens in it and between two calls written down.
+
+    Attributes:
+        strict: whether the host must not wait for the device now.
+        waits: where it did all the same, one line each.
+    """
+
+    def __init__(self, step: Callable, facts: Path, warm_up: int, last: int):
+        self.step, self.facts, self.warm_up, self.last = step, facts, warm_up, last
+        self.strict, self.waits = False, []
+        self.steps = self.compiled = 0
+
+    def __call__(self, nets, batch, draws, cfg) -> dict[str, Tensor | None]:
+        """One step; the time until the next call counts to it."""
+        number = batch.step + 1
+        if number > self.last:
+            self.end(batch.pixels.device)
+        if self.steps == self.warm_up:
+            self.begin(batch.pixels.device)
+        warm = self.steps >= self.warm_up
+        self.steps += 1
+        self.strict = warm
+        metrics = self.step(nets, batch, draws, cfg)
+        self.strict = warm and number % LOG_INTERVAL > 0
+        return metrics
+
+    def begin(self, device: torch.device) -> None:
+        """The warm-up is over: count from now on."""
+        self.compiled = counters["stats"]["unique_graphs"]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: "synchronizing" in str(message) and self.wait()
+            torch.cuda.set_sync_debug_mode("warn")
+            return
+        for name in READS:  # no device to wait for: that a value is read stands for it
+            setattr(torch.Tensor, name, self.reading(getattr(torch.Tensor, name)))
+
+    def reading(self, method: Callable) -> Callable:
+        """`method` of a tensor, which gives its value to the host."""
+
+        def read(*args, **kwargs):
+            self.wait()
+            return method(*args, **kwargs)
+
+        return read
+
+    def wait(self) -> None:
+        """Write down the project's own line that waits, if it must not."""
+        if self.strict:
+            files = [(frame.filename, frame.lineno) for frame in traceback.extract_stack()]
+            own = [
+                (file, line) for file, line in files if Path(file).is_relative_to(OWN) and "site-packages" not in file
+            ]
+            own = [place for place in own if place[0] != __file__]
+            self.waits.append("{}:{}".format(*own[-1]) if own else "outside of the project")
+
+    def end(self, device: torch.device) -> None:
+        """Write the facts, and die."""
+        on_gpu = device.type == "cuda"
+        facts = {
+            "graphs": counters["stats"]["unique_graphs"],
+            "recompiled": counters["stats"]["unique_graphs"] - self.compiled,
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "waits": sorted(set(self.waits)),
+            "memory": torch.cuda.max_memory_allocated(device)
+            if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        self.facts.write_text(json.dumps(facts))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def compile_eagerly(modules, args, device: torch.device) -> None:
+    """In place of `compile_in_place`, which compiles for GPUs only: without generating code, which takes minutes."""
+    for module in modules:
+        module.compile(backend="aot_eager")
+
+
+def main() -> None:
+    """Train, watched."""
+    facts, warm_up, last, *flags = sys.argv[1:]
+    sys.argv = ["train_repae.py", *flags]
+    if not torch.cuda.is_available():
+        training.networks.compile_in_place = compile_eagerly
+    train_repae.repae_step = Watched(train_repae.repae_step, Path(facts), int(warm_up), int(last))
+    train_repae.main()
+
+
+if __name__ == "__main__":
+    run_script(main)
