@@ -3,16 +3,21 @@
 A shard holds tensors of equally many rows, their labels, and for each tensor NAME `NAME.crc`, a checksum of every row:
 the CRC-32, as int64, of the row's bytes and then of its label's. It carries the `plan` it was made by, a hash of
 everything that decides its content, so that work that stopped is continued and shards of something else are never mixed
-in. Opening one maps it into memory: reading a row costs one pass over it, and any number of workers, forked or spawned,
-may read.
+in. Nothing stays open or in memory but where each shard's tensors begin: a row is read from its file, at a cost that
+does not grow with the number of shards, by any number of workers, forked or spawned.
 """
 
 import hashlib
 import json
+import math
+import operator
+import os
 import reprlib
 import zlib
+from array import array
 from bisect import bisect_right
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +29,11 @@ from files import sync_folder, written_whole
 
 SUFFIX = ".safetensors"
 DTYPES = {"uint8": "U8", "int64": "I64", "float16": "F16", "float32": "F32"}  # as numpy and safetensors call them
+HEADER, LONGEST_HEADER = 4096, 100_000_000  # bytes of most headers, which one read fetches, and of any
+THREADS, SHARDS_A_TASK = 8, 64  # that look at headers, for the sake of file systems with a delay
 SHARD_LIST = [{"file": str, "images": int}]  # the form of an index's "shards"
+
+ITEM_BYTES = {form: np.dtype(name).itemsize for name, form in DTYPES.items()}
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, as safetensors writes it, and shape of a row
 
@@ -34,14 +43,14 @@ def shard_name(number: int) -> str:
     return f"{number:05d}{SUFFIX}"
 
 
-def open_shard(path: Path, framework: str = "np"):
+def open_shard(path: Path):
     """A whole shard as safetensors opens it, or None where there is none or it is cut short."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         return None
     try:
-        return safe_open(path, framework)
+        return safe_open(path, "np")
     except SafetensorError:
         return None
 
@@ -90,15 +99,15 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, s
     del checksums["labels.crc"]
     tensors = {**checksums, "labels": arrays["labels"], **arrays}  # those of 8 bytes first, which aligns all
     header, end = {"__metadata__": metadata}, 0
-    for name, array in tensors.items():
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
+    for name, rows in tensors.items():
+        start, end = end, end + rows.nbytes
+        header[name] = {"dtype": DTYPES[rows.dtype.name], "shape": rows.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with written_whole(path) as file:  # not by safetensors, which orders metadata at random
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            file.write(array.reshape(-1).view(np.uint8))
+        for rows in tensors.values():
+            file.write(rows.reshape(-1).view(np.uint8))
     sync_folder(path.parent)
 
 
@@ -183,29 +192,77 @@ def read_index(directory: Path, form: str, fields: dict, remedy: str) -> dict:
     return index
 
 
-def other_layout(shard, layout: Layout, rows: int) -> str | None:
-    """How the tensors of an open shard differ from what they should be by their headers, in words, or None."""
-    checksums = {f"{name}.crc": ("I64", ()) for name in layout if f"{name}.crc" in shard.keys()}  # noqa: SIM118
+class Part(NamedTuple):
+    """A tensor of a shard, by its header."""
+
+    dtype: str  # as safetensors writes it
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's beginning
+
+
+def read_parts(path: str | Path) -> dict[str, Part] | None:
+    """The tensors of a whole shard, or None where there is none or it is cut short; by its header, without data."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        size, text = os.fstat(file).st_size, os.pread(file, HEADER, 0)
+        begin = end = 8 + int.from_bytes(text[:8], "little")
+        if end > min(size, LONGEST_HEADER):
+            return None
+        header, parts = json.loads(text[8:end] if end <= HEADER else os.pread(file, end - 8, 8)), {}
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, offset = entry["dtype"], tuple(map(operator.index, entry["shape"])), end
+            end += math.prod(shape) * ITEM_BYTES[dtype]
+            if entry["data_offsets"] != [offset - begin, end - begin]:
+                return None
+            parts[name] = Part(dtype, shape, offset)
+    except (IsADirectoryError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # no header, or one of something else
+    finally:
+        os.close(file)
+    return parts if end == size else None
+
+
+def other_layout(parts: dict[str, Part], layout: Layout, rows: int) -> str | None:
+    """How a shard's tensors differ from what they should be by their headers, in words, or None."""
+    checksums = {f"{name}.crc": ("I64", ()) for name in layout if f"{name}.crc" in parts}
     expected = {"labels": ("I64", ()), **layout, **checksums}
-    if strangers := sorted(set(shard.keys()) - set(expected)):
+    if strangers := sorted(set(parts) - set(expected)):
         return f"holds {strangers[0]!r}, which no such shard has"
     for name, (dtype, shape) in expected.items():
-        if name not in shard.keys():  # noqa: SIM118
+        if name not in parts:
             return f"holds no {name}"
-        part = shard.get_slice(name)
-        found = (part.get_dtype(), tuple(part.get_shape()))
+        found = parts[name][:2]
         if found != (dtype, (rows, *shape)):
             return f"holds {name} of {found[0]} {found[1]}, but index.json says {dtype} {(rows, *shape)}"
     return None
 
 
+def checked_parts(path: str | Path, layout: Layout, rows: int, remedy: str) -> dict[str, Part]:
+    """The tensors of a shard that is what it should be by its size and header; data are not read.
+
+    Raises:
+        UserError: it is not; saying what is wrong, and what to do.
+    """
+    parts = read_parts(path)
+    if parts is None:
+        what = "damaged" if os.path.isfile(path) else "no such file, but index.json lists it"
+        raise UserError(f"{path}: {what}; {remedy}")
+    if wrong := other_layout(parts, layout, rows):
+        raise UserError(f"{path}: {wrong}; delete it and {remedy}")
+    return parts
+
+
 def damage(path: Path, layout: Layout, rows: int, remedy: str) -> str | None:
     """What is wrong with a shard by its size and header, and what to do, or None; data are not read."""
-    shard = open_shard(path)
-    if shard is None:
-        return f"{path}: {'damaged' if path.is_file() else 'no such file, but index.json lists it'}; {remedy}"
-    wrong = other_layout(shard, layout, rows)
-    return wrong and f"{path}: {wrong}; delete it and {remedy}"
+    try:
+        checked_parts(path, layout, rows, remedy)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def own_layout(shard) -> tuple[Layout, int]:
@@ -254,6 +311,22 @@ def examine(path: Path) -> ShardFacts:
     return ShardFacts(len(labels), path.stat().st_size, metadata, digest, extremes, wrong)
 
 
+def read_into(path: str, targets: list[tuple[np.ndarray, int]]) -> bool:
+    """Fill arrays with what stands at these offsets of a file; False where the file is gone or too short.
+
+    Not from a map of the file: the kernel would fetch a row from a disk in several requests, and end the process where
+    the disk fails.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return all(os.preadv(file, [target], offset) == target.nbytes for target, offset in targets)
+    finally:
+        os.close(file)
+
+
 class Shards:
     """The rows of the shards that an index lists, numbered through.
 
@@ -268,16 +341,28 @@ class Shards:
     """
 
     def __init__(self, directory: Path, index: dict, layout: Layout, remedy: str):
-        self.num_classes, self.remedy = index["num_classes"], remedy
-        self.paths = [directory / shard["file"] for shard in index["shards"]]
+        self.directory, self.remedy, self.num_classes = directory, remedy, index["num_classes"]
+        self.files = [shard["file"] for shard in index["shards"]]
         self.sizes = [shard["images"] for shard in index["shards"]]
-        self.ends = list(accumulate(self.sizes))
-        for path, rows in zip(self.paths, self.sizes, strict=True):
-            if wrong := damage(path, layout, rows, remedy):
-                raise UserError(wrong)
+        self.ends = array("q", accumulate(self.sizes))
+        # where each tensor begins in each shard, and 0 for checksums that it has none of
+        names = ["labels", *layout, *(f"{name}.crc" for name in layout)]
+        self.offsets = {name: array("q") for name in names}
+
+        def offsets_of(first: int) -> list[list[int]]:
+            some = slice(first, first + SHARDS_A_TASK)
+            shards = zip(self.files[some], self.sizes[some], strict=True)
+            found = [checked_parts(os.path.join(directory, file), layout, rows, remedy) for file, rows in shards]
+            return [[parts[name].offset if name in parts else 0 for parts in found] for name in names]
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for columns in pool.map(offsets_of, range(0, len(self.files), SHARDS_A_TASK)):
+                for name, column in zip(names, columns, strict=True):
+                    self.offsets[name].extend(column)
         if not len(self):
             raise UserError(f"{directory} holds no images")
-        self.opened: dict[int, tuple] = {}
+        numpy_names = {form: name for name, form in DTYPES.items()}
+        self.forms = {name: (np.dtype(numpy_names[dtype]), shape) for name, (dtype, shape) in layout.items()}
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -289,28 +374,26 @@ class Shards:
             UserError: they are not what was written (shards from before there were checksums are read unchecked), or
                 the index knows of fewer classes.
         """
+        import torch  # here, so that preprocessing.py starts without it
+
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         number = bisect_right(self.ends, i)
-        if number not in self.opened:
-            shard = open_shard(self.paths[number], "pt")
-            if shard is None:
-                raise UserError(f"{self.paths[number]}: was changed or removed meanwhile; {self.remedy}")
-            self.opened[number] = shard, set(shard.keys())
-        shard, names = self.opened[number]
         k = i - (self.ends[number - 1] if number else 0)
-        row, label = shard.get_slice(name)[k], int(shard.get_slice("labels")[k])
-        if f"{name}.crc" in names and checksum(row.numpy(), label) != int(shard.get_slice(f"{name}.crc")[k]):
-            raise UserError(
-                f"{self.paths[number]}: row {k} damaged (checksum differs); delete the file and {self.remedy}"
-            )
+        path = os.path.join(self.directory, self.files[number])
+        dtype, shape = self.forms[name]
+        row, label, crc = np.empty(shape, dtype), np.empty((), np.int64), np.empty((), np.int64)
+        checked = self.offsets[f"{name}.crc"][number] > 0
+        targets = {name: row, "labels": label, **({f"{name}.crc": crc} if checked else {})}
+        places = [self.offsets[part][number] + k * target.nbytes for part, target in targets.items()]
+        if not read_into(path, list(zip(targets.values(), places, strict=True))):
+            raise UserError(f"{path}: was changed or removed meanwhile; {self.remedy}")
+        label = int(label)
+        if checked and checksum(row, label) != crc:
+            raise UserError(f"{path}: row {k} damaged (checksum differs); delete the file and {self.remedy}")
         if not 0 <= label < self.num_classes:
             raise UserError(
-                f"{self.paths[number]}: row {k} has label {label}, but index.json says {self.num_classes} classes; "
+                f"{path}: row {k} has label {label}, but index.json says {self.num_classes} classes; "
                 f"delete both and {self.remedy}"
             )
-        return row, label
-
-    def __getstate__(self) -> dict:
-        # memory maps do not travel to spawned workers; each opens its own
-        return {**self.__dict__, "opened": {}}
+        return torch.from_numpy(row), label

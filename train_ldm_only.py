@@ -149,7 +149,7 @@ def main() -> None:
     evaluation = build_evaluation(args, run, evaluation_images(args))
 
     for step, batch in run.steps(data):
-        draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
+        draws = transformer_draws(args, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit")})
         if run.due(args.sampling_steps) and run.is_main:

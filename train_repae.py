@@ -142,7 +142,7 @@ def main() -> None:
     evaluation = build_evaluation(args, run, data)
 
     for step, batch in run.steps(data):
-        draws = transformer_draws(args, step).rows(batch.rows).to(run.device)
+        draws = transformer_draws(args, step, batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:

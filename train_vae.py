@@ -103,7 +103,7 @@ def main() -> None:
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):
-        draws = step_draws(args.seed, step, args.batch_size, latent).rows(batch.rows).to(run.device)
+        draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)
         metrics = vae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:

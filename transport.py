@@ -47,20 +47,20 @@ def interpolate(path_type: str, z_norm: Tensor, noise: Tensor, t: Tensor) -> tup
     return c.alpha * z_norm + c.sigma * noise, c.d_alpha * z_norm + c.d_sigma * noise
 
 
-def sample_time(weighting: str, path_type: str, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) float32 times in [0, 1].
+def sample_time(weighting: str, path_type: str, uniform: Tensor) -> Tensor:
+    """(B,) float32 times in [0, 1], from as many draws from U[0, 1) in float64.
 
-    uniform: U[0, 1]. lognormal: s = exp(N(0, 1)) is the noise-to-data ratio σ/α, hence t = s/(1 + s) on the linear path
-    and (2/π)·atan s on the cosine one.
+    uniform: the draws themselves. lognormal: s = exp(N(0, 1)) is the noise-to-data ratio σ/α, hence t = s/(1 + s) on
+    the linear path and (2/π)·atan s on the cosine one; the normal distribution's quantiles make its draws.
 
     Raises:
         ValueError: unknown `weighting`.
     """
     if weighting == "uniform":
-        return torch.rand(count, generator=generator)
+        return uniform.float()
     if weighting == "lognormal":
-        ratio = torch.randn(count, generator=generator).exp()
-        return ratio / (1 + ratio) if path_type == "linear" else torch.atan(ratio) * (2 / math.pi)
+        ratio = torch.special.ndtri(uniform).exp()
+        return (ratio / (1 + ratio) if path_type == "linear" else torch.atan(ratio) * (2 / math.pi)).float()
     raise ValueError(f"unknown weighting {weighting!r}; it must be one of {', '.join(WEIGHTINGS)}")
 
 

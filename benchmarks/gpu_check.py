@@ -6,7 +6,8 @@
 First the tests of golden values, on the device. Then for each of SiT-XL/2 on f8d4 and SiT-XL/1 on f16d32, in bfloat16
 and in float16, train_repae.py itself: losses must fall; once it is warm, nothing may be compiled anew, and no graph
 break; the host may not wait for the device between two logs; killed, and started again, it must go on from its
-checkpoint with the same losses. `make gpu-check` is the first line. Networks and data are made up (benchmarks/workspace.py).
+checkpoint with the same losses. `make gpu-check` is the first line. Networks and data are made up
+(benchmarks/workspace.py).
 """
 
 import argparse

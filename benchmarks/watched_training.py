@@ -81,12 +81,8 @@ class Watched:
     def wait(self) -> None:
         """Write down the project's own line that waits, if it must not."""
         if self.strict:
-            files = [(frame.filename, frame.lineno) for frame in traceback.extract_stack()]
-            own = [
-                (file, line) for file, line in files if Path(file).is_relative_to(OWN) and "site-packages" not in file
-            ]
-            own = [place for place in own if place[0] != __file__]
-            self.waits.append("{}:{}".format(*own[-1]) if own else "outside of the project")
+            frames = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
+            self.waits.append(f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "outside of the project")
 
     def end(self, device: torch.device) -> None:
         """Write the facts, and die."""
@@ -102,6 +98,11 @@ class Watched:
         }
         self.facts.write_text(json.dumps(facts))
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_ours(file: str) -> bool:
+    """Whether a source file is the project's own, and not this one."""
+    return Path(file).is_relative_to(OWN) and "site-packages" not in file and file != __file__
 
 
 def compile_eagerly(modules, args, device: torch.device) -> None:

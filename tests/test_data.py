@@ -4,8 +4,11 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import resource
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from errors import UserError
 from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
 from scripts import call
+from shards import Shards, shard_name, write_shard
 from test_files import bomb_png, shard_arrays, without_checksums
 from train_ldm_only import check_vae
 from training.checkpoint import fingerprint
@@ -401,3 +405,73 @@ def test_a_shard_without_images_is_cached_as_one(tmp_path, vae, monkeypatch):
     assert images.sizes == [3, 0, 3]
     latents = open_latents(tmp_path / "data", "latents", images)
     assert [latents[i][1] for i in range(6)] == [0, 0, 0, 2, 2, 2]
+
+
+def test_many_shards_are_read_without_keeping_any_open_or_in_memory(tmp_path):
+    count = 300
+    for i in range(count):
+        pixels = np.full((2, 3, 4, 4), i % 256, np.uint8)
+        write_shard(tmp_path / shard_name(i), {"pixels": pixels, "labels": np.array([0, 1])}, {"plan": ""})
+    index = {"num_classes": 2, "shards": [{"file": shard_name(i), "images": 2} for i in range(count)]}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 50, limits[1]))
+    try:
+        shards = Shards(tmp_path, index, {"pixels": ("U8", (3, 4, 4))}, "")
+        rows = [shards.row(i, "pixels") for i in range(2 * count)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all((pixels == i // 2 % 256).all() and label == i % 2 for i, (pixels, label) in enumerate(rows))
+    assert len(os.listdir("/proc/self/fd")) <= in_use + 1
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert len(pickle.dumps(shards)) < 100 * count
+
+
+@pytest.mark.parametrize("change", ["removed", "cut short"])
+def test_a_shard_that_changes_while_it_is_used_is_one_clear_line(data, tmp_path, change):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    images = open_images(copy)
+    assert torch.equal(images[4][0], open_images(data)[4][0])
+    path = copy / "images/00001.safetensors"
+    if change == "removed":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError) as error:
+        images[7]
+    assert str(error.value) == (
+        f"{path}: was changed or removed meanwhile; run preprocessing.py with --output-path {copy} to the end"
+    )
+
+
+ROWS = {"dtype": "U8", "shape": [1, 3, 2, 2], "data_offsets": [8, 20]}
+LABELS = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+HEADERS = {
+    "gap": {"labels": LABELS, "pixels": {**ROWS, "data_offsets": [9, 21]}},
+    "overlap": {"labels": LABELS, "pixels": {**ROWS, "data_offsets": [0, 12]}},
+    "before the file": {"labels": LABELS, "pixels": {**ROWS, "data_offsets": [-4, 8]}},
+    "too large": {"labels": LABELS, "pixels": {**ROWS, "shape": [1, 3, 2, 3]}},
+    "half a pixel": {"labels": LABELS, "pixels": {**ROWS, "shape": [1, 3, 2.0, 2]}},
+    "unknown numbers": {"labels": LABELS, "pixels": {**ROWS, "dtype": "I8"}},
+    "no shape": {"labels": LABELS, "pixels": {"dtype": "U8", "data_offsets": [8, 20]}},
+    "list": [LABELS, ROWS],
+    "list inside": {"labels": LABELS, "pixels": [1]},
+    "text": "labels",
+}
+
+
+@pytest.mark.parametrize("case", ["good", "metadata", *HEADERS, "deep", "no text", "longer than the file", "short"])
+def test_headers_of_shards_are_not_trusted(tmp_path, case):
+    good = {"labels": LABELS, "pixels": ROWS}
+    header = {**good, "__metadata__": {"a": "b" * 10_000}} if case == "metadata" else HEADERS.get(case, good)
+    text = {"deep": b"[" * 100_000, "no text": b"\xff" * 20}.get(case, json.dumps(header).encode())
+    length = len(text) + (100 if case == "longer than the file" else 0)
+    content = length.to_bytes(8, "little") + text + (0).to_bytes(8, "little") + bytes(range(12))
+    (tmp_path / "a").write_bytes(content[:5] if case == "short" else content)
+    index = {"num_classes": 1, "shards": [{"file": "a", "images": 1}]}
+    if case in ("good", "metadata"):
+        shards = Shards(tmp_path, index, {"pixels": ("U8", (3, 2, 2))}, "help")
+        assert shards.row(0, "pixels")[0].flatten().tolist() == list(range(12))
+    else:
+        with pytest.raises(UserError, match=f"^{tmp_path}/a: damaged; help$"):
+            Shards(tmp_path, index, {"pixels": ("U8", (3, 2, 2))}, "help")

@@ -55,6 +55,10 @@ def double_nets(accumulation: int) -> JointNets:
     return nets
 
 
+def part_of(draws: Draws, rows: Rows) -> Draws:
+    return Draws(*(tensor[rows.start : rows.stop] for tensor in draws))
+
+
 def joint_steps(rank: int, world: int, accumulation: int) -> dict:
     """Three float64 joint steps on this process's rows of a global batch of eight; every network and metric after."""
     nets = double_nets(accumulation)
@@ -70,7 +74,7 @@ def joint_steps(rank: int, world: int, accumulation: int) -> dict:
             rows = Rows((micro * world + rank) * size, (micro * world + rank + 1) * size)
             mine = slice(rows.start, rows.stop)
             nets.encoders = [lambda pixels, mine=mine: zs[mine].double()]
-            part = draws.rows(rows)
+            part = part_of(draws, rows)
             part = Draws(part.posterior.double(), part.noise.double(), part.t.double(), part.drop)
             with gradient_sync([nets.vae, nets.discriminator, nets.sit], sync=micro == accumulation - 1):
                 result = repae_step(nets, Batch(batch.pixels[mine], batch.labels[mine], step, rows), part, WITH_LECAM)
@@ -122,7 +126,7 @@ def frozen_steps(rank: int, world: int, accumulation: int) -> dict:
             mine = slice(*rows)
             part = Batch(batch.pixels[mine], batch.labels[mine], step, rows, batch.moments[mine])
             with gradient_sync([nets.sit], sync=micro == accumulation - 1):
-                ldm_step(nets, part, draws.rows(rows), test_ldm_step.CONFIG)
+                ldm_step(nets, part, part_of(draws, rows), test_ldm_step.CONFIG)
     return {"sit": sit.state_dict(), "ema": nets.ema.state_dict()}
 
 

@@ -17,7 +17,7 @@ from loss.vae_loss import VAELossConfig
 from training import cli
 from training.checkpoint import vae_files, write_atomically
 from training.networks import transformer_draws
-from training.randomness import step_draws
+from training.randomness import Rows, step_draws
 
 COMMON = {
     "output_dir": "exps",
@@ -254,10 +254,11 @@ def test_flags_reach_the_step(built):
 
 def test_flags_reach_the_draws(built):
     args, _, _ = built
-    draws = transformer_draws(args, 4)
-    expected = step_draws(args.seed, 4, args.batch_size, (4, 8, 8), "lognormal", "cosine", 0.2)
+    rows = Rows(1, args.batch_size)
+    draws = transformer_draws(args, 4, rows)
+    expected = step_draws(args.seed, 4, rows, (4, 8, 8), "lognormal", "cosine", 0.2)
     assert all(torch.equal(a, b) for a, b in zip(draws, expected, strict=True))
-    assert not torch.equal(draws.noise, transformer_draws(args, 5).noise)
+    assert not torch.equal(draws.noise, transformer_draws(args, 5, rows).noise)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def small_nets(**optimizer) -> JointNets:
 def small_batch(count: int = 4) -> tuple[Batch, Draws, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    draws = step_draws(0, 0, count, (4, 8, 8))
+    draws = step_draws(0, 0, Rows(0, count), (4, 8, 8))
     zs = torch.randn(count, 16, 48, generator=generator)
     return Batch(pixels, torch.arange(count) % 10, 0, Rows(0, count)), draws, zs
 

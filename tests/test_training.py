@@ -4,9 +4,11 @@ import argparse
 import copy
 import errno
 import json
+import math
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ from training.identity import refuse_changed_flags
 from training.metrics_log import finite_or_null, truncate_log
 from training.precision import Optimizer, autocast_factory
 from training.previews import reconstruction_grid, sample_grid
-from training.randomness import BatchOrder, Rows, step_draws
+from training.randomness import BatchOrder, Rows, shuffled, step_draws
 
 CPU = torch.device("cpu")
 
@@ -144,16 +146,36 @@ def test_latent_normaliser_round_trip():
     torch.testing.assert_close(sit.bn.by_running_statistics(z), (z - bias) / (scale**-2 + 1e-4).sqrt())
 
 
-def test_draws_depend_on_seed_and_step_only():
-    a, b = (step_draws(3, 5, 8, (4, 2, 2), "lognormal", "cosine", 0.5) for _ in range(2))
+def test_draws_depend_on_seed_step_and_row_only():
+    a, b = (step_draws(3, 5, Rows(0, 8), (4, 2, 2), "lognormal", "cosine", 0.5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    for other in (step_draws(3, 6, 8, (4, 2, 2)), step_draws(4, 5, 8, (4, 2, 2))):
+    for rows in (Rows(0, 3), Rows(3, 4), Rows(4, 8)):
+        part = step_draws(3, 5, rows, (4, 2, 2), "lognormal", "cosine", 0.5)
+        assert all(torch.equal(x, y[rows.start : rows.stop]) for x, y in zip(part, a, strict=True))
+    for other in (step_draws(3, 6, Rows(0, 8), (4, 2, 2)), step_draws(4, 5, Rows(0, 8), (4, 2, 2))):
         assert not torch.equal(a.noise, other.noise)
     assert not torch.equal(a.noise, a.posterior)
-    assert len(a.noise.flatten().unique()) == a.noise.numel()
-    assert torch.equal(a.rows(Rows(2, 5)).noise, a.noise[2:5])
-    assert step_draws(0, 0, 10000, (1, 1, 1), cfg_prob=0.1).drop.float().mean() == pytest.approx(0.1, abs=0.01)
-    assert not step_draws(0, 0, 1000, (1, 1, 1), cfg_prob=0.0).drop.any()
+    assert step_draws(0, 0, Rows(0, 10000), (1, 1, 1), cfg_prob=0.1).drop.float().mean() == pytest.approx(0.1, abs=0.01)
+    assert not step_draws(0, 0, Rows(0, 1000), (1, 1, 1), cfg_prob=0.0).drop.any()
+
+
+def test_draws_of_rows_steps_and_seeds_are_normal_uniform_and_uncorrelated():
+    places = [(seed, step) for seed in (0, 1, 2**32) for step in (1, 2, 2**32 + 1)]
+    draws = [step_draws(seed, step, Rows(0, 40), (4, 8, 8)) for seed, step in places]
+    normal = torch.cat([torch.stack([d.posterior, d.noise], 1).flatten(0, 1).flatten(1) for d in draws]).double()
+    assert len(normal.unique()) > 0.99 * normal.numel()  # of float32s
+    count = normal.shape[1]
+    # five standard deviations of each estimate, and of the largest of 259,000 correlations
+    assert normal.mean().abs() < 5 / normal.numel() ** 0.5
+    assert (normal.square().mean() - 1).abs() < 5 * (2 / normal.numel()) ** 0.5
+    assert ((normal.abs() > 3).double().mean() - 0.0027).abs() < 5 * (0.0027 / normal.numel()) ** 0.5
+    correlation = torch.corrcoef(normal) - torch.eye(len(normal))
+    assert correlation.abs().max() < 7 / count**0.5
+    assert (correlation.square().sum() / (len(normal) * (len(normal) - 1)) * count - 1).abs() < 0.02
+    t = torch.cat([step_draws(0, step, Rows(0, 2000), (1, 1, 1)).t for step in range(1, 6)]).double()
+    chi_square = ((torch.histc(t, 50, 0, 1) - 200).square() / 200).sum()
+    assert 49 - 5 * 98**0.5 < chi_square < 49 + 5 * 98**0.5
+    assert torch.corrcoef(torch.stack([t[:-1], t[1:]]))[0, 1].abs() < 0.05
 
 
 def order(**changes) -> list[list[int]]:
@@ -167,6 +189,25 @@ def test_data_order_is_a_permutation_an_epoch_and_drops_the_last_partial_batch()
     assert len(set(first)) == len(set(second)) == 20
     assert first != second
     assert order(seed=1) != order()
+
+
+def test_an_epoch_is_a_permutation_of_any_number_of_images():
+    for length in (*range(1, 201), 997, 1023, 1024, 1025, 4096, 4097, 100003):
+        values = shuffled(np.arange(length), length, 3, 1)
+        assert np.array_equal(np.sort(values), np.arange(length)), length
+    assert shuffled(np.array([10**12]), 10**12 + 39, 0, 0) < 10**12 + 39  # without memory for all
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 100])
+def test_every_image_comes_anywhere_and_after_any_other_equally_often(length):
+    epochs = 2000
+    orders = np.stack([shuffled(np.arange(length), length, 0, epoch) for epoch in range(epochs)])
+    assert len({row.tobytes() for row in orders}) == min(epochs, math.factorial(length))
+    at_place = np.stack([np.bincount(column, minlength=length) for column in orders.T])
+    after = np.bincount((np.diff(orders, axis=1) % length).ravel(), minlength=length)[1:]
+    for counts in (*at_place, after):  # chi-square, within six standard deviations
+        expected, freedom = counts.mean(), len(counts) - 1
+        assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * (2 * freedom) ** 0.5
 
 
 def test_data_order_does_not_depend_on_interruption_processes_or_micro_batches():

@@ -21,7 +21,7 @@ from training.distributed import first_on_each_machine
 from training.ema import copy_for_ema
 from training.encoder_weights import load_encoders
 from training.precision import Optimizer, autocast_factory
-from training.randomness import Draws, step_draws
+from training.randomness import Draws, Rows, step_draws
 from training.run import Run
 
 
@@ -136,10 +136,10 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
     return TransformerNets(sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
 
 
-def transformer_draws(args: argparse.Namespace, step: int) -> Draws:
-    """The random numbers of 1-based `step` for the global batch."""
+def transformer_draws(args: argparse.Namespace, step: int, rows: Rows) -> Draws:
+    """The random numbers of 1-based `step` for these rows of the global batch."""
     latent = latent_shape(args.vae, args.resolution)
-    return step_draws(args.seed, step, args.batch_size, latent, args.weighting, args.path_type, args.cfg_prob)
+    return step_draws(args.seed, step, rows, latent, args.weighting, args.path_type, args.cfg_prob)
 
 
 def transformer_step_options(args: argparse.Namespace, device: torch.device) -> dict:

@@ -1,19 +1,23 @@
-"""Everything random in training, as pure functions of (seed, step) and (seed, epoch).
+"""Everything random in training, as pure functions of (seed, step, row of the global batch) and (seed, epoch, place).
 
-The draws of the *global* batch are equal on every process, which takes its rows; so a run does not depend on the number
-of processes, and resuming needs no random state.
+A process draws and orders its own rows only, the same ones whoever draws them: a run does not depend on the number of
+processes, no process does work or holds memory for the rows of others, and resuming needs no random state.
 """
 
+import hashlib
+import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from training.overlap import to_device
 from transport import sample_time
+
+ROUNDS = 6  # of the network that permutes an epoch, each of two halves
 
 
 class Rows(NamedTuple):
@@ -31,40 +35,83 @@ class Draws(NamedTuple):
     t: Tensor  # (B,) times in [0, 1]
     drop: Tensor  # (B,) bool: rows whose label is replaced by the null label
 
-    def rows(self, rows: Rows) -> "Draws":
-        """The draws of these rows of the global batch."""
-        return Draws(*(tensor[rows.start : rows.stop] for tensor in self))
-
     def to(self, device: torch.device) -> "Draws":
         """All tensors on `device`; on a GPU the copies do not make the host wait."""
         return Draws(*to_device(self, device))
 
 
+def hashed(seed: int, stream: str, index: int) -> bytes:
+    """32 bytes for step, epoch or sample `index` of a named stream."""
+    return hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+
+
 def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for step or epoch `index` of a named stream: equal arguments give equal numbers."""
-    import hashlib
-
-    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    """A CPU generator for sample `index` of a named stream: equal arguments give equal numbers."""
+    return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
 
 
-@lru_cache(maxsize=1)  # the micro-batches of a step ask for the same
+def philox(seed: int, stream: str, index: int, row: int = 0) -> np.random.Philox:
+    """The bits of `row` of step or epoch `index` of a named stream.
+
+    They are a counter, encrypted under a key of 128 bits (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+    SC 2011). The row is the counter's upper word, so that rows have nothing in common. torch's generators would not do:
+    they take 32 bits of a seed, and two of 16,384 rows would be the same in one step of 32.
+    """
+    key = np.frombuffer(hashed(seed, stream, index), np.uint64, count=2)
+    return np.random.Philox(key=key, counter=[0, 0, 0, row])
+
+
 def step_draws(
     seed: int,
     step: int,
-    batch: int,
+    rows: Rows,
     latent_shape: tuple[int, int, int],
     weighting: str = "uniform",
     path_type: str = "linear",
     cfg_prob: float = 0.0,
 ) -> Draws:
-    """The draws of 1-based `step` for a global batch of `batch` images with latents (C,h,w)."""
-    generator = generator_for(seed, "step", step)
-    posterior = torch.randn(batch, *latent_shape, generator=generator)
-    noise = torch.randn(batch, *latent_shape, generator=generator)
-    t = sample_time(weighting, path_type, batch, generator)
-    drop = torch.rand(batch, generator=generator) < cfg_prob
-    return Draws(posterior, noise, t, drop)
+    """The draws of 1-based `step` for these rows of the global batch, with latents (C,h,w)."""
+    count = rows.stop - rows.start
+    uniform, normal = np.empty((count, 2)), np.empty((2, count, *latent_shape), np.float32)
+    for i, row in enumerate(range(*rows)):
+        generator = np.random.Generator(philox(seed, "step", step, row))
+        generator.random(out=uniform[i])
+        for values in normal:
+            generator.standard_normal(out=values[i], dtype=np.float32)
+    t, drop = torch.from_numpy(uniform).unbind(1)
+    return Draws(*torch.from_numpy(normal), sample_time(weighting, path_type, t), drop < cfg_prob)
+
+
+def mixed(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    """A keyed hash of each uint64 in `x`: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    x = x * np.uint64(0x9E3779B97F4A7C15) + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffled(places: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
+    """What stands at `places` (B,) of an epoch's permutation of range(length), both int64, in memory for B numbers.
+
+    A generalised Feistel network permutes pairs, of which there are hardly more than `length`, and what is not below it
+    is permuted again until it is (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    """
+    rows = math.isqrt(length - 1) + 1
+    columns = np.uint64(-(-length // rows))
+    rows = np.uint64(rows)
+    keys = philox(seed, "epoch", epoch).random_raw(2 * ROUNDS)
+
+    def permute(x: np.ndarray) -> np.ndarray:
+        row, column = x % rows, x // rows
+        for a, b in keys.reshape(-1, 2):
+            row = (row + mixed(column, a) % rows) % rows
+            column = (column + mixed(row, b) % columns) % columns
+        return column * rows + row
+
+    values = permute(places.astype(np.uint64))
+    while (outside := values >= length).any():
+        values[outside] = permute(values[outside])
+    return values.astype(np.int64)
 
 
 class BatchOrder(Sampler[list[int]]):
@@ -88,15 +135,11 @@ class BatchOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         per_epoch = self.length // self.batch
-        epoch, order = -1, None
         for step in range(self.start, self.stop):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(self.length, generator=generator_for(self.seed, "epoch", epoch))
-            first = (step % per_epoch) * self.batch
+            epoch, number = divmod(step, per_epoch)
             for micro in range(self.accumulation):
-                rows = self.micro_batch_rows(micro)
-                yield order[first + rows.start : first + rows.stop].tolist()
+                places = number * self.batch + np.arange(*self.micro_batch_rows(micro))
+                yield shuffled(places, self.length, self.seed, epoch).tolist()
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation

@@ -1,0 +1,173 @@
+"""Floating-point operations and parameters of every stage, counted on tensors without memory.
+
+    python -m benchmarks.flops --vae f8d4 --model SiT-XL/2 --enc-type dinov2-vit-b
+
+Multiply and add count as two. Matrix products, convolutions and attention are counted, by PyTorch's FlopCounterMode, in
+the forward and in the backward pass; what is done element by element (norms, activations, optimisers) is not: next to
+these it costs memory traffic, not operations.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from errors import Parser, run_script
+from loss.lpips import LPIPS
+from loss.vae_loss import VAELossConfig
+from models.autoencoder import build_vae, pixels_to_image
+from models.discriminator import PatchDiscriminator
+from models.encoders import Encoder, encoder_specs
+from models.sit import SiT_models
+from train_ldm_only import ldm_step
+from train_repae import JointNets, JointStepConfig, repae_step
+from training.autoencoding import update_discriminator
+from training.diffusion import TransformerNets, encoder_tokens, update_transformer
+from training.distributed import frozen_call
+from training.ema import copy_for_ema
+from training.networks import latent_shape
+from training.randomness import Draws, Rows
+from training.run import Batch
+
+IMAGES = 2  # that are counted at a time
+SAMPLING_STEPS = 250
+ON_META = patch("torch.autocast", lambda *args, **kwargs: contextlib.nullcontext())  # which knows no such device
+CONFIG = JointStepConfig(loss=VAELossConfig(), autocast=contextlib.nullcontext)
+
+
+class BackwardOnly:
+    """Stands in for an optimiser: gradients are computed, and nothing is done with them."""
+
+    def update(self, loss: Tensor) -> None:
+        """Backward."""
+        loss.backward()
+
+
+def count(function: Callable[..., object], *args: object) -> float:
+    """Operations of a call, an image."""
+    with ON_META, FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() / IMAGES
+
+
+def build_nets(
+    vae: str,
+    model: str,
+    enc_type: str = "dinov2-vit-b",
+    resolution: int = 256,
+    encoder_depth: int = 8,
+    optimizer: Callable[[nn.Module], object] = lambda network: BackwardOnly(),
+) -> JointNets:
+    """The untrained networks of the joint step, by their rows in the registries, on torch's default device."""
+    channels, side, _ = latent_shape(vae, resolution)
+    specs = encoder_specs(enc_type).values()
+    vae, discriminator = build_vae(vae), PatchDiscriminator()
+    widths = tuple(spec.embed_dim for spec in specs)
+    sit = SiT_models[model](input_size=side, in_channels=channels, z_dims=widths, encoder_depth=encoder_depth)
+    return JointNets(
+        vae=vae,
+        discriminator=discriminator,
+        lpips=LPIPS(),
+        opt_vae=optimizer(vae),
+        opt_disc=optimizer(discriminator),
+        lecam=torch.zeros(2),
+        sit=sit,
+        ema=copy_for_ema(sit),
+        encoders=[Encoder(spec, sit.grid if spec.any_grid else spec.grid(resolution), sit.grid) for spec in specs],
+        opt_sit=optimizer(sit),
+    )
+
+
+def build_batch(vae: str, resolution: int, images: int = IMAGES) -> tuple[Batch, Draws]:
+    """Images, cached moments and draws, on torch's default device; all zero."""
+    noise = torch.zeros(images, *latent_shape(vae, resolution))
+    pixels = torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8)
+    labels = torch.zeros(images, dtype=torch.int64)
+    draws = Draws(noise, noise, torch.zeros(images), labels.bool())
+    return Batch(pixels, labels, 0, Rows(0, images), noise.repeat(1, 2, 1, 1)), draws
+
+
+def joint_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
+    """Operations an image of each part of `repae_step`."""
+    t = draws.t
+    image = pixels_to_image(batch.pixels)
+    zs = encoder_tokens(nets.encoders, batch.pixels, CONFIG)
+    _, z, recon = nets.vae(image, draws.posterior)
+    through_vae = count(lambda: (z.sum() + recon.sum()).backward())
+    z, recon = z.detach().requires_grad_(), recon.detach().requires_grad_()
+
+    def align() -> None:
+        _, tokens = frozen_call(nets.sit, z, t, batch.labels, depth=nets.sit.encoder_depth)
+        sum(token.sum() for token in tokens).backward()
+
+    return {
+        "encoders, forward": count(encoder_tokens, nets.encoders, batch.pixels, CONFIG),
+        "VAE, forward": count(nets.vae, image, draws.posterior),
+        "VAE, backward": through_vae,
+        "LPIPS": count(lambda: nets.lpips(image, recon).sum().backward()),
+        "generator's term": count(lambda: frozen_call(nets.discriminator, recon)[0].sum().backward()),
+        "alignment through the transformer": count(align) if zs else 0.0,
+        "discriminator's update": count(update_discriminator, nets, image, recon, CONFIG, 0),
+        "transformer's update": count(update_transformer, nets, z.detach(), batch.labels, zs, draws, CONFIG),
+    }
+
+
+@torch.no_grad()
+def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
+    """Operations an image of caching, and of one evaluation of the transformer and the decoding that sampling needs."""
+    return {
+        "caching": count(lambda: nets.vae.encode(pixels_to_image(batch.pixels))),
+        "sampling, an evaluation": count(nets.sit, draws.noise, draws.t, batch.labels),
+        "sampling, decoding": count(nets.vae.decode, draws.noise),
+    }
+
+
+def stage_flops(
+    vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
+) -> dict[str, float]:
+    """Operations an image of every stage, and of the parts of the joint step before it."""
+    with torch.device("meta"):
+        nets = build_nets(vae, model, enc_type, resolution, encoder_depth)
+        batch, draws = build_batch(vae, resolution)
+    found = joint_terms(nets, batch, draws)
+    found["joint step"] = count(repae_step, nets, batch, draws, CONFIG)
+    alone = TransformerNets(sit=nets.sit, ema=nets.ema, encoders=nets.encoders, opt_sit=nets.opt_sit)
+    found["frozen-VAE step"] = count(ldm_step, alone, batch, draws, CONFIG)
+    found |= other_terms(nets, batch, draws)
+    found["sampling"] = SAMPLING_STEPS * found["sampling, an evaluation"] + found["sampling, decoding"]
+    return found
+
+
+def parameters(module: nn.Module) -> int:
+    """Trained parameters of a network."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--vae", default="f8d4", help="row of the VAEs")
+    parser.add_argument("--model", default="SiT-XL/2", help="row of the transformers")
+    parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
+    parser.add_argument("--encoder-depth", type=int, default=8, help="block whose tokens are aligned")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Count and print."""
+    args = parse_args()
+    with torch.device("meta"):
+        nets = build_nets(**vars(args))
+    for name in ("vae", "discriminator", "sit"):
+        print(f"{name}: {parameters(getattr(nets, name)):,} parameters")
+    for name, flops in stage_flops(**vars(args)).items():
+        print(f"{name}: {flops / 1e9:,.1f} GFLOP an image")
+
+
+if __name__ == "__main__":
+    run_script(main)
