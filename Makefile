@@ -1,12 +1,12 @@
-# Two commands on a fresh machine: `make demo` runs the whole method small, `make test` passes the tests.
-# Each makes its own virtual environment first, once.
+# On a fresh machine `make demo` runs the whole method small, `make test` passes the tests, `make bench` measures every
+# stage on the CPU, and `make gpu-check` checks training on a GPU. Each makes its own virtual environment first, once.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
@@ -14,6 +14,12 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -83,7 +83,7 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
     rows = Rows(0, setting.batch)
-    draws = transformer_draws(args, 1).rows(rows).to(run.device)
+    draws = transformer_draws(args, 1, rows).to(run.device)
     moments = torch.cat([draws.posterior, draws.noise.abs()], dim=1)
     return Networks(
         nets, cfg, Batch(*to_device([torch.stack(pixels), torch.tensor(labels)], run.device), 0, rows, moments), draws
