@@ -173,6 +173,11 @@ def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
     assert manifest["made_with"]["torch"] == torch.__version__
 
 
+def keep(files: SampleFiles, indices: list[int], pixels: np.ndarray) -> None:
+    for write in files.writes(indices, pixels):
+        write()
+
+
 def files_of(path, npz=True, png=True) -> SampleFiles:
     """The set that generate.py made at `path`."""
     samples = json.loads(path.with_name(path.name + ".json").read_text())["samples"]
@@ -201,12 +206,12 @@ def test_without_pngs_parts_are_kept_until_the_npz_is_whole(runs, tmp_path):
     files = files_of(path, png=False)
     files.parts.mkdir()
     mark = np.full((3, 32, 32, 3), 7, np.uint8)
-    files.write([1, 2, 5], mark)
-    files.write([6], mark[:1])
+    keep(files, [1, 2, 5], mark)
+    keep(files, [6], mark[:1])
     (files.parts / "000004-1.npz").write_bytes(b"cut short")
     (files.parts / "000005-1.npz").write_bytes(b"")
     other = SampleFiles(tmp_path, path.name, {**files.samples, "seed": 9}, png=False, npz=True)
-    other.write([0, 3], mark[:2])  # samples that other flags made are not taken for these
+    keep(other, [0, 3], mark[:2])  # samples that other flags made are not taken for these
     assert files.missing() == [0, 3, 4]
     sample(runs / "joint", tmp_path, "--no-png")
     assert np.array_equal(pixels_of(path)[[1, 2, 5, 6]], np.full((4, 32, 32, 3), 7))
@@ -277,7 +282,7 @@ def test_a_damaged_part_is_made_again(runs, tmp_path):
     path.with_name(path.name + ".npz").unlink()
     files = files_of(path, png=False)
     files.parts.mkdir()
-    files.write([0, 1, 2], whole[:3])
+    keep(files, [0, 1, 2], whole[:3])
     (part,) = files.parts.glob("*.npz")
     flip_a_bit(part)
     with pytest.raises(UserError, match="was damaged .* and is removed"):
