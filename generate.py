@@ -11,6 +11,7 @@ number of processes and in any batch. The same command run again makes what is m
 import argparse
 import sys
 from argparse import BooleanOptionalAction
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -18,22 +19,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
 from files import locked, require_space, written_whole
-from sample_files import SampleFiles
+from sample_files import SampleFiles, writing_behind
 from training.checkpoint import fingerprint
 from training.cli import COUNT, POSITIVE, number
 from training.distributed import process_state
 from training.experiment import Experiment, load_experiment
-from training.networks import use_tf32
+from training.networks import compile_in_place, use_tf32
 from training.precision import AUTOCAST_DTYPES
 from training.previews import COLUMNS, grid
-from training.sampling import Sampling, sample_pixels
+from training.sampling import Sampling, cast_weights, sample_pixels
 from transport import PATH_TYPES, TIME_CONVENTION
 
 GRID_SAMPLES = 64
+COMPILE_FROM = 1000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +63,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mixed-precision", default="no", choices=tuple(AUTOCAST_DTYPES), help="of the networks (default: no)"
     )
     group.add_argument("--tf32", action=BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
+    group.add_argument(
+        "--compile",
+        action=BooleanOptionalAction,
+        default=True,
+        help=f"compile the networks on GPUs, where a process has {COMPILE_FROM} samples to make or more: for fewer it "
+        "takes longer than it saves",
+    )
     group = parser.add_argument_group("labels and files")
     group.add_argument(
         "--labels", default="random", choices=("random", "balanced"), help="balanced: i mod classes (default: random)"
@@ -150,6 +160,7 @@ def environment(args: argparse.Namespace, state) -> dict:
         "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
         "processes": state.num_processes,
         "pproc_batch_size": args.pproc_batch_size,
+        "compile": args.compile,
     }
 
 
@@ -159,10 +170,29 @@ def set_name(args: argparse.Namespace, experiment: Experiment) -> str:
     return f"{experiment.name}_{experiment.step:07d}_{guidance}"
 
 
+def compiles(args: argparse.Namespace, state) -> bool:
+    """Whether the networks are compiled: on GPUs, where it pays."""
+    pays = args.num_fid_samples >= COMPILE_FROM * state.num_processes
+    return args.compile and pays and state.device.type == "cuda"
+
+
+def to_host(pixels: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
+    """Pixels (B,3,R,R) as an array (B,R,R,3), and what waits, in any thread, until they have arrived in it."""
+    pixels = pixels.permute(0, 2, 3, 1).contiguous()
+    if pixels.device.type != "cuda":
+        return pixels.cpu().numpy(), lambda: None
+    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
+    return host.numpy(), arrived.synchronize
+
+
 def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
     """Make this process's share of the missing samples: every world-th batch that lacks one.
 
-    What is in a batch does not depend on what is missing, and so neither does how its pixels are rounded.
+    What is in a batch does not depend on what is missing, and so neither does how its pixels are rounded. While a batch
+    is sampled, those before it go to the host and to the disk.
     """
     missing = set(files.missing())
     sampling = Sampling.from_flags(args, state.device)
@@ -171,17 +201,24 @@ def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Name
     everything = list(range(args.num_fid_samples))
     batches = [everything[i : i + size] for i in range(0, len(everything), size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
-    bar = tqdm(total=args.num_fid_samples, unit="sample", desc="sampling", disable=not state.is_main_process)
-    bar.update(args.num_fid_samples - len(missing))
-    for first in range(0, len(batches), state.num_processes):
-        together = batches[first : first + state.num_processes]
-        if state.process_index < len(together):
-            indices = together[state.process_index]
-            pixels = sample_pixels(experiment.sit, experiment.vae, indices, sampling).permute(0, 2, 3, 1).cpu().numpy()
-            rows = [row for row, index in enumerate(indices) if index in missing]
-            files.write([indices[row] for row in rows], pixels[rows])
-        bar.update(sum(len(missing.intersection(batch)) for batch in together))
-    bar.close()
+    with (
+        tqdm(total=len(everything), unit="sample", desc="sampling", disable=not state.is_main_process) as bar,
+        writing_behind(bar.update) as write,
+    ):
+        bar.update(len(everything) - len(missing))
+        for first in range(0, len(batches), state.num_processes):
+            together = batches[first : first + state.num_processes]
+            if state.process_index < len(together):
+                indices = together[state.process_index]
+                # rows beyond the last sample, which are thrown away, keep compiled code to one shape
+                filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
+                pixels = sample_pixels(experiment.sit, experiment.vae, filled, sampling)[: len(indices)]
+                if not missing.issuperset(indices):
+                    rows = [row for row, index in enumerate(indices) if index in missing]
+                    indices, pixels = [indices[row] for row in rows], pixels[rows]
+                pixels, wait = to_host(pixels)
+                count = sum(len(missing.intersection(batch)) for batch in together)
+                write(files.writes(indices, pixels), wait, count)
 
 
 def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
@@ -212,8 +249,11 @@ def main() -> None:
     what = f"{files.count} samples of {files.resolution} px"
     require_space(args.sample_dir, files.bytes_needed, what)
     state = process_state()
-    experiment.sit.to(state.device)
-    experiment.vae.to(state.device)
+    for network in (experiment.sit, experiment.vae):
+        network.to(state.device)
+        cast_weights(network, args.mixed_precision)
+    args.compile = compiles(args, state)
+    compile_in_place([*experiment.sit.blocks, experiment.vae.decoder], args, state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
             files.begin(environment(args, state))

@@ -1,15 +1,20 @@
 """The files of a set of samples: PNGs, the `.npz` of the ADM evaluation suite, and the manifest of what made them.
 
-In a folder, a set NAME is NAME/000000.png ..., NAME.npz and NAME.json. Where no PNGs are wanted, samples lie in
-NAME.parts/ until the npz is written, one file a batch. Every file is written under a temporary name, synced and
-renamed, so that work can stop anywhere; what is there in one form is never sampled again for another.
+In a folder, a set NAME is NAME/000000.png ..., NAME.npz and NAME.json. Until the npz is written, its samples' raw
+pixels lie in NAME.parts/, one file a batch. Every file is written under a temporary name, synced and renamed, so that
+work can stop anywhere; what is there in one form is never sampled again for another.
 """
 
 import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +26,52 @@ from image_files import opened_image
 
 MANIFEST_FORMAT = "repae-samples/1"
 DAMAGE = (EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
+WRITERS = 4  # threads: Pillow lets others run while it encodes, and every file waits for the disk
+WAITING = 2  # batches that may be sampled and not yet written: what bounds the host memory of their pixels
+PNGS_AT_ONCE = 64  # images in memory where PNGs are made from what is there
+
+Action = Callable[[], None]
+
+
+@contextmanager
+def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[Action], Action, int], None]]:
+    """Within, the yielded function has the writes of a batch done by threads, and returns while they are at it.
+
+    Its arguments are the writes, what waits until they may begin, and a number for `written`, which is called with it
+    when they are done. It waits itself only where WAITING batches are not written yet. When the block ends, all are.
+
+    Raises:
+        OSError: from the yielded function or at the end, what a write raised. What is not begun then is left undone,
+            as it is when the block raises anything.
+    """
+    pool, batches = ThreadPoolExecutor(WRITERS), deque()
+
+    def settle(at_most: int) -> None:
+        while len(batches) > at_most or (batches and all(write.done() for write in batches[0][0])):
+            writes, number = batches.popleft()
+            for write in writes:
+                write.result()
+            written(number)
+
+    def begin(writes: list[Action], wait: Action, number: int) -> None:
+        def run(write: Action) -> None:
+            wait()
+            write()
+
+        settle(WAITING - 1)
+        batches.append(([pool.submit(run, write) for write in writes], number))
+
+    try:
+        yield begin
+        settle(0)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class SampleFiles:
-    """A set of samples at FOLDER/NAME, kept as PNGs, as an npz, or both; with neither, as parts until `clean`.
+    """A set of samples at FOLDER/NAME, kept as PNGs, as an npz, or both, and until `clean` as parts for the npz.
+
+    With neither, they are kept as parts alone.
 
     Args:
         folder: where the set goes.
@@ -72,10 +119,16 @@ class SampleFiles:
     @property
     def bytes_needed(self) -> int:
         """Disk space for what is not there yet; a PNG takes at most about the raw pixels."""
-        there = self.count if self._has_npz() else len(self._png_indices() | self._part_rows().keys())
-        pngs = self.count - len(self._png_indices()) if self.png else self.count - there
-        npz = self.count if self.npz and not self._has_npz() else 0
-        return (pngs + npz) * 3 * self.resolution**2
+        done, has_npz = self._png_indices(), self._has_npz()
+        pngs = self.count - len(done) if self.png else 0
+        parts = self.count - len(done | self._part_rows().keys()) if self.in_parts and not has_npz else 0
+        npz = self.count if self.npz and not has_npz else 0
+        return (pngs + parts + npz) * 3 * self.resolution**2
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the raw pixels of what is sampled are kept until `clean`."""
+        return self.npz or not self.png
 
     def _png_path(self, index: int) -> Path:
         return self.png_folder / f"{index:06d}.png"
@@ -108,15 +161,16 @@ class SampleFiles:
                 rows.update({index: (path, row) for row, index in enumerate(indices)})
         return rows
 
-    def write(self, indices: list[int], pixels: np.ndarray) -> None:
-        """Keep samples: `pixels` (B,R,R,3) uint8 of the given indices."""
-        if self.png:
-            for index, image in zip(indices, pixels, strict=True):
-                self._write_png(index, image)
-        else:
-            digest = hashlib.sha256(f"{self.plan} {indices}".encode()).hexdigest()[:12]
-            with written_whole(self.parts / f"{indices[0]:06d}-{digest}.npz") as file:
-                np.savez(file, indices=np.array(indices), pixels=pixels, plan=np.array(self.plan))
+    def writes(self, indices: list[int], pixels: np.ndarray) -> list[Action]:
+        """What keeps samples, `pixels` (B,R,R,3) uint8 of the given indices: to be called in any order and thread."""
+        parts = [partial(self._write_part, indices, pixels)] if self.in_parts else []
+        pngs = map(partial, repeat(self._write_png), indices, pixels) if self.png else ()
+        return [*parts, *pngs]
+
+    def _write_part(self, indices: list[int], pixels: np.ndarray) -> None:
+        digest = hashlib.sha256(f"{self.plan} {indices}".encode()).hexdigest()[:12]
+        with written_whole(self.parts / f"{indices[0]:06d}-{digest}.npz") as file:
+            np.savez(file, indices=np.array(indices), pixels=pixels, plan=np.array(self.plan))
 
     def _write_png(self, index: int, image: np.ndarray) -> None:
         self.png_folder.mkdir(exist_ok=True)
@@ -124,7 +178,7 @@ class SampleFiles:
             Image.fromarray(image).save(file, "png")
 
     def in_order(self) -> Iterator[np.ndarray]:
-        """All samples by index, (R,R,3) uint8 each.
+        """All samples by index, (R,R,3) uint8 each: from the npz, from parts, and from PNGs only where nothing is raw.
 
         Raises:
             UserError: one is missing or damaged; a damaged part is removed, so that its samples are made again.
@@ -135,13 +189,13 @@ class SampleFiles:
         pngs, rows = self._png_indices(), self._part_rows()
         opened, pixels = None, None
         for index in range(self.count):
-            if index in pngs:
-                yield read_png(self._png_path(index), self._shape[1:])
-            elif index in rows:
+            if index in rows:
                 path, row = rows[index]
                 if path != opened:
                     opened, pixels = path, read_part(path)
                 yield pixels[row]
+            elif index in pngs:
+                yield read_png(self._png_path(index), self._shape[1:])
             else:
                 raise UserError(f"sample {index} of {self.manifest.stem} is missing; run the same again")
 
@@ -151,11 +205,11 @@ class SampleFiles:
             write_npz(self.npz_file, self._shape, self.in_order())
         if not self.png:
             return
-        pngs = self._png_indices()
-        if missing := set(range(self.count)) - pngs:
-            for index, image in enumerate(self.in_order()):
-                if index in missing:
-                    self._write_png(index, image)
+        if missing := set(range(self.count)) - self._png_indices():
+            rows = ((index, image) for index, image in enumerate(self.in_order()) if index in missing)
+            with ThreadPoolExecutor(WRITERS) as pool:
+                while some := list(islice(rows, PNGS_AT_ONCE)):
+                    list(pool.map(self._write_png, *zip(*some, strict=True)))
         expected = {self._png_path(index).name for index in range(self.count)}
         if others := sorted({path.name for path in self.png_folder.glob("*.png")} - expected):
             raise UserError(f"{self.png_folder} holds {others[0]}, which is not of this set; move it and run again")
@@ -202,7 +256,7 @@ def write_npz(path: Path, shape: tuple[int, ...], rows: Iterator[np.ndarray]) ->
     ):
         np.lib.format.write_array_header_1_0(file, header)
         for row in rows:
-            file.write(row.tobytes())
+            file.write(np.ascontiguousarray(row))
 
 
 def check_npz(path: Path, shape: tuple[int, ...]) -> None:

@@ -119,6 +119,7 @@ GENERATE = {
     "guidance_high": 1.0,
     "vae_ckpt": None,
     "mixed_precision": "no",
+    "compile": True,
     "labels": "random",
     "classes": None,
     "png": True,

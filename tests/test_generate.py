@@ -1,7 +1,12 @@
 """Sampling: draws that depend on seed and index alone, files that are exactly what was asked for."""
 
+import errno
 import json
+import threading
+import time
+from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +18,15 @@ import published
 from errors import UserError
 from models.autoencoder import image_to_pixels
 from models.sit import SiT_models
-from sample_files import SampleFiles, read_npz
+from sample_files import WAITING, SampleFiles, read_npz
 from samplers import Guidance, sample_ode
 from scripts import call
 from training.checkpoint import fingerprint
 from training.experiment import REFERENCE_DEFAULTS, load_experiment, load_transformer
+from training.precision import AUTOCAST_DTYPES
+from training.previews import DECODE_BATCH, decode_pixels
 from training.randomness import generator_for
-from training.sampling import Sampling, sample_label, sampling_noise
+from training.sampling import Sampling, cast_weights, sample_label, sample_pixels, sampling_noise
 
 STEP = published.STEP
 SHAPE = (4, 8, 8)
@@ -69,6 +76,14 @@ def test_draws_are_functions_of_seed_and_index():
     everything = torch.stack(together)
     assert abs(float(everything.mean())) < 0.03
     assert float(everything.std()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3, 1)])  # of both of torch's ways to draw
+def test_draws_are_those_of_a_generator_a_sample(shape):
+    generators = [generator_for(5, "sample", index) for index in (2, 7)]
+    kept = list(islice(sampling_noise(5, [2, 7], shape), 3))  # none is drawn over by the next
+    for draw in kept:
+        assert torch.equal(draw, torch.stack([torch.randn(shape, generator=generator) for generator in generators]))
 
 
 def label_of(flags: list[str], index: int, classes: int = 10) -> int:
@@ -173,6 +188,11 @@ def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
     assert manifest["made_with"]["torch"] == torch.__version__
 
 
+def keep(files: SampleFiles, indices: list[int], pixels: np.ndarray) -> None:
+    for write in files.writes(indices, pixels):
+        write()
+
+
 def files_of(path, npz=True, png=True) -> SampleFiles:
     """The set that generate.py made at `path`."""
     samples = json.loads(path.with_name(path.name + ".json").read_text())["samples"]
@@ -201,12 +221,12 @@ def test_without_pngs_parts_are_kept_until_the_npz_is_whole(runs, tmp_path):
     files = files_of(path, png=False)
     files.parts.mkdir()
     mark = np.full((3, 32, 32, 3), 7, np.uint8)
-    files.write([1, 2, 5], mark)
-    files.write([6], mark[:1])
+    keep(files, [1, 2, 5], mark)
+    keep(files, [6], mark[:1])
     (files.parts / "000004-1.npz").write_bytes(b"cut short")
     (files.parts / "000005-1.npz").write_bytes(b"")
     other = SampleFiles(tmp_path, path.name, {**files.samples, "seed": 9}, png=False, npz=True)
-    other.write([0, 3], mark[:2])  # samples that other flags made are not taken for these
+    keep(other, [0, 3], mark[:2])  # samples that other flags made are not taken for these
     assert files.missing() == [0, 3, 4]
     sample(runs / "joint", tmp_path, "--no-png")
     assert np.array_equal(pixels_of(path)[[1, 2, 5, 6]], np.full((4, 32, 32, 3), 7))
@@ -224,6 +244,165 @@ def test_what_is_there_in_one_form_is_not_sampled_again_for_another(runs, tmp_pa
     sample(runs / "joint", tmp_path, "--grid")
     assert np.array_equal(from_pngs, np.stack([np.asarray(Image.open(path / f"{i:06d}.png")) for i in range(7)]))
     assert path.with_name(path.name + ".png").is_file()
+
+
+def test_the_npz_is_made_of_raw_parts_and_no_png_is_read(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sample_files.read_png", None)
+    path = sample(runs / "joint", tmp_path, "--pproc-batch-size", 3)
+    assert not path.with_name(path.name + ".parts").exists()
+    whole = pixels_of(path)
+    path.with_name(path.name + ".npz").unlink()
+    for index in (0, 1, 2, 5):
+        (path / f"{index:06d}.png").unlink()
+    files = files_of(path)
+    files.parts.mkdir()
+    (write_part, *write_pngs) = files.writes([0, 1, 2], whole[:3])
+    write_part()  # and killed after the first of its PNGs
+    write_pngs[0]()
+    assert files.missing() == [5]
+    monkeypatch.undo()
+    sample(runs / "joint", tmp_path, "--pproc-batch-size", 3)
+    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
+    assert np.array_equal(pixels_of(path)[:5], whole[:5])
+    for index, row in enumerate(pixels_of(path)):
+        assert np.array_equal(row, np.asarray(Image.open(path / f"{index:06d}.png")))
+
+
+def test_the_space_that_a_set_still_needs(runs, tmp_path):
+    path = sample(runs / "joint", tmp_path)
+    images = {form: files_of(path, *form).bytes_needed / (3 * 32 * 32) for form in ((True, True), (False, True))}
+    assert images == {(True, True): 0, (False, True): 0}
+    path.with_name(path.name + ".npz").unlink()
+    (path / "000003.png").unlink()
+    for (npz, png), needed in {(True, True): 1 + 1 + 7, (False, True): 1, (True, False): 1 + 7}.items():
+        assert files_of(path, npz, png).bytes_needed == needed * 3 * 32 * 32
+
+
+def test_batches_are_written_while_others_are_sampled_and_few_wait(runs, tmp_path, monkeypatch):
+    real_sample, real_write, sampled, at_writing = generate.sample_pixels, SampleFiles._write_png, [], []
+    release = threading.Event()
+
+    def releasing(*args):
+        sampled.append(args)
+        if len(sampled) == WAITING + 1:
+            threading.Timer(0.5, release.set).start()  # time to sample the rest, if nothing held it up
+        return real_sample(*args)
+
+    def held(*args):
+        assert release.wait(timeout=20)
+        at_writing.append(len(sampled))
+        real_write(*args)
+
+    monkeypatch.setattr(generate, "sample_pixels", releasing)
+    monkeypatch.setattr(SampleFiles, "_write_png", held)
+    path = sample(runs / "joint", tmp_path, "--pproc-batch-size", 1, count=8)
+    assert at_writing[0] == WAITING + 1
+    assert [len(sampled), len(list(path.glob("*.png"))), len(pixels_of(path))] == [8, 8, 8]
+
+
+def test_what_a_writing_thread_cannot_do_ends_sampling_in_one_line(runs, tmp_path, monkeypatch):
+    real_sample, sampled = generate.sample_pixels, []
+
+    def full(files, index, image):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{index}.png")
+
+    def counted(*args):
+        sampled.append(args)
+        return real_sample(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "sample_pixels", counted)
+        patch.setattr(SampleFiles, "_write_png", full)
+        flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-steps", 1, "--pproc-batch-size", 1)
+        code, stderr = call("generate.py", *flags, "--num-fid-samples", 20)
+    assert code == 2
+    assert stderr.count("error: ") == 1
+    assert "No space left on device: '0.png'; free some space and run the same again" in stderr
+    assert len(sampled) <= WAITING + 1
+    assert call("generate.py", *flags, "--num-fid-samples", 20)[0] == 0
+
+
+def test_interrupted_sampling_leaves_undone_what_is_not_begun(runs, tmp_path, monkeypatch):
+    real_sample, real_write, sampled = generate.sample_pixels, SampleFiles._write_part, []
+
+    def interrupted(sit, vae, indices, sampling):
+        if len(sampled) == 2:
+            raise KeyboardInterrupt
+        sampled.extend(indices)
+        return real_sample(sit, vae, indices, sampling)
+
+    def slowly(files, *args):
+        time.sleep(0.3)
+        real_write(files, *args)
+
+    flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 3, "--pproc-batch-size", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("sample_files.WRITERS", 1)
+        patch.setattr(generate, "sample_pixels", interrupted)
+        patch.setattr(SampleFiles, "_write_part", slowly)
+        assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 130
+    (parts,) = tmp_path.glob("*.parts")
+    assert len(list(parts.glob("*.npz"))) == 1  # the one that was being written
+    assert not list(parts.glob(".*.tmp"))
+    assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 0
+
+
+def test_compiled_networks_see_the_same_shapes_in_every_batch(runs, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def compile_on_cpus(modules, args, device):
+        for module in modules:
+            module.compile(backend="eager", fullgraph=True)
+
+    flags = ("--cfg-scale", 2, "--guidance-high", 0.5, "--no-png")
+    plain = pixels_of(sample(runs / "joint", tmp_path / "plain", *flags, count=7))
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(generate, "compiles", lambda args, state: args.compile)
+    monkeypatch.setattr(generate, "compile_in_place", compile_on_cpus)
+    # batches of 3, of which the last one has one sample; blocks see 3 and 6 rows, the decoder 3
+    path = sample(runs / "joint", tmp_path / "compiled", *flags, "--pproc-batch-size", 3, count=7)
+    assert np.abs(pixels_of(path).astype(int) - plain).max() <= 1
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+    assert json.loads(path.with_name(path.name + ".json").read_text())["made_with"]["compile"]
+
+
+def test_compiling_is_for_gpus_and_many_samples():
+    def state(device, processes):
+        return SimpleNamespace(device=torch.device(device), num_processes=processes)
+
+    def args(count, *flags):
+        return generate.parse_args(["--exp-path", "x", "--num-fid-samples", str(count), *flags])
+
+    assert generate.compiles(args(8000), state("cuda", 8))
+    assert not generate.compiles(args(7999), state("cuda", 8))
+    assert not generate.compiles(args(8000), state("cpu", 8))
+    assert not generate.compiles(args(8000, "--no-compile"), state("cuda", 8))
+
+
+def test_latents_are_decoded_in_parts_as_equal_as_can_be():
+    vae, sizes = published.fresh_vae(), []
+    vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    z = torch.randn(2 * DECODE_BATCH + 1, *SHAPE)
+    pixels = decode_pixels(vae, z)
+    assert sizes == [11, 11, 11]
+    with torch.no_grad():
+        expected = torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(1)])
+    assert (pixels.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_cast_once_give_what_autocast_gives(precision):
+    sit, vae = published.fresh_sit().requires_grad_(False), published.fresh_vae().requires_grad_(False)
+    flags = ["--exp-path", "x", "--mixed-precision", precision, "--num-steps", "3", "--path-type", "linear"]
+    sampling = Sampling.from_flags(generate.parse_args(flags), torch.device("cpu"))
+    before = sample_pixels(sit, vae, [0, 1], sampling)
+    for network in (sit, vae):
+        cast_weights(network, precision)
+    casts = Counter(parameter.dtype for parameter in sit.parameters())
+    assert casts[AUTOCAST_DTYPES[precision]] > casts[torch.float32] > 0
+    assert torch.equal(sample_pixels(sit, vae, [0, 1], sampling), before)
 
 
 def flip_a_bit(path) -> None:
@@ -277,7 +456,7 @@ def test_a_damaged_part_is_made_again(runs, tmp_path):
     path.with_name(path.name + ".npz").unlink()
     files = files_of(path, png=False)
     files.parts.mkdir()
-    files.write([0, 1, 2], whole[:3])
+    keep(files, [0, 1, 2], whole[:3])
     (part,) = files.parts.glob("*.npz")
     flip_a_bit(part)
     with pytest.raises(UserError, match="was damaged .* and is removed"):

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.autoencoder import AutoencoderKL
 from models.sit import SiT
 from samplers import Guidance, sample_ode, sample_sde
-from training.precision import autocast_factory
+from training.precision import AUTOCAST_DTYPES, autocast_factory
 from training.previews import decode_pixels
 from training.randomness import generator_for
 
@@ -59,19 +59,44 @@ def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:
     return int(torch.randint(num_classes, (), generator=generator_for(sampling.seed, "label", index)))
 
 
-def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step."""
+def sampling_noise(
+    seed: int, indices: list[int], shape: tuple[int, int, int], pinned: bool = False
+) -> Iterator[Tensor]:
+    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step.
+
+    With `pinned` they lie in memory that a GPU reads by itself; each is a new tensor, which may still be read from
+    when the next one is drawn.
+    """
     generators = [generator_for(seed, "sample", index) for index in indices]
     while True:
-        yield torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = torch.empty(len(indices), *shape, pin_memory=pinned)
+        for row, generator in zip(noise, generators, strict=True):
+            row.normal_(generator=generator)
+        yield noise
+
+
+def cast_weights(network: nn.Module, mixed_precision: str) -> None:
+    """Cast the weights that autocast would cast at every call, once and for all; no result changes.
+
+    Autocast keeps what it has cast only where gradients are taken.
+    """
+    if (dtype := AUTOCAST_DTYPES[mixed_precision]) is not None:
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
 
 
 @torch.no_grad()
 def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> Tensor:
-    """The samples with these indices, (B,3,R,R) uint8 on the networks' device."""
+    """The samples with these indices, (B,3,R,R) uint8 on the networks' device.
+
+    On a GPU the host runs ahead: nothing here waits for the device.
+    """
     device = next(sit.parameters()).device
-    noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
-    labels = torch.tensor([sample_label(sampling, sit.num_classes, index) for index in indices], device=device)
+    pinned = device.type == "cuda"
+    noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size), pinned)
+    labels = [sample_label(sampling, sit.num_classes, index) for index in indices]
+    labels = torch.tensor(labels, pin_memory=pinned).to(device, non_blocking=True)
     guidance = None
     if sampling.cfg_scale > 1:
         guidance = Guidance(sampling.cfg_scale, sit.null_label, sampling.guidance_low, sampling.guidance_high)
@@ -80,12 +105,14 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
         with sampling.autocast():
             return sit(x, t, y)[0]
 
-    x = next(noise).to(device)
+    def draw() -> Tensor:
+        return next(noise).to(device, non_blocking=True)
+
     if sampling.mode == "ode":
-        z_norm = sample_ode(velocity, x, labels, sampling.num_steps, guidance, sampling.heun)
+        z_norm = sample_ode(velocity, draw(), labels, sampling.num_steps, guidance, sampling.heun)
     else:
         z_norm = sample_sde(
-            velocity, x, labels, sampling.num_steps, sampling.path_type, lambda _: next(noise).to(device), guidance
+            velocity, draw(), labels, sampling.num_steps, sampling.path_type, lambda _: draw(), guidance
         )
     with sampling.autocast():
         return decode_pixels(vae, sit.denormalise(z_norm).float())
