@@ -203,7 +203,7 @@ def compile_in_place(modules: Iterable[nn.Module], args: argparse.Namespace, dev
     """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and unless --no-compile."""
     if args.compile and device.type == "cuda":
         for module in modules:
-            module.compile()
+            module.compile(dynamic=False)  # previews and guided batches get graphs of their own
 
 
 def use_tf32(allow: bool) -> None:

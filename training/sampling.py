@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.autoencoder import AutoencoderKL
 from models.sit import SiT
 from samplers import Guidance, sample_ode, sample_sde
+from training.overlap import to_device
 from training.precision import AUTOCAST_DTYPES, autocast_factory
 from training.previews import decode_pixels
 from training.randomness import generator_for
@@ -59,17 +60,11 @@ def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:
     return int(torch.randint(num_classes, (), generator=generator_for(sampling.seed, "label", index)))
 
 
-def sampling_noise(
-    seed: int, indices: list[int], shape: tuple[int, int, int], pinned: bool = False
-) -> Iterator[Tensor]:
-    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step.
-
-    With `pinned` they lie in memory that a GPU reads by itself; each is a new tensor, which may still be read from
-    when the next one is drawn.
-    """
+def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step."""
     generators = [generator_for(seed, "sample", index) for index in indices]
     while True:
-        noise = torch.empty(len(indices), *shape, pin_memory=pinned)
+        noise = torch.empty(len(indices), *shape)
         for row, generator in zip(noise, generators, strict=True):
             row.normal_(generator=generator)
         yield noise
@@ -93,10 +88,9 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
     On a GPU the host runs ahead: nothing here waits for the device.
     """
     device = next(sit.parameters()).device
-    pinned = device.type == "cuda"
-    noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size), pinned)
-    labels = [sample_label(sampling, sit.num_classes, index) for index in indices]
-    labels = torch.tensor(labels, pin_memory=pinned).to(device, non_blocking=True)
+    noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
+    labels = torch.tensor([sample_label(sampling, sit.num_classes, index) for index in indices])
+    (labels,) = to_device([labels], device)
     guidance = None
     if sampling.cfg_scale > 1:
         guidance = Guidance(sampling.cfg_scale, sit.null_label, sampling.guidance_low, sampling.guidance_high)
@@ -106,7 +100,7 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
             return sit(x, t, y)[0]
 
     def draw() -> Tensor:
-        return next(noise).to(device, non_blocking=True)
+        return to_device([next(noise)], device)[0]
 
     if sampling.mode == "ode":
         z_norm = sample_ode(velocity, draw(), labels, sampling.num_steps, guidance, sampling.heun)
