@@ -15,12 +15,13 @@ from joint_golden import CONFIG
 from loss.vae_loss import VAELossConfig
 from metrics.features import Features
 from metrics.statistics import METRICS, SetStatistics, compare
+from models.discriminator import PatchDiscriminator
 from models.numerics import GlobalBatchNorm2d, global_moments
 from test_joint_step import small_batch, small_nets
 from train_ldm_only import ldm_step
 from train_repae import JointNets, repae_step
 from training.autoencoding import latent_statistics
-from training.distributed import gradient_sync, unwrap
+from training.distributed import frozen_call, gradient_sync, unwrap
 from training.randomness import Draws, Rows
 from training.run import Batch
 
@@ -210,3 +211,40 @@ def test_metrics_of_uneven_shares_are_those_of_one_process(tmp_path):
     assert torch.equal(one["features"], two["features"])
     for name in one:
         torch.testing.assert_close(torch.as_tensor(one[name]), torch.as_tensor(two[name]), rtol=1e-10, atol=1e-12)
+
+
+def discriminator_gradients(rank: int, world: int, compiled: bool) -> dict:
+    """Gradients of both of the discriminator's passes over this process's images, graphs compiled and breaks."""
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator()
+    if compiled:
+        discriminator.main.compile(backend="aot_eager", dynamic=False)
+    wrapped = DistributedDataParallel(discriminator, broadcast_buffers=False)
+    real, fake = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(rank))
+    image = fake.requires_grad_()
+    for _ in range(2):
+        wrapped.zero_grad()
+        (logits,) = frozen_call(wrapped, image)
+        (through_frozen,) = torch.autograd.grad(logits.square().mean(), image)
+        logits_real, logits_fake = wrapped(real, fake.detach())
+        (logits_real.square().mean() + logits_fake.mean()).backward()
+    gradients = [through_frozen, *(parameter.grad for parameter in discriminator.parameters())]
+    return {
+        "gradients": gradients,
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": len(counters["graph_break"]),
+    }
+
+
+@pytest.mark.slow
+def test_batch_statistics_over_processes_are_compiled_whole(tmp_path):
+    for folder in ("eager", "compiled"):
+        (tmp_path / folder).mkdir()
+    eager = in_two_processes(discriminator_gradients, tmp_path / "eager", False)
+    compiled = in_two_processes(discriminator_gradients, tmp_path / "compiled", True)
+    for one, other in zip(eager, compiled, strict=True):
+        assert (one["graphs"], other["graphs"], other["breaks"]) == (0, 2, 0)  # the frozen pass, and the trained one
+        for a, b in zip(one["gradients"], other["gradients"], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
