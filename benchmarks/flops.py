@@ -9,6 +9,7 @@ these it costs memory traffic, not operations.
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -126,6 +127,7 @@ def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
     }
 
 
+@functools.cache
 def stage_flops(
     vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
 ) -> dict[str, float]:
