@@ -122,7 +122,7 @@ def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
     """Operations an image of caching, and of one evaluation of the transformer and the decoding that sampling needs."""
     return {
         "caching": count(lambda: nets.vae.encode(pixels_to_image(batch.pixels))),
-        "sampling, an evaluation": count(nets.sit, draws.noise, draws.t, batch.labels),
+        "sampling, an evaluation": count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False)),
         "sampling, decoding": count(nets.vae.decode, draws.noise),
     }
 

@@ -229,7 +229,9 @@ class SiT(nn.Module):
         x = x.unflatten(1, (self.grid, self.grid)).unflatten(3, (self.patch_size, self.patch_size, self.in_channels))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, project: bool = True
+    ) -> tuple[Tensor | None, list[Tensor]]:
         """Velocity at x and the projected tokens of block `encoder_depth`.
 
         Args:
@@ -237,17 +239,18 @@ class SiT(nn.Module):
             t: (B,) in [0, 1]; 0 is data, 1 is noise.
             y: (B,) int64 labels, `null_label` where dropped.
             depth: stop after this block (1-based, at least `encoder_depth`); the velocity is then None.
+            project: whether tokens are projected; sampling needs none.
 
         Returns:
-            velocity (B, C, H, W) or None, and one (B, T, z_dim) tensor per projector.
+            velocity (B, C, H, W) or None, and one (B, T, z_dim) tensor per projector, if they are asked for.
         """
         tokens = []
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for number, block in enumerate(self.blocks[:depth], start=1):
             x = call(block, x, c, recompute=self.recompute)
-            if number == self.encoder_depth:
-                tokens = [project(x) for project in self.projectors]
+            if project and number == self.encoder_depth:
+                tokens = [projector(x) for projector in self.projectors]
         if depth is not None:
             return None, tokens
         return self.unpatchify(self.final_layer(x, c)), tokens

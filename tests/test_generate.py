@@ -392,6 +392,13 @@ def test_latents_are_decoded_in_parts_as_equal_as_can_be():
     assert (pixels.int() - expected.int()).abs().max() <= 1
 
 
+def test_sampling_projects_no_tokens():
+    sit, vae = published.fresh_sit().eval(), published.fresh_vae()
+    before = sample_pixels(sit, vae, [0, 1], Sampling(num_steps=2))
+    sit.projectors = torch.nn.ModuleList([None])  # calling it would raise
+    assert torch.equal(sample_pixels(sit, vae, [0, 1], Sampling(num_steps=2)), before)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_cast_once_give_what_autocast_gives(precision):
     sit, vae = published.fresh_sit().requires_grad_(False), published.fresh_vae().requires_grad_(False)

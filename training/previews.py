@@ -64,5 +64,5 @@ def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nu
     labels = torch.arange(SAMPLES, device=device) * ema.num_classes // SAMPLES
     guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
     with autocast():
-        z_norm = sample_ode(lambda x, t, y: ema(x, t, y)[0], noise, labels, STEPS, guidance)
+        z_norm = sample_ode(lambda x, t, y: ema(x, t, y, project=False)[0], noise, labels, STEPS, guidance)
         return grid(decode_pixels(vae, ema.denormalise(z_norm.float())))

@@ -97,7 +97,7 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with sampling.autocast():
-            return sit(x, t, y)[0]
+            return sit(x, t, y, project=False)[0]
 
     def draw() -> Tensor:
         return to_device([next(noise)], device)[0]
