@@ -32,8 +32,8 @@ def images_directory(data_dir: str | Path) -> Path:
     return Path(data_dir) / "images"
 
 
-def latents_directory(data_dir: str | Path, name: str) -> Path:
-    """Where the shards of the latents called `name` lie below a data directory."""
+def cache_directory(data_dir: str | Path, name: str) -> Path:
+    """Where the shards of the latents or tokens called `name` lie below a data directory."""
     return Path(data_dir) / name
 
 
@@ -73,8 +73,8 @@ def image_fingerprint(digests: list[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def latent_fingerprint(index: dict) -> str:
-    """The fingerprint of latents, from everything that their index says of how they were made."""
+def cache_fingerprint(index: dict) -> str:
+    """The fingerprint of latents or tokens, from everything that their index says of how they were made."""
     made_by = {key: value for key, value in index.items() if key not in ("fingerprint", "shards")}
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
 
@@ -99,7 +99,7 @@ LATENTS = Kind(
         "statistics": {"latents_scale": [float], "latents_bias": [float]},
     },
     latent_layout,
-    lambda index, digests: latent_fingerprint(index),
+    lambda index, digests: cache_fingerprint(index),
     lambda folder: f"run cache_latents.py with --vae-latents-name {folder.name} to the end",
 )
 
@@ -161,7 +161,7 @@ class LatentDataset:
     """
 
     def __init__(self, data_dir: str | Path, name: str, images):
-        self.source, self.images = latents_directory(data_dir, name), images
+        self.source, self.images = cache_directory(data_dir, name), images
         index, self.shards = LATENTS.open(self.source)
         self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
         self.image_fingerprint = index["image_fingerprint"]
@@ -208,7 +208,7 @@ def open_latents(data_dir: str | Path, name: str, images=None):
     Raises:
         UserError: there are none, or they are not the latents of `images`.
     """
-    if not (latents_directory(data_dir, name) / "index.json").is_file() and (Path(data_dir) / f"{name}.h5").is_file():
+    if not (cache_directory(data_dir, name) / "index.json").is_file() and (Path(data_dir) / f"{name}.h5").is_file():
         from reference_hdf5 import HDF5Latents
 
         if isinstance(images, ImageDataset):

@@ -23,7 +23,8 @@ from errors import UserError
 from files import sync_folder, written_whole
 
 SUFFIX = ".safetensors"
-DTYPES = {"uint8": "U8", "int64": "I64", "float16": "F16", "float32": "F32"}  # as numpy and safetensors call them
+# as numpy and safetensors call them
+DTYPES = {"uint8": "U8", "int8": "I8", "int64": "I64", "float16": "F16", "float32": "F32"}
 SHARD_LIST = [{"file": str, "images": int}]  # the form of an index's "shards"
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> dtype, as safetensors writes it, and shape of a row

@@ -322,6 +322,21 @@ def add_reconstruction_flags(parser: argparse.ArgumentParser) -> None:
     add_lpips_flag(group)
 
 
+def add_caching_flags(parser: argparse.ArgumentParser) -> None:
+    """How what a frozen network makes of images is cached."""
+    group = parser.add_argument_group("caching")
+    group.add_argument("--data-dir", default="data", help="output of preprocessing.py (default: %(default)s)")
+    group.add_argument("--output-dir", default="data", help="where the folder goes (default: %(default)s)")
+    group.add_argument(
+        "--pproc-batch-size", type=POSITIVE, default=128, help="images a process encodes at once (default: 128)"
+    )
+    group.add_argument(
+        "--mirrored", action="store_true", help="also cache the mirrored images; an epoch then has both of each"
+    )
+    group.add_argument("--num-workers", type=COUNT, default=4, help="reading processes a process (default: 4)")
+    group.add_argument("--allow-tf32", action=BooleanOptionalAction, default=True, help="TF32 on GPUs")
+
+
 def add_enc_ckpt_flag(group) -> None:
     """Where encoders' weights lie."""
     group.add_argument(
