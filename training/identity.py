@@ -24,10 +24,10 @@ FREE_FLAGS = PLACES | {
 # what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost
 RECIPE = {
     *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "cached_tokens"),
 }
 # what runs did before these flags were there
-EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None}
+EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None, "cached_tokens": None}
 # what a run's identity may name, and what it stands for
 IDENTITY = {
     "data": "images than --data-dir holds",
@@ -35,6 +35,7 @@ IDENTITY = {
     "vae": "weights than --vae-ckpt holds",
     "loss": "weights in --loss-cfg-path",
     "encoders": "weights of the encoders",
+    "tokens": "tokens than --cached-tokens holds",
 }
 
 
