@@ -21,7 +21,8 @@ FREE_FLAGS = PLACES | {
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks"),
     *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
 }
-# what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost
+# what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost, and
+# where it has its encoders' tokens from
 RECIPE = {
     *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "cached_tokens"),
