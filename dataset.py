@@ -1,20 +1,20 @@
-"""Preprocessed images and cached latents, as training reads them.
+"""Preprocessed images, cached latents and cached tokens of encoders, as training reads them.
 
-Images are shards written by preprocessing.py (196 kB an image at 256 px), latents shards of the same rows written by
-cache_latents.py. The reference's HDF5 files are read where they lie instead (reference_hdf5.py). All are map-style
-datasets that any number of workers may use.
+Images are shards written by preprocessing.py (196 kB an image at 256 px), latents and tokens shards of the same rows
+written by cache_latents.py and cache_tokens.py. The reference's HDF5 files are read where they lie instead
+(reference_hdf5.py). All are map-style datasets that any number of workers may use.
 
     python dataset.py --verify data
 
-reads all shards below a folder and names each that is damaged. What it names can be deleted: preprocessing.py and
-cache_latents.py make it again.
+reads all shards below a folder and names each that is damaged. What it names can be deleted: the script that made it
+makes it again.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from shards import DTYPES, SUFFIX, Layout, ShardFacts, Shards, damage, examine, 
 
 IMAGE_FORMAT = "repae-images/1"
 LATENT_FORMAT = "repae-latents/1"
+TOKEN_FORMAT = "repae-tokens/1"
 
 
 def images_directory(data_dir: str | Path) -> Path:
@@ -32,13 +33,13 @@ def images_directory(data_dir: str | Path) -> Path:
     return Path(data_dir) / "images"
 
 
-def latents_directory(data_dir: str | Path, name: str) -> Path:
-    """Where the shards of the latents called `name` lie below a data directory."""
+def cache_directory(data_dir: str | Path, name: str) -> Path:
+    """Where the shards of the latents or tokens called `name` lie below a data directory."""
     return Path(data_dir) / name
 
 
 class Kind(NamedTuple):
-    """What folders of images and folders of latents differ in."""
+    """What folders of images, of latents and of tokens differ in."""
 
     format: str
     fields: dict  # the form, as of shards.misfit, of what is read from the index beside its shards
@@ -68,13 +69,23 @@ def latent_layout(index: dict) -> Layout:
     return {"moments": moments, **({"mirrored": moments} if index["mirrored"] else {})}
 
 
+def token_layout(index: dict) -> Layout:
+    """What the shards of tokens hold, by their index: tokens, with scales if they are int8, then the mirrored ones."""
+    tokens = (DTYPES.get(index["dtype"], index["dtype"]), tuple(index["shape"]))
+    scaled, scales = index["dtype"] == "int8", ("F32", (index["shape"][0],))
+    layout = {"tokens": tokens, **({"scales": scales} if scaled else {})}
+    if index["mirrored"]:
+        layout |= {"mirrored": tokens, **({"mirrored_scales": scales} if scaled else {})}
+    return layout
+
+
 def image_fingerprint(digests: list[str]) -> str:
     """The fingerprint of images, from the digests of their shards."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def latent_fingerprint(index: dict) -> str:
-    """The fingerprint of latents, from everything that their index says of how they were made."""
+def cache_fingerprint(index: dict) -> str:
+    """The fingerprint of latents or tokens, from everything that their index says of how they were made."""
     made_by = {key: value for key, value in index.items() if key not in ("fingerprint", "shards")}
     return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
 
@@ -99,9 +110,25 @@ LATENTS = Kind(
         "statistics": {"latents_scale": [float], "latents_bias": [float]},
     },
     latent_layout,
-    lambda index, digests: latent_fingerprint(index),
+    lambda index, digests: cache_fingerprint(index),
     lambda folder: f"run cache_latents.py with --vae-latents-name {folder.name} to the end",
 )
+TOKENS = Kind(
+    TOKEN_FORMAT,
+    {
+        **COMMON_FIELDS,
+        "shape": (int, int),
+        "dtype": str,
+        "mirrored": bool,
+        "image_fingerprint": str,
+        "encoder": str,
+        "encoder_fingerprint": str,
+    },
+    token_layout,
+    lambda index, digests: cache_fingerprint(index),
+    lambda folder: f"run cache_tokens.py with --tokens-name {folder.name} to the end",
+)
+KINDS = {kind.format: kind for kind in (IMAGES, LATENTS, TOKENS)}
 
 
 class ImageDataset:
@@ -161,7 +188,7 @@ class LatentDataset:
     """
 
     def __init__(self, data_dir: str | Path, name: str, images):
-        self.source, self.images = latents_directory(data_dir, name), images
+        self.source, self.images = cache_directory(data_dir, name), images
         index, self.shards = LATENTS.open(self.source)
         self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
         self.image_fingerprint = index["image_fingerprint"]
@@ -178,6 +205,59 @@ class LatentDataset:
         moments, label = self.shards.row(row, "mirrored" if mirror else "moments")
         pixels = torch.empty(0, dtype=torch.uint8) if self.images is None else self.images[row][0]
         return pixels.flip(-1) if mirror else pixels, label, moments.float()
+
+
+class TokenDataset:
+    """Map-style dataset of a frozen encoder's tokens of every image, as they are stored: (tokens (T,D) float16,) or
+    (tokens (T,D) int8, scales (T,) float32), which training.cached_tokens.unpack_tokens widens.
+
+    Where the mirrored images' tokens were cached too, there are twice as many rows, as for latents.
+
+    Attributes:
+        source, fingerprint: as for images.
+        shape: (T, D).
+        mirrored: whether the mirrored images' are there.
+        encoder: its name in --enc-type.
+        encoder_fingerprint: the hash of its weights.
+        image_fingerprint: of the images that were encoded.
+
+    Args:
+        data_dir: the `--output-dir` of cache_tokens.py.
+        name: its `--tokens-name`.
+
+    Raises:
+        UserError: no index or a damaged one, or a shard that is missing, cut short or not what the index says; when it
+            is read, a row that is not what was written.
+    """
+
+    def __init__(self, data_dir: str | Path, name: str):
+        self.source = cache_directory(data_dir, name)
+        index, self.shards = TOKENS.open(self.source)
+        self.fingerprint, self.image_fingerprint = index["fingerprint"], index["image_fingerprint"]
+        self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
+        self.encoder, self.encoder_fingerprint = index["encoder"], index["encoder_fingerprint"]
+        names = list(TOKENS.layout(index))
+        self.parts = [names[: len(names) // 2], names[len(names) // 2 :]] if self.mirrored else [names]
+
+    def __len__(self) -> int:
+        return len(self.shards) * len(self.parts)
+
+    def __getitem__(self, i: int) -> tuple:
+        mirror, row = divmod(i, len(self.shards))
+        return tuple(self.shards.row(row, name)[0] for name in self.parts[mirror])
+
+
+class LatentsWithTokens:
+    """Map-style dataset of (pixels, label, moments) of `latents` and, as a fourth, a tuple of the rows of `tokens`."""
+
+    def __init__(self, latents, tokens: Sequence[TokenDataset]):
+        self.latents, self.tokens = latents, tokens
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, i: int) -> tuple:
+        return (*self.latents[i], tuple(tokens[i] for tokens in self.tokens))
 
 
 def open_images(data_dir: str | Path, resolution: int | None = None):
@@ -208,7 +288,7 @@ def open_latents(data_dir: str | Path, name: str, images=None):
     Raises:
         UserError: there are none, or they are not the latents of `images`.
     """
-    if not (latents_directory(data_dir, name) / "index.json").is_file() and (Path(data_dir) / f"{name}.h5").is_file():
+    if not (cache_directory(data_dir, name) / "index.json").is_file() and (Path(data_dir) / f"{name}.h5").is_file():
         from reference_hdf5 import HDF5Latents
 
         if isinstance(images, ImageDataset):
@@ -226,6 +306,23 @@ def open_latents(data_dir: str | Path, name: str, images=None):
     if images is not None and images.fingerprint != latents.image_fingerprint:
         raise UserError(f"{latents.source} holds latents of other images than {images.source}; cache them again")
     return latents
+
+
+def open_tokens(data_dir: str | Path, name: str, latents) -> TokenDataset:
+    """The cached tokens called `name` in a data directory, of the images that `latents`, from `open_latents`, are of.
+
+    Raises:
+        UserError: there are none, they are of other images, or the latents do not say which images they are of.
+    """
+    tokens = TokenDataset(data_dir, name)
+    if latents.image_fingerprint is None:
+        raise UserError(
+            f"{latents.source} does not say which images it is of, so that they might not be those of {tokens.source}; "
+            "cache latents with cache_latents.py"
+        )
+    if latents.image_fingerprint != tokens.image_fingerprint:
+        raise UserError(f"{tokens.source} holds tokens of other images than {latents.source}; cache them again")
+    return tokens
 
 
 def shard_folders(directory: Path) -> list[Path]:
@@ -247,13 +344,18 @@ def shard_folders(directory: Path) -> list[Path]:
 
 
 def kind_of(folder: Path) -> Kind:
-    """Whether a folder is of images or of latents: by its index, or else by its name."""
+    """What a folder is of: by its index, or else by its name and what its first whole shard holds."""
     try:
         form = json.loads((folder / "index.json").read_text(encoding="utf8"))["format"]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         form = None
-    images = form == IMAGE_FORMAT or form != LATENT_FORMAT and folder.name == "images"
-    return IMAGES if images else LATENTS
+    if isinstance(form, str) and form in KINDS:
+        return KINDS[form]
+    if folder.name == "images":
+        return IMAGES
+    shards = (open_shard(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
+    held = next((set(shard.keys()) for shard in shards if shard is not None), set())
+    return TOKENS if "tokens" in held else LATENTS
 
 
 def verify_shard(path: Path, kind: Kind, index: dict | None, rows: int | None) -> tuple[ShardFacts | None, str | None]:
@@ -329,7 +431,7 @@ def index_difference(kind: Kind, index: dict, shards: list[ShardFacts]) -> str |
     if index.get("images", rows) != rows:
         return f"says {index['images']} images, but its shards hold {rows}"
     digests = [shard.digest for shard in shards]
-    plans = {shard.metadata.get("plan") for shard in shards if kind is LATENTS}
+    plans = {shard.metadata.get("plan") for shard in shards if kind is not IMAGES}
     if {index["fingerprint"]} != {kind.fingerprint(index, digests), *plans}:
         return "damaged (its fingerprint is not that of its content)"
     return None

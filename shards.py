@@ -28,7 +28,8 @@ from errors import UserError
 from files import sync_folder, written_whole
 
 SUFFIX = ".safetensors"
-DTYPES = {"uint8": "U8", "int64": "I64", "float16": "F16", "float32": "F32"}  # as numpy and safetensors call them
+# as numpy and safetensors call them
+DTYPES = {"uint8": "U8", "int8": "I8", "int64": "I64", "float16": "F16", "float32": "F32"}
 HEADER, LONGEST_HEADER = 4096, 100_000_000  # bytes of most headers, which one read fetches, and of any
 THREADS, SHARDS_A_TASK = 8, 64  # that look at headers, for the sake of file systems with a delay
 SHARD_LIST = [{"file": str, "images": int}]  # the form of an index's "shards"

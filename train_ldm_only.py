@@ -4,7 +4,8 @@
         --vae-latents-name e2e-vae --model SiT-XL/1
 
 This is the transformer's part of the joint step (REPA, Yu et al., arXiv 2410.06940), on samples of cached posteriors
-(cache_latents.py), normalised by the VAE's statistics. The same command run again continues from the last checkpoint.
+(cache_latents.py), normalised by the VAE's statistics; what it aligns to may be cached as well (cache_tokens.py). The
+same command run again continues from the last checkpoint.
 """
 
 import argparse
@@ -12,12 +13,19 @@ import argparse
 import torch
 from torch import Tensor
 
-from dataset import open_images, open_latents
+from dataset import LatentsWithTokens, open_images, open_latents
 from errors import Parser, UserError, run_script
 from training import cli
 from training.autoencoding import detached
+from training.cached_tokens import open_cached_tokens
 from training.checkpoint import TrainingState, fingerprint, read_latent_statistics
-from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
+from training.diffusion import (
+    TransformerNets,
+    TransformerStepConfig,
+    alignment_targets,
+    encoder_tokens,
+    update_transformer,
+)
 from training.distributed import unwrap
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
@@ -40,8 +48,8 @@ def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: Transformer
 
     As `repae_step`, `draws` holds every random number, so the step is deterministic.
     """
-    # 1. The frozen encoders' tokens of the images.
-    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
+    # 1. The frozen encoders' tokens of the images, cached or computed.
+    zs = alignment_targets(batch.tokens, cfg) if batch.tokens else encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. A sample of the cached posterior, normalised by the VAE's statistics, which stay as they are.
     mean, std = batch.moments.to(draws.posterior.dtype).chunk(2, dim=1)
@@ -64,12 +72,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace):
-    """The cached latents that the flags name, with their images unless no encoder looks at them.
+    """The cached latents that the flags name, with their images if an encoder looks at them.
 
     Raises:
         UserError: they are missing, too few, of another size, or have more classes than the transformer.
     """
-    images = None if args.enc_type == "none" else open_images(args.data_dir, args.resolution)
+    needed = args.enc_type != "none" and args.cached_tokens is None
+    images = open_images(args.data_dir, args.resolution) if needed else None
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
     check_data(latents, args)
     if latents.shape != (shape := latent_shape(args.vae, args.resolution)):
@@ -131,24 +140,27 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = open_data(args)
+    tokens = open_cached_tokens(args, data)
     statistics = read_latent_statistics(args.vae_ckpt, data.shape[0])
     vae = load_vae(args.vae, args.vae_ckpt).eval().requires_grad_(False)
     vae_fingerprint = fingerprint(vae.state_dict())
     run = Run(args)
     check_vae(data, vae_fingerprint, statistics, args, run)
     nets, state = build(args, run, statistics)
+    cached = {part.encoder: part.encoder_fingerprint for part in tokens}
     identity = {
         "data": data.image_fingerprint,
         "latents": data.fingerprint,
         "vae": vae_fingerprint,
-        "encoders": encoder_fingerprints(args, nets.encoders),
+        "encoders": cached or encoder_fingerprints(args, nets.encoders),
+        **({"tokens": [part.fingerprint for part in tokens]} if tokens else {}),
     }
     run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
     evaluation = build_evaluation(args, run, evaluation_images(args))
 
-    for step, batch in run.steps(data):
+    for step, batch in run.steps(LatentsWithTokens(data, tokens) if tokens else data):
         draws = transformer_draws(args, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit")})

@@ -91,6 +91,12 @@ CASES = {
     "latents-truncated": "--vae-latents-name truncated",
     "latents-flipped": "--vae-latents-name flipped --exp-name flipped-latents",
     "latents-batch": "--batch-size 64",
+    "tokens-missing": "--cached-tokens nothing",
+    "tokens-count": "--cached-tokens tokens,tokens",
+    "tokens-other-encoder": "--cached-tokens tokens --enc-type dinov2-vit-s",
+    "tokens-other-grid": "--cached-tokens tokens --model SiT-XXS/1",
+    "tokens-other-images": "--cached-tokens tokens --vae-latents-name other-images",
+    "tokens-not-mirrored": "--cached-tokens tokens --vae-latents-name mirrored",
     "cache-arch-unknown": "--vae-arch f16d33",
     "cache-weights-missing": "--vae-ckpt-path nowhere.pt",
     "cache-weights-other": "--vae-arch f4d4-small",
@@ -98,6 +104,13 @@ CASES = {
     "cache-name-taken": "--vae-latents-name images",
     "cache-space": "--vae-latents-name more",
     "cache-other-there": "--dtype float16",
+    "cache-encoders": "--enc-type mae-vit-l,jepa-vit-h",
+    "cache-encoder-none": "--enc-type none",
+    "cache-tokens-taken": "--tokens-name images",
+    "cache-tokens-comma": "--tokens-name a,b",
+    "cache-tokens-grid": "--enc-type dinov2-vit-s",
+    "cache-tokens-space": "--tokens-name more",
+    "cache-tokens-other-there": "--dtype int8",
     "extract-missing": "--repae-ckpt nowhere/0400000.pt",
     "extract-truncated": "--repae-ckpt {cut}",
     "extract-frozen": "--repae-ckpt {frozen_ckpt}",
@@ -260,7 +273,10 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     other = make_data(root / "others", per_class=4)
     flags = ("--data-dir", other, "--vae-latents-name", "other-images")
     cached += call("cache_latents.py", *good_flags("cache_latents.py", found), *flags)
-    assert cached[::2] == (0, 0), cached
+    mirrored = ("--vae-latents-name", "mirrored", "--mirrored")
+    cached += call("cache_latents.py", *good_flags("cache_latents.py", found), *mirrored)
+    cached += call("cache_tokens.py", *good_flags("cache_tokens.py", found))
+    assert cached[::2] == (0, 0, 0, 0), cached
     shutil.copytree(found["data"] / "latents", found["data"] / "truncated")
     path = found["data"] / "truncated/00000.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
@@ -284,6 +300,10 @@ def good_flags(script: str, places: dict) -> list:
         "train_ldm_only.py": [*TINY, *TINY_SIT, *exp, "--vae-ckpt", places["vae"], "--vae-latents-name", "latents"],
         "cache_latents.py": [
             *("--vae-arch", published.VAE, "--vae-ckpt-path", places["vae"], "--vae-latents-name", "latents"),
+            *("--data-dir", places["data"], "--output-dir", places["data"], "--num-workers", 0),
+        ],
+        "cache_tokens.py": [
+            *("--enc-type", "efficientnet-lite0", "--tokens-name", "tokens", "--token-grid", 4),
             *("--data-dir", places["data"], "--output-dir", places["data"], "--num-workers", 0),
         ],
         "save_vae_weights.py": ["--repae-ckpt", places.get("joint_ckpt"), "--save-dir", places["root"] / "saved"],
@@ -312,7 +332,7 @@ def test_the_table_has_a_case_for_every_row_and_no_other():
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_clear_line(places, case, monkeypatch):
     script, message = TABLE[case]
-    if case == "cache-space":
+    if case in ("cache-space", "cache-tokens-space"):
         full = shutil.disk_usage(places["root"])._replace(free=1000)
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path: full)
     good = good_flags(script, places)

@@ -9,7 +9,10 @@ import pytest
 from scripts import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents", "generate", "evaluate")
+SCRIPTS = (
+    *("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents", "cache_tokens"),
+    *("generate", "evaluate"),
+)
 OTHERS_FLAGS = {"nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"}
 
 

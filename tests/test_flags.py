@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cache_latents
+import cache_tokens
 import generate
 import save_vae_weights
 import train_ldm_only
@@ -91,6 +92,7 @@ FROZEN = {
     "vae": "f16d32",
     "vae_ckpt": "pretrained/e2e-vavae-400k/e2e-vavae-400k.pt",
     "vae_latents_name": "e2e-vavae-400k",
+    "cached_tokens": None,
 }
 CACHE = {
     "vae_arch": "f16d32",
@@ -102,6 +104,15 @@ CACHE = {
     "mirrored": False,
     "num_workers": 4,
     "allow_tf32": True,
+}
+CACHE_TOKENS = {
+    **{key: CACHE[key] for key in CACHE if not key.startswith("vae_")},
+    "enc_ckpt": [],
+    "token_grid": None,
+    "dtype": "float16",
+    "mixed_precision": "no",
+    "resample_tokens": False,
+    "offline": False,
 }
 GENERATE = {
     "global_seed": 0,
@@ -177,6 +188,9 @@ def test_defaults_of_frozen_training():
 def test_defaults_of_caching_extraction_and_sampling():
     path = "weights.pt"
     assert vars(cache_latents.parse_args(["--vae-ckpt-path", path])) == {**CACHE, "vae_ckpt_path": path}
+    names = {"enc_type": "mae-vit-l", "tokens_name": "mae"}
+    tokens = cache_tokens.parse_args(["--enc-type", "mae-vit-l", "--tokens-name", "mae"])
+    assert vars(tokens) == {**CACHE_TOKENS, **names}
     assert vars(generate.parse_args(["--exp-path", "run"])) == {**GENERATE, "exp_path": Path("run")}
     expected = {"repae_ckpt": Path(path), "vae_name": "e2e-vae", "save_dir": Path("exps")}
     assert vars(save_vae_weights.parse_args(["--repae-ckpt", path])) == expected

@@ -71,6 +71,10 @@ def good_flags(script: str, places: dict[str, Path], out: Path) -> list:
             *("--vae-arch", published.VAE, "--vae-ckpt-path", places["vae"], "--vae-latents-name", "latents"),
             *("--data-dir", places["data"], "--output-dir", out, "--num-workers", 0),
         ],
+        "cache_tokens.py": [
+            *("--enc-type", "efficientnet-lite0", "--tokens-name", "tokens", "--data-dir", places["data"]),
+            *("--output-dir", out, "--num-workers", 0),
+        ],
         "evaluate.py": [
             *("--samples", images, "--reference", images, "--num-workers", 0, "--output", out / "result.json"),
             *("--features", "efficientnet-lite0", "--offline"),
@@ -104,6 +108,7 @@ READERS = [
     ("save_vae_weights.py", "--save-dir {taken}"),
     ("cache_latents.py", "--vae-ckpt-path {bad}"),
     ("cache_latents.py", "--vae-ckpt-path {beside}/sdvae.pt"),
+    ("cache_tokens.py", "--enc-ckpt efficientnet-lite0={bad}"),
     ("evaluate.py", "--features inception --inception-weights {bad}"),
     ("evaluate.py", "--enc-ckpt efficientnet-lite0={bad}"),
     ("evaluate.py", "--samples {bad}"),

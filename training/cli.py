@@ -175,9 +175,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     """Precision and the optimisers."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--mixed-precision", default="fp16", choices=("no", "fp16", "bf16"), help="(default: %(default)s)"
-    )
+    add_precision_flag(group, default="fp16")
     group.add_argument("--allow-tf32", action=BooleanOptionalAction, default=True, help="TF32 matrix products on GPUs")
     group.add_argument("--compile", action=BooleanOptionalAction, default=True, help="compile the networks on GPUs")
     group.add_argument(
@@ -244,12 +242,7 @@ def add_alignment_flags(parser: argparse.ArgumentParser) -> None:
         help="encoders to align to: rows of the README's table, timm:MODEL, or none (default: %(default)s)",
     )
     add_enc_ckpt_flag(group)
-    group.add_argument(
-        "--resample-tokens",
-        action=BooleanOptionalAction,
-        default=False,
-        help="interpolate an encoder's tokens where its grid is not the transformer's (default: stop)",
-    )
+    add_resample_flag(group)
     group.add_argument(
         "--proj-coeff", type=WEIGHT, default=0.5, help="weight of the transformer's alignment (default: %(default)s)"
     )
@@ -322,6 +315,21 @@ def add_reconstruction_flags(parser: argparse.ArgumentParser) -> None:
     add_lpips_flag(group)
 
 
+def add_caching_flags(parser: argparse.ArgumentParser) -> None:
+    """How what a frozen network makes of images is cached."""
+    group = parser.add_argument_group("caching")
+    group.add_argument("--data-dir", default="data", help="output of preprocessing.py (default: %(default)s)")
+    group.add_argument("--output-dir", default="data", help="where the folder goes (default: %(default)s)")
+    group.add_argument(
+        "--pproc-batch-size", type=POSITIVE, default=128, help="images a process encodes at once (default: 128)"
+    )
+    group.add_argument(
+        "--mirrored", action="store_true", help="also cache the mirrored images; an epoch then has both of each"
+    )
+    group.add_argument("--num-workers", type=COUNT, default=4, help="reading processes a process (default: 4)")
+    group.add_argument("--allow-tf32", action=BooleanOptionalAction, default=True, help="TF32 on GPUs")
+
+
 def add_enc_ckpt_flag(group) -> None:
     """Where encoders' weights lie."""
     group.add_argument(
@@ -332,6 +340,23 @@ def add_enc_ckpt_flag(group) -> None:
         metavar="NAME=PATH",
         help="an encoder's weights, in the project's own format or timm's: a file, or hf-hub:REPOSITORY[@REVISION]; "
         "may be repeated (default: the usual file below ckpts/, else a download)",
+    )
+
+
+def add_resample_flag(group) -> None:
+    """Whether an encoder's grid may be another one than the transformer's."""
+    group.add_argument(
+        "--resample-tokens",
+        action=BooleanOptionalAction,
+        default=False,
+        help="interpolate an encoder's tokens where its grid is not the transformer's (default: stop)",
+    )
+
+
+def add_precision_flag(group, default: str) -> None:
+    """What networks compute in."""
+    group.add_argument(
+        "--mixed-precision", default=default, choices=("no", "fp16", "bf16"), help="(default: %(default)s)"
     )
 
 
@@ -375,12 +400,18 @@ def add_vae_flags(parser: argparse.ArgumentParser, vae: str, vae_ckpt: str | Non
 
 
 def add_latent_flags(parser: argparse.ArgumentParser) -> None:
-    """Which cached latents."""
+    """What is cached: latents, and tokens if they are."""
     group = parser.add_argument_group("latents")
     group.add_argument(
         "--vae-latents-name",
         default="e2e-vavae-400k",
         help="folder of cache_latents.py below --data-dir (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cached-tokens",
+        metavar="NAME[,NAME...]",
+        help="folders of cache_tokens.py below --data-dir, one for each of --enc-type: no encoder is loaded and no "
+        "pixels are read (default: encoders run at every step)",
     )
 
 

@@ -1,6 +1,6 @@
 """The transformer's update, which joint training and training on a frozen VAE share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -44,7 +44,12 @@ def encoder_tokens(
     """The frozen encoders' tokens (B,T,D_k) of uint8 pixels (B,3,R,R): what representations align to."""
     with cfg.autocast():
         zs = [encoder(pixels) for encoder in encoders]
-    return zs if cfg.spatial_norm is None else [spatial_normalise(z, cfg.spatial_norm) for z in zs]
+    return alignment_targets(zs, cfg)
+
+
+def alignment_targets(zs: Sequence[Tensor], cfg: TransformerStepConfig) -> list[Tensor]:
+    """What representations align to, of the encoders' tokens (B,T,D_k): these, or normalised over space."""
+    return [z if cfg.spatial_norm is None else spatial_normalise(z, cfg.spatial_norm) for z in zs]
 
 
 def update_transformer(

@@ -46,7 +46,7 @@ def load_encoders(
     for name, spec in specs.items():
         encoder = Encoder(spec, grids[name], grid)
         load_encoder_weights(encoder, name, files[name])
-        say(f"aligning to {name}, weights from {files[name]}")
+        say(f"encoder {name}, weights from {files[name]}")
         encoders.append(encoder.to(device))
     return encoders
 

@@ -21,13 +21,14 @@ FREE_FLAGS = PLACES | {
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks"),
     *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
 }
-# what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost
+# what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost, and
+# where it has its encoders' tokens from
 RECIPE = {
     *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "cached_tokens"),
 }
 # what runs did before these flags were there
-EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None}
+EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None, "cached_tokens": None}
 # what a run's identity may name, and what it stands for
 IDENTITY = {
     "data": "images than --data-dir holds",
@@ -35,6 +36,7 @@ IDENTITY = {
     "vae": "weights than --vae-ckpt holds",
     "loss": "weights in --loss-cfg-path",
     "encoders": "weights of the encoders",
+    "tokens": "tokens than --cached-tokens holds",
 }
 
 

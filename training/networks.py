@@ -123,11 +123,14 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
 def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]) -> TransformerNets:
     """The transformer, its average, its encoders and its optimiser as the flags say, on this process's device.
 
+    Where the encoders' tokens are cached there are no encoders.
+
     Raises:
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
     """
     sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
-    encoders = load_encoders(args, sit.grid, run.device, say=run.print)
+    cached = getattr(args, "cached_tokens", None) is not None
+    encoders = [] if cached else load_encoders(args, sit.grid, run.device, say=run.print)
     ema = copy_for_ema(sit).to(run.device)
     sit.recompute = args.gradient_checkpointing
     compile_in_place(sit.blocks, args, run.device)

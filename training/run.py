@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from errors import UserError, lost_process
 from files import locked, remove_leftovers, replace_text
+from training.cached_tokens import unpack_tokens
 from training.checkpoint import TrainingState, latest_checkpoint, read_checkpoint
 from training.checkpoint_folder import CheckpointFolder
 from training.distributed import (
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     step: int  # 0-based optimiser step
     rows: Rows  # which rows of the global batch these are
     moments: Tensor | None = None  # (B,2C,h,w) float32, where latents are cached: mean, then std
+    tokens: tuple[Tensor, ...] = ()  # (B,T,D) float16 or float32 of each encoder, where those are cached
 
 
 class Run:
@@ -187,8 +189,9 @@ class Run:
     def steps(self, data) -> Iterator[tuple[int, Batch]]:
         """Yield (1-based step, batch) to the end of training, once per micro-batch.
 
-        `data` is a map-style dataset of (pixels, label) or (pixels, label, moments). After each step this logs, saves
-        and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
+        `data` is a map-style dataset of (pixels, label), (pixels, label, moments) or those and a tuple of what is
+        stored of each encoder's tokens. After each step this logs, saves and obeys signals: SIGTERM or SIGINT saves a
+        checkpoint at the next step boundary and exits with code 75.
 
         Raises:
             UserError: a loss that is not finite.
@@ -217,10 +220,11 @@ class Run:
             for step in range(self.step, last):
                 self.step = step + 1
                 for micro in range(args.gradient_accumulation_steps):
-                    pixels, labels, moments = (*to_device(next(batches), self.device), None)[:3]
+                    pixels, labels, moments, tokens = self._on_device(next(batches))
                     self.step_complete = micro == args.gradient_accumulation_steps - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
-                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), moments)
+                        rows = order.micro_batch_rows(micro)
+                        yield self.step, Batch(pixels, labels, step, rows, moments, tokens)
                 self._finish_step(bar, last)
         except SystemExit:
             # a launcher that sees one process end signals the others, which are about to end with the same code
@@ -246,6 +250,13 @@ class Run:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
+
+    def _on_device(self, loaded: list) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """What the loader gave, on this process's device: pixels, labels, and moments and tokens if there are any."""
+        *plain, packed = loaded if isinstance(loaded[-1], (list, tuple)) else (*loaded, ())
+        pixels, labels, moments = (*to_device(plain, self.device), None)[:3]
+        tokens = tuple(unpack_tokens(*to_device(parts, self.device)) for parts in packed)
+        return pixels, labels, moments, tokens
 
     def due(self, interval: int) -> bool:
         """Whether something done every `interval` steps is due at the end of this step."""

@@ -1,0 +1,132 @@
+"""What a frozen network makes of every image, in shards that mirror the image shards row for row.
+
+The scripts that cache something bring the network; which shards are missing, which process makes them and how they are
+read and written is the same for all. Each shard is written whole by one process, so running the same command again
+continues where it stopped, on any number of processes.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset import Kind, cache_directory, images_directory
+from errors import Parser, UserError
+from files import locked, replace_text, require_space
+from shards import DTYPES, is_made_by, refuse_other_shards, shard_name, write_shard
+
+NUMPY_DTYPES = {stored: name for name, stored in DTYPES.items()}
+Encode = Callable[[Tensor], tuple[Tensor, ...]]  # pixels -> the tensors of a shard's layout that are not mirrored
+
+
+class Cache(NamedTuple):
+    """What is cached, and where."""
+
+    what: str  # in a word
+    directory: Path
+    kind: Kind
+    index: dict  # but for its shards; its "fingerprint" decides what is in them
+    origin: str  # the entry of the index, a fingerprint of the network, that every shard repeats
+    others: str  # what shards of another fingerprint are of, and what to do about them
+
+
+def check_name(parser: Parser, flag: str, name: str, output_dir: str, what: str) -> None:
+    """Let `parser` complain if the `name` given by `flag` is the images' folder below `output_dir`, or that itself."""
+    directory = cache_directory(output_dir, name)
+    if directory.resolve() in (images_directory(output_dir).resolve(), Path(output_dir).resolve()):
+        parser.error(f"{flag} {name!r}: {directory} is not for {what}; choose another")
+
+
+def cache_images(cache: Cache, images, encode: Encode, args: argparse.Namespace, state: PartialState) -> None:
+    """Write every shard that is not there yet, each by one process, and then the index.
+
+    Args:
+        cache: what it is and where it goes.
+        images: from dataset.open_images.
+        encode: what is cached of uint8 pixels (B,3,R,R) on this process's device, a row an image. A UserError that it
+            raises is given the shard's name.
+        args: --pproc-batch-size and --num-workers are used.
+        state: this process among all.
+
+    Raises:
+        UserError: the folder holds something else, is being written to, or the disk is too small.
+    """
+    directory, index = cache.directory, cache.index
+    ends = np.cumsum(images.sizes).tolist()
+    ranges = [range(end - size, end) for size, end in zip(images.sizes, ends, strict=True)]
+    shards = [(shard_name(i), rows) for i, rows in enumerate(ranges)]
+    with locked(directory) if state.is_main_process else nullcontext():
+        refuse_other_shards(directory, index["fingerprint"], {name for name, _ in shards}, cache.others)
+        write_shards(cache, images, shards, encode, args, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            index["shards"] = [{"file": name, "images": len(rows)} for name, rows in shards]
+            replace_text(directory / "index.json", json.dumps(index, indent=1))
+            tensor = next(iter(cache.kind.layout(index)))
+            what = f"{tensor} of {len(images)} images, {index['dtype']} {tuple(index['shape'])}"
+            print(f"{what}, in {directory}, by {state.num_processes} processes")
+
+
+def write_shards(
+    cache: Cache,
+    images,
+    shards: list[tuple[str, range]],
+    encode: Encode,
+    args: argparse.Namespace,
+    state: PartialState,
+) -> None:
+    """Write this process's share of the missing shards: every world-th of them."""
+    plan, directory = cache.index["fingerprint"], cache.directory
+    missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, plan)]
+    row = sum(array.nbytes for array in empty_arrays(cache, 1).values())
+    require_space(directory, row * sum(len(rows) for _, rows in missing), f"the {cache.what}")
+    state.wait_for_everyone()  # all see the same ones missing before the first is written
+    share = missing[state.process_index :: state.num_processes]
+    # batches end with their shard, so that rows do not depend on the processes
+    size = args.pproc_batch_size
+    batches = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers))
+    total = sum(len(rows) for _, rows in share)
+    with tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar:
+        for name, rows in share:
+            arrays = encode_shard(cache, directory / name, loader, len(rows), encode, state.device)
+            write_shard(directory / name, arrays, {"plan": plan, cache.origin: cache.index[cache.origin]})
+            bar.update(len(rows))
+
+
+def empty_arrays(cache: Cache, rows: int) -> dict[str, np.ndarray]:
+    """The arrays of so many rows but for their labels, not filled yet."""
+    layout = cache.kind.layout(cache.index)
+    return {name: np.empty((rows, *shape), NUMPY_DTYPES[dtype]) for name, (dtype, shape) in layout.items()}
+
+
+def encode_shard(
+    cache: Cache, path: Path, loader: Iterator, rows: int, encode: Encode, device: torch.device
+) -> dict[str, np.ndarray]:
+    """The arrays of the shard at `path`, from the next `rows` images of `loader`."""
+    arrays = empty_arrays(cache, rows)
+    stored = list(arrays.values())
+    arrays["labels"] = np.empty(rows, np.int64)
+    done = 0
+    while done < rows:
+        pixels, labels = next(loader)
+        part = slice(done, done + len(labels))
+        pixels = pixels.to(device)
+        try:
+            found = (*encode(pixels), *(encode(pixels.flip(-1)) if cache.index["mirrored"] else ()))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        for array, tensor in zip(stored, found, strict=True):
+            array[part] = tensor.cpu().numpy()
+        arrays["labels"][part] = labels.numpy()
+        done += len(labels)
+    return arrays
