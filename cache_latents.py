@@ -9,6 +9,7 @@ where it stopped, on any number of processes.
 """
 
 import argparse
+from argparse import BooleanOptionalAction
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
 from training.checkpoint import fingerprint, read_latent_statistics
 from training.cli import add_caching_flags, one_of
 from training.distributed import process_state
-from training.networks import latent_shape, load_vae, use_tf32
+from training.networks import compile_in_place, latent_shape, load_vae, use_tf32
 from training.shard_caching import Cache, cache_images, check_name
 
 DTYPES = ("float16", "float32")
@@ -40,6 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         choices=DTYPES,
         help="float16 halves the disk (default: float32)",
+    )
+    parser.add_argument(
+        "--compile", action=BooleanOptionalAction, default=True, help="compile the encoder on GPUs (default: yes)"
     )
     add_caching_flags(parser)
     args = parser.parse_args(argv)
@@ -83,6 +87,7 @@ def main() -> None:
     vae = load_vae(args.vae_arch, args.vae_ckpt_path).eval().requires_grad_(False)
     index = describe(images, vae, args)
     vae.to(state.device)
+    compile_in_place([vae.encoder], args, state.device)
     cache = Cache(
         what="latents",
         directory=cache_directory(args.output_dir, args.vae_latents_name),

@@ -1,11 +1,15 @@
-"""Files written whole or not at all, and folders that one process at a time may write to."""
+"""Files written whole or not at all, behind what makes their content, and folders that one process at a time may write
+to.
+"""
 
 import errno
 import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +17,10 @@ from typing import BinaryIO
 from errors import UserError
 
 BUFFER = 1 << 22  # bytes: the many small tensors of a checkpoint reach the disk in few writes
+WRITERS = 4  # threads: Pillow lets others run while it encodes, and every file waits for the disk
+WAITING = 2  # batches that may be made and not yet written: what bounds the memory they take
+
+Action = Callable[[], None]
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -108,3 +116,38 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[Action], Action, int], None]]:
+    """Within, the yielded function has the writes of a batch done by threads, and returns while they are at it.
+
+    Its arguments are the writes, what waits until they may begin, and a number for `written`, which is called with it
+    when they are done. It waits itself only where WAITING batches are not written yet. When the block ends, all are.
+
+    Raises:
+        OSError: from the yielded function or at the end, what a write raised. What is not begun then is left undone,
+            as it is when the block raises anything.
+    """
+    pool, batches = ThreadPoolExecutor(WRITERS), deque()
+
+    def settle(at_most: int) -> None:
+        while len(batches) > at_most or (batches and all(write.done() for write in batches[0][0])):
+            writes, number = batches.popleft()
+            for write in writes:
+                write.result()
+            written(number)
+
+    def begin(writes: list[Action], wait: Action, number: int) -> None:
+        def run(write: Action) -> None:
+            wait()
+            write()
+
+        settle(WAITING - 1)
+        batches.append(([pool.submit(run, write) for write in writes], number))
+
+    try:
+        yield begin
+        settle(0)
+    finally:
+        pool.shutdown(cancel_futures=True)

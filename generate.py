@@ -11,7 +11,6 @@ number of processes and in any batch. The same command run again makes what is m
 import argparse
 import sys
 from argparse import BooleanOptionalAction
-from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,17 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
-from files import locked, require_space, written_whole
-from sample_files import SampleFiles, writing_behind
+from files import locked, require_space, writing_behind, written_whole
+from sample_files import SampleFiles
 from training.checkpoint import fingerprint
 from training.cli import COUNT, POSITIVE, number
 from training.distributed import process_state
 from training.experiment import Experiment, load_experiment
 from training.networks import compile_in_place, use_tf32
+from training.overlap import to_host
 from training.precision import AUTOCAST_DTYPES
 from training.previews import COLUMNS, grid
 from training.sampling import Sampling, cast_weights, sample_pixels
@@ -176,18 +175,6 @@ def compiles(args: argparse.Namespace, state) -> bool:
     return args.compile and pays and state.device.type == "cuda"
 
 
-def to_host(pixels: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
-    """Pixels (B,3,R,R) as an array (B,R,R,3), and what waits, in any thread, until they have arrived in it."""
-    pixels = pixels.permute(0, 2, 3, 1).contiguous()
-    if pixels.device.type != "cuda":
-        return pixels.cpu().numpy(), lambda: None
-    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-    host.copy_(pixels, non_blocking=True)
-    arrived = torch.cuda.Event(blocking=True)
-    arrived.record()
-    return host.numpy(), arrived.synchronize
-
-
 def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
     """Make this process's share of the missing samples: every world-th batch that lacks one.
 
@@ -216,7 +203,7 @@ def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Name
                 if not missing.issuperset(indices):
                     rows = [row for row, index in enumerate(indices) if index in missing]
                     indices, pixels = [indices[row] for row in rows], pixels[rows]
-                pixels, wait = to_host(pixels)
+                pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
                 count = sum(len(missing.intersection(batch)) for batch in together)
                 write(files.writes(indices, pixels), wait, count)
 

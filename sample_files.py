@@ -9,10 +9,8 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -21,51 +19,12 @@ import numpy as np
 from PIL import Image
 
 from errors import UserError
-from files import replace_text, written_whole
+from files import WRITERS, Action, replace_text, written_whole
 from image_files import opened_image
 
 MANIFEST_FORMAT = "repae-samples/1"
 DAMAGE = (EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile)
-WRITERS = 4  # threads: Pillow lets others run while it encodes, and every file waits for the disk
-WAITING = 2  # batches that may be sampled and not yet written: what bounds the host memory of their pixels
 PNGS_AT_ONCE = 64  # images in memory where PNGs are made from what is there
-
-Action = Callable[[], None]
-
-
-@contextmanager
-def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[Action], Action, int], None]]:
-    """Within, the yielded function has the writes of a batch done by threads, and returns while they are at it.
-
-    Its arguments are the writes, what waits until they may begin, and a number for `written`, which is called with it
-    when they are done. It waits itself only where WAITING batches are not written yet. When the block ends, all are.
-
-    Raises:
-        OSError: from the yielded function or at the end, what a write raised. What is not begun then is left undone,
-            as it is when the block raises anything.
-    """
-    pool, batches = ThreadPoolExecutor(WRITERS), deque()
-
-    def settle(at_most: int) -> None:
-        while len(batches) > at_most or (batches and all(write.done() for write in batches[0][0])):
-            writes, number = batches.popleft()
-            for write in writes:
-                write.result()
-            written(number)
-
-    def begin(writes: list[Action], wait: Action, number: int) -> None:
-        def run(write: Action) -> None:
-            wait()
-            write()
-
-        settle(WAITING - 1)
-        batches.append(([pool.submit(run, write) for write in writes], number))
-
-    try:
-        yield begin
-        settle(0)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class SampleFiles:

@@ -33,7 +33,7 @@ from training.run import Batch, Run
 from training.sampling import Sampling, sample_pixels
 from transport import diffusion_loss, interpolate
 
-READ_AT_ONCE = 32
+READ, READ_AT_ONCE = 4096, 32  # images of a call, and of a batch
 GUIDANCE_SCALE = 2.0
 
 
@@ -58,7 +58,7 @@ def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage
     data = open_images(folder / "data")
 
     def read(workers: int) -> None:
-        rows = torch.randperm(len(data)).split(READ_AT_ONCE)
+        rows = torch.randint(len(data), (READ,)).split(READ_AT_ONCE)
         for _ in DataLoader(data, batch_sampler=[part.tolist() for part in rows], num_workers=workers):
             pass
 
@@ -69,8 +69,8 @@ def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage
 
     return {
         "preprocessing": Stage(prepare, len(data)),
-        "reading, no workers": Stage(lambda: read(0), len(data)),
-        f"reading, {workers} workers": Stage(lambda: read(workers), len(data)),
+        "reading, no workers": Stage(lambda: read(0), READ),
+        f"reading, {workers} workers": Stage(lambda: read(workers), READ),
     }
 
 
@@ -164,17 +164,20 @@ def optimiser_step(optimizer: Optimizer) -> Callable[[], object]:
 def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
     """What follows the gradients, and both steps as a whole."""
     nets, cfg, batch, draws = networks
+    tokens = encoder_tokens(nets.encoders, batch.pixels, cfg)
+    cached = batch._replace(tokens=tuple(token.half() for token in tokens))
     updates = [optimiser_step(optimizer) for optimizer in (nets.opt_vae, nets.opt_disc, nets.opt_sit)]
     return {
         "three optimisers": Stage(lambda: [update() for update in updates], images),
         "EMA": Stage(lambda: update_ema(nets.ema, nets.sit, cfg.ema_decay), images),
         "joint step": Stage(lambda: train_repae.repae_step(nets, batch, draws, cfg), images),
         "frozen step": Stage(lambda: ldm_step(nets, batch, draws, cfg), images),
+        "frozen step, cached tokens": Stage(lambda: ldm_step(nets, cached, draws, cfg), images),
     }
 
 
 def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict[str, Stage]:
-    """Caching, sampling by the SDE without and with guidance, decoding, and writing PNGs and parts of an npz."""
+    """Caching, sampling by the SDE without and with guidance, decoding, and writing raw pixels and PNGs by a thread."""
     nets, cfg, batch, draws = networks
     images = setting.batch
     indices = list(range(images))
@@ -189,13 +192,13 @@ def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict
             return decode_pixels(vae, draws.posterior)
 
     pixels = decode().permute(0, 2, 3, 1).cpu().numpy()
-    (folder / "written").mkdir(exist_ok=True)
     files = SampleFiles(folder / "written", "set", {"count": images, "resolution": setting.resolution}, True, True)
+    files.parts.mkdir(parents=True)
     steps = f"SDE, {setting.sampling_steps} steps"
     return {
         "caching": Stage(lambda: encode(vae, batch.pixels).cpu(), images),
         f"sampling, {steps}": Stage(lambda: sample(1.0), images),
         f"sampling, {steps}, guided": Stage(lambda: sample(GUIDANCE_SCALE), images),
         "decoding": Stage(decode, images),
-        "writing": Stage(lambda: files.write(indices, pixels), images),
+        "writing": Stage(lambda: [write() for write in files.writes(indices, pixels)], images),
     }

@@ -452,7 +452,7 @@ HEADERS = {
     "before the file": {"labels": LABELS, "pixels": {**ROWS, "data_offsets": [-4, 8]}},
     "too large": {"labels": LABELS, "pixels": {**ROWS, "shape": [1, 3, 2, 3]}},
     "half a pixel": {"labels": LABELS, "pixels": {**ROWS, "shape": [1, 3, 2.0, 2]}},
-    "unknown numbers": {"labels": LABELS, "pixels": {**ROWS, "dtype": "I8"}},
+    "unknown numbers": {"labels": LABELS, "pixels": {**ROWS, "dtype": "BOOL"}},
     "no shape": {"labels": LABELS, "pixels": {"dtype": "U8", "data_offsets": [8, 20]}},
     "list": [LABELS, ROWS],
     "list inside": {"labels": LABELS, "pixels": [1]},

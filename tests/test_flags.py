@@ -187,7 +187,11 @@ def test_defaults_of_frozen_training():
 
 def test_defaults_of_caching_extraction_and_sampling():
     path = "weights.pt"
-    assert vars(cache_latents.parse_args(["--vae-ckpt-path", path])) == {**CACHE, "vae_ckpt_path": path}
+    assert vars(cache_latents.parse_args(["--vae-ckpt-path", path])) == {
+        **CACHE,
+        "vae_ckpt_path": path,
+        "compile": True,
+    }
     names = {"enc_type": "mae-vit-l", "tokens_name": "mae"}
     tokens = cache_tokens.parse_args(["--enc-type", "mae-vit-l", "--tokens-name", "mae"])
     assert vars(tokens) == {**CACHE_TOKENS, **names}

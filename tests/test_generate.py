@@ -16,9 +16,10 @@ from PIL import Image
 import generate
 import published
 from errors import UserError
+from files import WAITING
 from models.autoencoder import image_to_pixels
 from models.sit import SiT_models
-from sample_files import WAITING, SampleFiles, read_npz
+from sample_files import SampleFiles, read_npz
 from samplers import Guidance, sample_ode
 from scripts import call
 from training.checkpoint import fingerprint
@@ -337,7 +338,7 @@ def test_interrupted_sampling_leaves_undone_what_is_not_begun(runs, tmp_path, mo
 
     flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 3, "--pproc-batch-size", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("sample_files.WRITERS", 1)
+        patch.setattr("files.WRITERS", 1)
         patch.setattr(generate, "sample_pixels", interrupted)
         patch.setattr(SampleFiles, "_write_part", slowly)
         assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 130

@@ -1,4 +1,4 @@
-"""What goes on beside a GPU's main stream: copies to the device, and passes that what comes next does not wait for.
+"""What goes on beside a GPU's main stream: copies to and from it, and passes that what comes next does not wait for.
 
 Where there is no such stream, on CPUs, everything is simply done in order.
 """
@@ -6,6 +6,7 @@ Where there is no such stream, on CPUs, everything is simply done in order.
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,17 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, 
     with torch.cuda.stream(side_stream(device)):
         copies = tuple(tensor.to(device, non_blocking=True) for tensor in pinned)
     return awaited(copies, device)
+
+
+def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
+    """`tensor` as an array on the host, and what waits, in any thread, until its values have arrived there."""
+    if tensor.device.type != "cuda":
+        return tensor.contiguous().numpy(), lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor.contiguous(), non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
+    return host.numpy(), arrived.synchronize
 
 
 def beside(compute: Callable[[], list[Tensor]], device: torch.device) -> Callable[[], list[Tensor]]:

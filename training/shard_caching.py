@@ -7,8 +7,10 @@ continues where it stopped, on any number of processes.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +23,9 @@ from tqdm import tqdm
 
 from dataset import Kind, cache_directory, images_directory
 from errors import Parser, UserError
-from files import locked, replace_text, require_space
+from files import locked, replace_text, require_space, writing_behind
 from shards import DTYPES, is_made_by, refuse_other_shards, shard_name, write_shard
+from training.overlap import to_device, to_host
 
 NUMPY_DTYPES = {stored: name for name, stored in DTYPES.items()}
 Encode = Callable[[Tensor], tuple[Tensor, ...]]  # pixels -> the tensors of a shard's layout that are not mirrored
@@ -87,46 +90,47 @@ def write_shards(
     """Write this process's share of the missing shards: every world-th of them."""
     plan, directory = cache.index["fingerprint"], cache.directory
     missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, plan)]
-    row = sum(array.nbytes for array in empty_arrays(cache, 1).values())
+    shapes = (shape for _, shape in cache.kind.layout(cache.index).values())
+    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, stored_dtypes(cache), strict=True))
     require_space(directory, row * sum(len(rows) for _, rows in missing), f"the {cache.what}")
     state.wait_for_everyone()  # all see the same ones missing before the first is written
     share = missing[state.process_index :: state.num_processes]
     # batches end with their shard, so that rows do not depend on the processes
     size = args.pproc_batch_size
     batches = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
-    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers))
+    pinned = state.device.type == "cuda"
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pinned))
     total = sum(len(rows) for _, rows in share)
-    with tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar:
+    metadata = {"plan": plan, cache.origin: cache.index[cache.origin]}
+    with (
+        tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
+        writing_behind(bar.update) as write,
+    ):
         for name, rows in share:
-            arrays = encode_shard(cache, directory / name, loader, len(rows), encode, state.device)
-            write_shard(directory / name, arrays, {"plan": plan, cache.origin: cache.index[cache.origin]})
-            bar.update(len(rows))
+            arrays, wait = encode_shard(cache, directory / name, loader, len(rows), encode, state.device)
+            write([partial(write_shard, directory / name, arrays, metadata)], wait, len(rows))
 
 
-def empty_arrays(cache: Cache, rows: int) -> dict[str, np.ndarray]:
-    """The arrays of so many rows but for their labels, not filled yet."""
-    layout = cache.kind.layout(cache.index)
-    return {name: np.empty((rows, *shape), NUMPY_DTYPES[dtype]) for name, (dtype, shape) in layout.items()}
+def stored_dtypes(cache: Cache) -> list[torch.dtype]:
+    """What the tensors of a shard but for its labels are stored as, in their order."""
+    return [getattr(torch, NUMPY_DTYPES[dtype]) for dtype, _ in cache.kind.layout(cache.index).values()]
 
 
 def encode_shard(
     cache: Cache, path: Path, loader: Iterator, rows: int, encode: Encode, device: torch.device
-) -> dict[str, np.ndarray]:
-    """The arrays of the shard at `path`, from the next `rows` images of `loader`."""
-    arrays = empty_arrays(cache, rows)
-    stored = list(arrays.values())
-    arrays["labels"] = np.empty(rows, np.int64)
-    done = 0
-    while done < rows:
-        pixels, labels = next(loader)
-        part = slice(done, done + len(labels))
-        pixels = pixels.to(device)
+) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
+    """The arrays of the shard at `path`, from the next `rows` images of `loader`, and what waits for their values."""
+    names = cache.kind.layout(cache.index)
+    parts, labels = [], []
+    while sum(map(len, labels)) < rows:
+        pixels, their_labels = next(loader)
+        (pixels,) = to_device([pixels], device)
         try:
             found = (*encode(pixels), *(encode(pixels.flip(-1)) if cache.index["mirrored"] else ()))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        for array, tensor in zip(stored, found, strict=True):
-            array[part] = tensor.cpu().numpy()
-        arrays["labels"][part] = labels.numpy()
-        done += len(labels)
-    return arrays
+        parts.append([tensor.to(dtype) for tensor, dtype in zip(found, stored_dtypes(cache), strict=True)])
+        labels.append(their_labels)
+    arrays, waits = zip(*(to_host(torch.cat(tensors)) for tensors in zip(*parts, strict=True)), strict=True)
+    # the last copy is done when those before it are
+    return {**dict(zip(names, arrays, strict=True)), "labels": torch.cat(labels).numpy()}, waits[-1]
