@@ -1,6 +1,6 @@
 """What every stage costs on this machine: time, memory, FLOPs, and the share of its best matrix products.
 
-    python -m benchmarks                                    # two CPU cores: eight minutes
+    python -m benchmarks                                    # on two CPU cores: five minutes
     python -m benchmarks --device cuda --json gpu.json      # one GPU
 
 Networks and data are made up (benchmarks/workspace.py). `make bench` is the first line.
@@ -10,7 +10,7 @@ import argparse
 import json
 import platform
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from errors import Parser, UserError, run_script
 from files import replace_text
 from training.cli import COUNT, WEIGHT
 from training.networks import use_tf32
+from training.precision import AUTOCAST_DTYPES
 
 COLUMNS = (
     "stage",
@@ -52,6 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="networks and images so small that only the way is tested")
     parser.add_argument("--only", help="stages whose names begin so, like VAE,sampling (default: all)")
+    parser.add_argument(
+        "--mixed-precision", choices=tuple(AUTOCAST_DTYPES), help="(default: no on the CPU, bf16 on a GPU)"
+    )
     parser.add_argument("--seconds", type=WEIGHT, default=6.0, help="a stage, at least three runs (default: 6)")
     parser.add_argument("--num-workers", type=COUNT, default=2, help="for reading and preprocessing (default: 2)")
     parser.add_argument("--json", type=Path, help="also write everything there")
@@ -123,6 +127,8 @@ def main() -> None:
     args = parse_args()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     setting = TINY if args.tiny else GPU if args.device == "cuda" else CPU
+    if args.mixed_precision is not None:
+        setting = replace(setting, precision=args.mixed_precision)
     use_tf32(True)
     peak = matrix_peak(device, setting.precision)
     report = {"machine": machine(device, setting, peak), "stages": {}}
