@@ -1,5 +1,6 @@
 """The stages of the method, each as a piece of work to be measured, built by what builds them for the scripts."""
 
+import copy
 import io
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cache_latents import encode
 from dataset import open_images
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
+from models.sit import SiT
 from preprocessing import preprocess
 from sample_files import SampleFiles
 from train_ldm_only import ldm_step
@@ -24,13 +26,13 @@ from training import cli
 from training.diffusion import encoder_tokens
 from training.distributed import frozen_call
 from training.ema import update_ema
-from training.networks import transformer_draws
+from training.networks import compile_in_place, transformer_draws
 from training.overlap import to_device
 from training.precision import Optimizer
 from training.previews import decode_pixels
 from training.randomness import Draws, Rows
 from training.run import Batch, Run
-from training.sampling import Sampling, sample_pixels
+from training.sampling import Sampling, cast_weights, sample_pixels
 from transport import diffusion_loss, interpolate
 
 READ, READ_AT_ONCE = 4096, 32  # images of a call, and of a batch
@@ -45,9 +47,10 @@ class Stage(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """What the stages share: a joint run's networks, and one batch with its draws on the device."""
+    """What the stages share: a joint run's networks, its average as sampling uses it, a batch with its draws."""
 
     nets: train_repae.JointNets
+    sampled: SiT
     cfg: train_repae.JointStepConfig
     batch: Batch
     draws: Draws
@@ -79,15 +82,17 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     args = train_repae.parse_args(training_flags(folder, setting, "benchmark"))
     run = Run(args)
     nets, _ = train_repae.build(args, run)
+    sampled = copy.deepcopy(nets.ema)
+    cast_weights(sampled, setting.precision)
+    compile_in_place(sampled.blocks, args, run.device)
     cfg = train_repae.step_config(args, cli.load_loss_config(args.loss_cfg_path), run.device)
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
     rows = Rows(0, setting.batch)
     draws = transformer_draws(args, 1, rows).to(run.device)
     moments = torch.cat([draws.posterior, draws.noise.abs()], dim=1)
-    return Networks(
-        nets, cfg, Batch(*to_device([torch.stack(pixels), torch.tensor(labels)], run.device), 0, rows, moments), draws
-    )
+    loaded = to_device([torch.stack(pixels), torch.tensor(labels)], run.device)
+    return Networks(nets, sampled, cfg, Batch(*loaded, 0, rows, moments), draws)
 
 
 def backward(loss: Tensor, network: nn.Module) -> None:
@@ -98,7 +103,7 @@ def backward(loss: Tensor, network: nn.Module) -> None:
 
 def vae_stages(networks: Networks, images: int) -> dict[str, Stage]:
     """The VAE and its losses, each forward and backward."""
-    nets, cfg, batch, draws = networks
+    nets, _, cfg, batch, draws = networks
     image = pixels_to_image(batch.pixels)
     with torch.no_grad(), cfg.autocast():
         recon = nets.vae(image, draws.posterior)[2]
@@ -124,7 +129,7 @@ def vae_stages(networks: Networks, images: int) -> dict[str, Stage]:
 
 def transformer_stages(networks: Networks, images: int) -> dict[str, Stage]:
     """The encoder, the alignment pass through the frozen transformer, and the transformer, forward and backward."""
-    nets, cfg, batch, draws = networks
+    nets, _, cfg, batch, draws = networks
     sit = nets.sit
     zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
@@ -163,7 +168,7 @@ def optimiser_step(optimizer: Optimizer) -> Callable[[], object]:
 
 def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
     """What follows the gradients, and both steps as a whole."""
-    nets, cfg, batch, draws = networks
+    nets, _, cfg, batch, draws = networks
     tokens = encoder_tokens(nets.encoders, batch.pixels, cfg)
     cached = batch._replace(tokens=tuple(token.half() for token in tokens))
     updates = [optimiser_step(optimizer) for optimizer in (nets.opt_vae, nets.opt_disc, nets.opt_sit)]
@@ -178,14 +183,14 @@ def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
 
 def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict[str, Stage]:
     """Caching, sampling by the SDE without and with guidance, decoding, and writing raw pixels and PNGs by a thread."""
-    nets, cfg, batch, draws = networks
+    nets, sampled, cfg, batch, draws = networks
     images = setting.batch
     indices = list(range(images))
-    vae, ema = nets.vae.eval(), nets.ema
+    vae = nets.vae.eval()
 
     def sample(scale: float) -> Tensor:
         sampling = Sampling(mode="sde", num_steps=setting.sampling_steps, cfg_scale=scale, autocast=cfg.autocast)
-        return sample_pixels(ema, vae, indices, sampling)
+        return sample_pixels(sampled, vae, indices, sampling)
 
     def decode() -> Tensor:
         with cfg.autocast():
