@@ -6,7 +6,7 @@ State-dict keys are those of the taming-transformers layout, which the published
 import torch
 from torch import Tensor, nn
 
-from models.numerics import float32_or_wider
+from models.numerics import channels_last, float32_or_wider
 from models.recompute import call
 
 # torchvision VGG16 `features` indices of each slice; a slice ends in relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
@@ -75,7 +75,8 @@ class LPIPS(nn.Module):
         self.net = VGG16Features()
         for i, channels in enumerate(CHANNELS):
             setattr(self, f"lin{i}", LinearHead(channels))
-        self.requires_grad_(False).to(memory_format=torch.channels_last)  # in which convolutions are fastest
+        self.requires_grad_(False)
+        channels_last(self)
 
     def forward(self, image: Tensor, recon: Tensor) -> Tensor:
         """Distance (B,1,1,1) of each pair of images (B,3,R,R) in [-1, 1], R at least 16; gradient to `recon` only."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.numerics import float32_or_wider
+from models.numerics import channels_last, float32_or_wider
 from models.recompute import call
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -231,7 +231,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
-        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+        channels_last(self)
 
     def encode(self, image: Tensor) -> Posterior:
         """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""

@@ -1,9 +1,8 @@
 """PatchGAN discriminator (Isola et al., arXiv 1611.07004) as latent diffusion's autoencoders use it."""
 
-import torch
 from torch import Tensor, nn
 
-from models.numerics import GlobalBatchNorm2d
+from models.numerics import GlobalBatchNorm2d, channels_last
 
 SMALLEST_IMAGE = 24  # pixels a side that leave one logit
 
@@ -25,7 +24,7 @@ class PatchDiscriminator(nn.Module):
         blocks += [nn.Conv2d(width * 2**layers, 1, 4, padding=1)]
         self.main = nn.Sequential(*blocks)
         self.apply(initialise)
-        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+        channels_last(self)
 
     def forward(self, *batches: Tensor) -> tuple[Tensor, ...]:
         """Logits of each batch, each normalised by its own statistics.

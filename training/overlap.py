@@ -12,9 +12,14 @@ from torch import Tensor
 
 
 @lru_cache
+def stream_of(index: int) -> torch.cuda.Stream:
+    """The stream beside the main one of the GPU with this number."""
+    return torch.cuda.Stream(index)
+
+
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The device's one stream beside the main one."""
-    return torch.cuda.Stream(device)
+    """The device's one stream beside the main one; a device without a number is the current one."""
+    return stream_of(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:

@@ -90,8 +90,7 @@ def write_shards(
     """Write this process's share of the missing shards: every world-th of them."""
     plan, directory = cache.index["fingerprint"], cache.directory
     missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, plan)]
-    shapes = (shape for _, shape in cache.kind.layout(cache.index).values())
-    row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, stored_dtypes(cache), strict=True))
+    row = sum(math.prod(array.shape[1:]) * array.itemsize for array in empty_arrays(cache).values())
     require_space(directory, row * sum(len(rows) for _, rows in missing), f"the {cache.what}")
     state.wait_for_everyone()  # all see the same ones missing before the first is written
     share = missing[state.process_index :: state.num_processes]
@@ -111,16 +110,18 @@ def write_shards(
             write([partial(write_shard, directory / name, arrays, metadata)], wait, len(rows))
 
 
-def stored_dtypes(cache: Cache) -> list[torch.dtype]:
-    """What the tensors of a shard but for its labels are stored as, in their order."""
-    return [getattr(torch, NUMPY_DTYPES[dtype]) for dtype, _ in cache.kind.layout(cache.index).values()]
+def empty_arrays(cache: Cache) -> dict[str, np.ndarray]:
+    """The arrays of no rows but for their labels."""
+    layout = cache.kind.layout(cache.index)
+    return {name: np.empty((0, *shape), NUMPY_DTYPES[dtype]) for name, (dtype, shape) in layout.items()}
 
 
 def encode_shard(
     cache: Cache, path: Path, loader: Iterator, rows: int, encode: Encode, device: torch.device
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
     """The arrays of the shard at `path`, from the next `rows` images of `loader`, and what waits for their values."""
-    names = cache.kind.layout(cache.index)
+    empty = empty_arrays(cache)
+    dtypes = [getattr(torch, array.dtype.name) for array in empty.values()]
     parts, labels = [], []
     while sum(map(len, labels)) < rows:
         pixels, their_labels = next(loader)
@@ -129,8 +130,10 @@ def encode_shard(
             found = (*encode(pixels), *(encode(pixels.flip(-1)) if cache.index["mirrored"] else ()))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        parts.append([tensor.to(dtype) for tensor, dtype in zip(found, stored_dtypes(cache), strict=True)])
+        parts.append([tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)])
         labels.append(their_labels)
+    if not rows:  # of a shard whose images could not be read
+        return {**empty, "labels": np.empty(0, np.int64)}, lambda: None
     arrays, waits = zip(*(to_host(torch.cat(tensors)) for tensors in zip(*parts, strict=True)), strict=True)
     # the last copy is done when those before it are
-    return {**dict(zip(names, arrays, strict=True)), "labels": torch.cat(labels).numpy()}, waits[-1]
+    return {**dict(zip(empty, arrays, strict=True)), "labels": torch.cat(labels).numpy()}, waits[-1]
