@@ -136,7 +136,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="repae-benchmarks-") as folder:
         make_workspace(Path(folder), setting, args.num_workers)
         stages = all_stages(Path(folder), setting, args.num_workers)
-        wanted = [n for n in stages if args.only is None or n.startswith(tuple(args.only.split(",")))]
+        wanted = [name for name in stages if args.only is None or name.startswith(tuple(args.only.split(",")))]
+        if not wanted:
+            raise UserError(f"--only {args.only}: no such stage; there are {', '.join(stages)}")
         for name in wanted:
             found = measure(*stages[name], device, args.seconds)
             report["stages"][name] = asdict(found)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +29,14 @@ from benchmarks.flops import stage_flops
 from benchmarks.measure import matrix_peak
 from benchmarks.workspace import GPU, TINY, Setting, make_workspace, training_flags
 from errors import Parser, UserError, run_script
-from files import replace_text
+from files import replace_text, require_space
 
 ROOT = Path(__file__).parents[1]
 FALLING = ("vae_loss", "denoising_loss", "proj_loss")  # the discriminator's may rise: it has an adversary
-WARM_UP, CHECKPOINT, LAST = 3, 10, 30  # steps
+# steps; none but CHECKPOINT is saved at, so that the second start has something to do again
+WARM_UP, CHECKPOINT, LAST = 3, 20, 30
+PATIENCE = 600  # seconds for one run
+CHECKPOINT_BYTES = 13e9  # of a full-size run
 COMPARED = 5  # steps at either end whose mean losses are compared
 TOLERANCE = {"cpu": 0.0, "cuda": 0.05}  # relative, of a loss after a restart; on GPUs the order of sums differs
 GOLDEN_TESTS = ("tests/test_golden.py", "tests/test_joint_step.py", "-k", "golden")
@@ -49,10 +53,11 @@ def cases(tiny: bool) -> list[Case]:
     """What is checked."""
     if tiny:
         return [Case("tiny", TINY)]
-    other = replace(GPU, vae="f16d32", model="SiT-XL/1")
+    full = replace(GPU, photos=64)
+    other = replace(full, vae="f16d32", model="SiT-XL/1")
     return [
         Case(f"{setting.model} {setting.vae} {precision}", replace(setting, precision=precision))
-        for setting in (GPU, other)
+        for setting in (full, other)
         for precision in ("bf16", "fp16")
     ]
 
@@ -75,7 +80,7 @@ def golden_parity(device: str) -> tuple[bool, str]:
     """Whether the tests of golden values pass on the device, and pytest's last line."""
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *GOLDEN_TESTS, f"--device={device}"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode == 0, done.stdout.strip().splitlines()[-1]
+    return done.returncode == 0, (done.stdout or done.stderr).strip().rpartition("\n")[2]
 
 
 def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[dict]]:
@@ -91,14 +96,17 @@ def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[
     flags += [f"--{network}learning-rate={case.setting.learning_rate}" for network in ("", "vae-", "disc-")]
     line = [sys.executable, "-m", "benchmarks.watched_training", str(facts), str(WARM_UP), str(LAST), *flags]
     environment = {**os.environ, **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{case.name}: training is not done after {PATIENCE} s") from None
     if done.returncode != -signal.SIGKILL or not facts.is_file():
         raise UserError(f"{case.name}: training ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     log = (folder / "exps" / name / "metrics.jsonl").read_text().splitlines()
     return json.loads(facts.read_text()), [json.loads(line) for line in log]
 
 
-def check(folder: Path, case: Case, device: str, peak: float) -> dict:
+def check(folder: Path, case: Case, device: str) -> dict:
     """Everything that is to be known of a case; "failed" names what is not as it should be."""
     name = case.name.replace("/", "-").replace(" ", "-")
     first, before = train(folder, case, name, device)
@@ -106,20 +114,21 @@ def check(folder: Path, case: Case, device: str, peak: float) -> dict:
     failed = [
         f"{term} does not fall" for term in FALLING if mean(before[-COMPARED:], term) >= mean(before[:COMPARED], term)
     ]
-    failed += [f"{again['recompiled']} compiled anew"] * (again["recompiled"] + first["recompiled"] > 0)
-    failed += [f"{first['graph_breaks']} graph breaks"] * (first["graph_breaks"] > 0)
-    failed += [f"the host waits at {place}" for place in first["waits"]]
+    for facts in (first, again):
+        failed += [f"{facts['recompiled']} graphs compiled anew"] * (facts["recompiled"] > 0)
+        failed += [f"{facts['graph_breaks']} graph breaks"] * (facts["graph_breaks"] > 0)
+        failed += [f"the host waits at {place}" for place in facts["waits"]]
+    if again["first_step"] != CHECKPOINT + 1:
+        failed.append(f"the second start began with step {again['first_step']}, expected {CHECKPOINT + 1}")
     difference = restart_difference(before, after)
     failed += [f"losses differ by {difference:.1e} after the restart"] * (difference > TOLERANCE[device])
-    speed = before[-1]["images_per_second"]
-    flops = stage_flops(
-        case.setting.vae, case.setting.model, case.setting.encoder, case.setting.resolution, case.setting.encoder_depth
-    )["joint step"]
+    setting = case.setting
+    flops = stage_flops(setting.vae, setting.model, setting.encoder, setting.resolution, setting.encoder_depth)
     return {
         "losses": {term: [mean(before[:COMPARED], term), mean(before[-COMPARED:], term)] for term in FALLING},
         "restart_difference": difference,
-        "images_per_second": speed,
-        "mfu": flops * speed / peak,
+        "images_per_second": before[-1]["images_per_second"],
+        "flops_per_second": flops["joint step"] * before[-1]["images_per_second"],
         **first,
         "failed": failed,
     }
@@ -138,6 +147,24 @@ def restart_difference(before: list[dict], after: list[dict]) -> float:
     return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)
 
 
+def report_case(folder: Path, case: Case, device: str) -> dict:
+    """Check a case in `folder`, say what came out in a line, and remove its checkpoints."""
+    started = time.monotonic()
+    make_workspace(folder, case.setting, workers=2)
+    if device == "cuda":
+        require_space(folder, int(CHECKPOINT_BYTES), "a checkpoint")
+    found = check(folder, case, device)
+    found["mfu"] = found["flops_per_second"] / matrix_peak(torch.device(device), case.setting.precision)
+    found["seconds"] = time.monotonic() - started
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the next run is another process
+    shutil.rmtree(folder / "exps")
+    speed = f"{found['images_per_second']:.1f} images/s, MFU {found['mfu']:.1%}, {found['memory'] / 1e9:.1f} GB"
+    result = "; ".join(found["failed"]) or "as it should be"
+    print(f"{case.name}: {speed}; {result} ({found['seconds']:.0f} s)", flush=True)
+    return found
+
+
 def main() -> None:
     """Check case after case; exit code 1 if something is not as it should be."""
     args = parse_args()
@@ -146,14 +173,8 @@ def main() -> None:
     report = {"golden": {"passed": parity, "summary": summary}, "cases": {}}
     with tempfile.TemporaryDirectory(prefix="repae-gpu-check-") as folder:
         for case in cases(args.tiny):
-            place = Path(folder) / case.setting.vae
-            place.mkdir(exist_ok=True)
-            make_workspace(place, case.setting, workers=2)
-            peak = matrix_peak(torch.device(args.device), case.setting.precision)
-            found = report["cases"][case.name] = check(place, case, args.device, peak)
-            speed = f"{found['images_per_second']:.1f} images/s, MFU {found['mfu']:.1%}, {found['memory'] / 1e9:.1f} GB"
-            print(f"{case.name}: {speed}; {'; '.join(found['failed']) or 'as it should be'}", flush=True)
-            shutil.rmtree(place / "exps")  # checkpoints of 12 GB
+            (place := Path(folder) / case.setting.vae).mkdir(exist_ok=True)
+            report["cases"][case.name] = report_case(place, case, args.device)
     if args.json:
         replace_text(args.json, json.dumps(report, indent=1) + "\n")
     if not parity or any(found["failed"] for found in report["cases"].values()):

@@ -16,6 +16,7 @@ import train_repae
 from benchmarks.workspace import Setting, training_flags
 from cache_latents import encode
 from dataset import open_images
+from files import writing_behind
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
 from models.sit import SiT
@@ -182,7 +183,7 @@ def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
 
 
 def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict[str, Stage]:
-    """Caching, sampling by the SDE without and with guidance, decoding, and writing raw pixels and PNGs by a thread."""
+    """Caching, sampling by the SDE without and with guidance, decoding, and writing raw pixels and PNGs."""
     nets, sampled, cfg, batch, draws = networks
     images = setting.batch
     indices = list(range(images))
@@ -196,6 +197,10 @@ def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict
         with cfg.autocast():
             return decode_pixels(vae, draws.posterior)
 
+    def write() -> None:
+        with writing_behind(lambda _: None) as begin:
+            begin(files.writes(indices, pixels), lambda: None, images)
+
     pixels = decode().permute(0, 2, 3, 1).cpu().numpy()
     files = SampleFiles(folder / "written", "set", {"count": images, "resolution": setting.resolution}, True, True)
     files.parts.mkdir(parents=True)
@@ -205,5 +210,5 @@ def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict
         f"sampling, {steps}": Stage(lambda: sample(1.0), images),
         f"sampling, {steps}, guided": Stage(lambda: sample(GUIDANCE_SCALE), images),
         "decoding": Stage(decode, images),
-        "writing": Stage(lambda: [write() for write in files.writes(indices, pixels)], images),
+        "writing": Stage(write, images),
     }

@@ -41,7 +41,7 @@ class Watched:
     def __init__(self, step: Callable, facts: Path, warm_up: int, last: int):
         self.step, self.facts, self.warm_up, self.last = step, facts, warm_up, last
         self.strict, self.waits = False, []
-        self.steps = self.compiled = 0
+        self.steps = self.compiled = self.first_step = 0
 
     def __call__(self, nets, batch, draws, cfg) -> dict[str, Tensor | None]:
         """One step; the time until the next call counts to it."""
@@ -52,6 +52,7 @@ class Watched:
             self.begin(batch.pixels.device)
         warm = self.steps >= self.warm_up
         self.steps += 1
+        self.first_step = self.first_step or number
         self.strict = warm
         metrics = self.step(nets, batch, draws, cfg)
         self.strict = warm and number % LOG_INTERVAL > 0
@@ -88,6 +89,7 @@ class Watched:
         """Write the facts, and die."""
         on_gpu = device.type == "cuda"
         facts = {
+            "first_step": self.first_step,
             "graphs": counters["stats"]["unique_graphs"],
             "recompiled": counters["stats"]["unique_graphs"] - self.compiled,
             "graph_breaks": sum(counters["graph_break"].values()),

@@ -1,6 +1,7 @@
 """The nets, batches and draws of golden/joint_step.npz, for any test that runs the joint step on them."""
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
 
@@ -12,6 +13,7 @@ from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from train_repae import JointNets, JointStepConfig
 from training.ema import copy_for_ema
+from training.networks import compile_in_place
 from training.precision import Optimizer
 from training.randomness import Draws, Rows
 from training.run import Batch
@@ -30,7 +32,7 @@ def golden_lpips() -> LPIPS:
 def golden_nets(
     vae: str = "f8d4", sit: str = "SiT-S/2", depth: int = 4, z_dims: tuple[int, ...] = (48,), **optimizer
 ) -> JointNets:
-    """The networks of the golden joint step; other rows of the registries make smaller ones."""
+    """The networks of the golden joint step, compiled on GPUs; other rows of the registries make smaller ones."""
     vae = fill(build_vae(vae))
     discriminator = fill(PatchDiscriminator(), "discriminator.")
     size = 32 // vae.config.downsampling
@@ -38,16 +40,18 @@ def golden_nets(
         input_size=size, in_channels=vae.config.z_channels, num_classes=10, z_dims=z_dims, encoder_depth=depth
     )
     fill(sit)
-    device = torch.get_default_device()
+    device, lpips, ema = torch.get_default_device(), golden_lpips(), copy_for_ema(sit)
+    parts = [vae.encoder, vae.decoder, discriminator.main, lpips.net, *sit.blocks]
+    compile_in_place(parts, SimpleNamespace(compile=True), device)
     return JointNets(
         vae=vae,
         discriminator=discriminator,
-        lpips=golden_lpips(),
+        lpips=lpips,
         opt_vae=Optimizer(vae.parameters(), device, **optimizer),
         opt_disc=Optimizer(discriminator.parameters(), device, **optimizer),
         lecam=torch.zeros(2),
         sit=sit,
-        ema=copy_for_ema(sit),
+        ema=ema,
         encoders=[],
         opt_sit=Optimizer(sit.parameters(), device, **optimizer),
     )

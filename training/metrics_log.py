@@ -7,7 +7,8 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,10 +93,18 @@ class MetricsLog:
             self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
             self.micro_metrics = []
 
-    def add_evaluation(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """Log `values` with the metrics of `step`; the `seconds` they took are no training time."""
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Within it is no training time, by which images a second are counted."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.clock += time.monotonic() - started
+
+    def add_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` with the metrics of `step`."""
         self.evaluations[step] = values
-        self.clock += seconds
 
     def add_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""

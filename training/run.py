@@ -274,9 +274,9 @@ class Run:
         """Log what an evaluation of `nets` at this step finds, and keep the state as best.pt if it is the best yet."""
         self._look()
         self._check_state()
-        started = time.monotonic()
-        values = evaluation(*nets)
-        self.metrics.add_evaluation(self.step, values, time.monotonic() - started)
+        with self.metrics.clock_stopped():
+            values = evaluation(*nets)
+        self.metrics.add_evaluation(self.step, values)
         if self.is_main:
             self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             self.checkpoints.save_if_best(self._state_dict(), evaluation.measure, evaluation.judge, values)
@@ -298,9 +298,10 @@ class Run:
         if look:
             latest = self.metrics.write(sync=save)
             bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[1:5]}, refresh=False)
-        if save and self.is_main:
-            self.checkpoints.save(self._state_dict(), permanent, self.args.keep_last)
         if save:
+            with self.metrics.clock_stopped():
+                if self.is_main:
+                    self.checkpoints.save(self._state_dict(), permanent, self.args.keep_last)
             self.saved_at = time.monotonic()
         if stop:
             highest([0], self.hosts)  # all wait: a launcher that sees one process end ends the others
