@@ -203,10 +203,9 @@ class Part(NamedTuple):
 
 def read_parts(path: str | Path) -> dict[str, Part] | None:
     """The tensors of a whole shard, or None where there is none or it is cut short; by its header, without data."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.isfile(path):  # a pipe would wait for somebody to write to it
         return None
+    file = os.open(path, os.O_RDONLY)
     try:
         size, text = os.fstat(file).st_size, os.pread(file, HEADER, 0)
         begin = end = 8 + int.from_bytes(text[:8], "little")

@@ -460,6 +460,14 @@ HEADERS = {
 }
 
 
+def test_a_pipe_in_place_of_a_shard_is_damage_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(UserError, match="no such file, but index.json lists it; help"):
+        Shards(
+            tmp_path, {"num_classes": 1, "shards": [{"file": "a", "images": 1}]}, {"pixels": ("U8", (3, 2, 2))}, "help"
+        )
+
+
 @pytest.mark.parametrize("case", ["good", "metadata", *HEADERS, "deep", "no text", "longer than the file", "short"])
 def test_headers_of_shards_are_not_trusted(tmp_path, case):
     good = {"labels": LABELS, "pixels": ROWS}
