@@ -14,14 +14,14 @@ from argparse import BooleanOptionalAction
 import torch
 from torch import Tensor
 
-from dataset import LATENT_FORMAT, LATENTS, cache_directory, cache_fingerprint, open_images
+from dataset import LATENT_FORMAT, LATENTS, cache_directory, open_images
 from errors import Parser, run_script
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
 from training.checkpoint import fingerprint, read_latent_statistics
 from training.cli import add_caching_flags, one_of
 from training.distributed import process_state
 from training.networks import compile_in_place, latent_shape, load_vae, use_tf32
-from training.shard_caching import Cache, cache_images, check_name
+from training.shard_caching import Cache, cache_images, check_name, describe_cache
 
 DTYPES = ("float16", "float32")
 
@@ -59,23 +59,15 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 
 def describe(images, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
-    """What the index says of the cache, but for its shards; its "fingerprint" decides what is in them."""
+    """What the index says of the cache, but for its shards."""
     shape = latent_shape(args.vae_arch, images.resolution)
     scale, bias = read_latent_statistics(args.vae_ckpt_path, shape[0])
-    description = {
-        "format": LATENT_FORMAT,
-        "resolution": images.resolution,
-        "shape": list(shape),
-        "dtype": args.dtype,
-        "mirrored": args.mirrored,
+    network = {
         "vae": args.vae_arch,
         "vae_fingerprint": fingerprint(vae.state_dict()),
         "statistics": {"latents_scale": scale.flatten().tolist(), "latents_bias": bias.flatten().tolist()},
-        "image_fingerprint": images.fingerprint,
-        "num_classes": images.num_classes,
-        "classes": images.classes,
     }
-    return {**description, "fingerprint": cache_fingerprint(description)}
+    return describe_cache(images, args, LATENT_FORMAT, list(shape), network)
 
 
 def main() -> None:
@@ -95,6 +87,7 @@ def main() -> None:
         index=index,
         origin="vae_fingerprint",
         others="another VAE, other images, --dtype or --mirrored; delete it, or choose another --vae-latents-name",
+        instead="use --dtype float32, or another VAE",
     )
     cache_images(cache, images, lambda pixels: (encode(vae, pixels),), args, state)
 

@@ -12,7 +12,7 @@ import argparse
 
 from torch import Tensor
 
-from dataset import TOKEN_FORMAT, TOKENS, cache_directory, cache_fingerprint, open_images
+from dataset import TOKEN_FORMAT, TOKENS, cache_directory, open_images
 from errors import Parser, run_script
 from models.encoders import IMAGE_STRIDE, Encoder, encoder_specs
 from training.cached_tokens import pack_tokens
@@ -29,7 +29,7 @@ from training.distributed import process_state
 from training.encoder_weights import encoder_fingerprints, load_encoders
 from training.networks import use_tf32
 from training.precision import autocast_factory
-from training.shard_caching import Cache, cache_images, check_name
+from training.shard_caching import Cache, cache_images, check_name, describe_cache
 
 DTYPES = ("float16", "int8")
 
@@ -65,21 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def describe(images, encoder: Encoder, args: argparse.Namespace) -> dict:
-    """What the index says of the cache, but for its shards; its "fingerprint" decides what is in them."""
-    description = {
-        "format": TOKEN_FORMAT,
-        "resolution": images.resolution,
-        "shape": [encoder.token_grid**2, encoder.spec.embed_dim],
-        "dtype": args.dtype,
-        "mirrored": args.mirrored,
+    """What the index says of the cache, but for its shards."""
+    network = {
         "mixed_precision": args.mixed_precision,
         "encoder": args.enc_type,
         "encoder_fingerprint": encoder_fingerprints(args, [encoder])[args.enc_type],
-        "image_fingerprint": images.fingerprint,
-        "num_classes": images.num_classes,
-        "classes": images.classes,
     }
-    return {**description, "fingerprint": cache_fingerprint(description)}
+    return describe_cache(images, args, TOKEN_FORMAT, [encoder.token_grid**2, encoder.spec.embed_dim], network)
 
 
 def main() -> None:
@@ -106,6 +98,7 @@ def main() -> None:
         origin="encoder_fingerprint",
         others="another encoder or grid, other weights or images, --dtype, --mixed-precision or --mirrored; delete it, "
         "or choose another --tokens-name",
+        instead="use --mixed-precision no, or --dtype int8",
     )
     cache_images(cache, images, encode, args, state)
 

@@ -244,7 +244,7 @@ class TokenDataset:
 
     def __getitem__(self, i: int) -> tuple:
         mirror, row = divmod(i, len(self.shards))
-        return tuple(self.shards.row(row, name)[0] for name in self.parts[mirror])
+        return self.shards.row(row, *self.parts[mirror])[:-1]
 
 
 class LatentsWithTokens:

@@ -367,8 +367,8 @@ class Shards:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def row(self, i: int, name: str) -> tuple:
-        """Row `i` of tensor `name`, a torch tensor, and its label, an int.
+    def row(self, i: int, *names: str) -> tuple:
+        """Row `i` of the tensors called `names`, torch tensors, and its label, an int.
 
         Raises:
             UserError: they are not what was written (shards from before there were checksums are read unchecked), or
@@ -381,19 +381,19 @@ class Shards:
         number = bisect_right(self.ends, i)
         k = i - (self.ends[number - 1] if number else 0)
         path = os.path.join(self.directory, self.files[number])
-        dtype, shape = self.forms[name]
-        row, label, crc = np.empty(shape, dtype), np.empty((), np.int64), np.empty((), np.int64)
-        checked = self.offsets[f"{name}.crc"][number] > 0
-        targets = {name: row, "labels": label, **({f"{name}.crc": crc} if checked else {})}
+        rows = {name: np.empty(shape, dtype) for name, (dtype, shape) in self.forms.items() if name in names}
+        checksums = {name: np.empty((), np.int64) for name in rows if self.offsets[f"{name}.crc"][number]}
+        label = np.empty((), np.int64)
+        targets = {**rows, "labels": label, **{f"{name}.crc": crc for name, crc in checksums.items()}}
         places = [self.offsets[part][number] + k * target.nbytes for part, target in targets.items()]
         if not read_into(path, list(zip(targets.values(), places, strict=True))):
             raise UserError(f"{path}: was changed or removed meanwhile; {self.remedy}")
         label = int(label)
-        if checked and checksum(row, label) != crc:
+        if any(checksum(rows[name], label) != crc for name, crc in checksums.items()):
             raise UserError(f"{path}: row {k} damaged (checksum differs); delete the file and {self.remedy}")
         if not 0 <= label < self.num_classes:
             raise UserError(
                 f"{path}: row {k} has label {label}, but index.json says {self.num_classes} classes; "
                 f"delete both and {self.remedy}"
             )
-        return torch.from_numpy(row), label
+        return *(torch.from_numpy(rows[name]) for name in names), label

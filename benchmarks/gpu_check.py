@@ -116,7 +116,7 @@ def check(folder: Path, case: Case, device: str) -> dict:
     ]
     for facts in (first, again):
         failed += [f"{facts['recompiled']} graphs compiled anew"] * (facts["recompiled"] > 0)
-        failed += [f"{facts['graph_breaks']} graph breaks"] * (facts["graph_breaks"] > 0)
+        failed += [f"{facts['graph_breaks']} graphs that break"] * (facts["graph_breaks"] > 0)
         failed += [f"the host waits at {place}" for place in facts["waits"]]
     if again["first_step"] != CHECKPOINT + 1:
         failed.append(f"the second start began with step {again['first_step']}, expected {CHECKPOINT + 1}")

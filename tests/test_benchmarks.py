@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu_check import CHECKPOINT, LAST, cases, check, restart_difference
+from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, cases, check, restart_difference
 from benchmarks.measure import counted_flops, measure, profile
 from benchmarks.watched_training import READS, Watched
 from benchmarks.workspace import make_workspace
@@ -83,6 +83,29 @@ def test_restart_difference_is_relative_and_sees_missing_steps():
     assert restart_difference(log, log) == 0
     assert restart_difference(log, other) == pytest.approx(0.1)
     assert restart_difference(log, log[:-1]) == float("inf")
+
+
+def test_every_failure_is_named(tmp_path, monkeypatch):
+    """Of made-up runs: one that is as it should be, and what is said of each that is not."""
+
+    def found(first=None, again=None, losses=None, restarted=None) -> list[str]:
+        good = {"first_step": 1, "recompiled": 0, "graph_breaks": 0, "waits": [], "memory": 1, "graphs": 8}
+        log = [{"step": i + 1, "images_per_second": 1.0, **dict.fromkeys(FALLING, -float(i))} for i in range(LAST)]
+        before, after = [{**record, **(losses or {})} for record in log], [dict(record) for record in log]
+        after = before if losses else after
+        after[-1].update(restarted or {})
+        second = {**good, "first_step": CHECKPOINT + 1, **(again or {})}
+        runs = iter([({**good, **(first or {})}, before), (second, after)])
+        monkeypatch.setattr("benchmarks.gpu_check.train", lambda *_: next(runs))
+        return check(tmp_path, cases(tiny=True)[0], "cpu")["failed"]
+
+    assert found() == []
+    assert found(first={"recompiled": 2}) == found(again={"recompiled": 2}) == ["2 graphs compiled anew"]
+    assert found(first={"graph_breaks": 1}) == found(again={"graph_breaks": 1}) == ["1 graphs that break"]
+    assert found(again={"waits": ["run.py:1"]}) == ["the host waits at run.py:1"]
+    assert found(again={"first_step": LAST + 1}) == ["the second start began with step 31, expected 21"]
+    assert found(losses={"vae_loss": 1.0}) == ["vae_loss does not fall"]
+    assert found(restarted={"proj_loss": 0.0}) == ["losses differ by 1.0e+00 after the restart"]
 
 
 @pytest.mark.slow

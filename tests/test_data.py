@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cache_latents
 import preprocessing
 import published
 from dataset import ImageDataset, open_images, open_latents
@@ -22,7 +23,7 @@ from errors import UserError
 from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
 from scripts import call
-from shards import Shards, shard_name, write_shard
+from shards import Shards, read_into, shard_name, write_shard
 from test_files import bomb_png, shard_arrays, without_checksums
 from train_ldm_only import check_vae
 from training.checkpoint import fingerprint
@@ -405,6 +406,33 @@ def test_a_shard_without_images_is_cached_as_one(tmp_path, vae, monkeypatch):
     assert images.sizes == [3, 0, 3]
     latents = open_latents(tmp_path / "data", "latents", images)
     assert [latents[i][1] for i in range(6)] == [0, 0, 0, 2, 2, 2]
+
+
+def test_latents_that_are_not_finite_are_not_written(tmp_path, vae, monkeypatch):
+    preprocessing.preprocess(make_tree(tmp_path / "tree", per_class=1), tmp_path / "data", 32, 1, None)
+    encode = cache_latents.encode
+    monkeypatch.setattr(cache_latents, "encode", lambda *args: encode(*args) * 1e9)
+    said = cache(tmp_path / "data", vae, "--dtype", "float16", code=2)
+    assert "00000.safetensors: moments are not finite, or too large for float16; use --dtype float32" in said
+    assert not list((tmp_path / "data" / "latents").glob("*.safetensors"))
+
+
+def test_rows_of_several_tensors_take_one_opening(tmp_path, monkeypatch):
+    arrays = {"a": np.arange(12, dtype=np.int8).reshape(2, 6), "b": np.ones((2, 3), np.float32)}
+    write_shard(tmp_path / "s", {**arrays, "labels": np.array([0, 1])}, {"plan": ""})
+    layout = {"a": ("I8", (6,)), "b": ("F32", (3,))}
+    found = Shards(tmp_path, {"num_classes": 2, "shards": [{"file": "s", "images": 2}]}, layout, "help")
+    opened = []
+    monkeypatch.setattr("shards.read_into", lambda path, targets: opened.append(path) or read_into(path, targets))
+    b, a, label = found.row(1, "b", "a")
+    assert (b.tolist(), a.tolist(), label, len(opened)) == ([1, 1, 1], [6, 7, 8, 9, 10, 11], 1, 1)
+    with open(tmp_path / "s", "r+b") as file:
+        content = file.read()
+        file.seek(content.index(bytes(range(6, 12))))
+        file.write(b"x")
+    with pytest.raises(UserError, match="row 1 damaged"):
+        found.row(1, "b", "a")
+    assert found.row(1, "b")[1] == 1
 
 
 def test_many_shards_are_read_without_keeping_any_open_or_in_memory(tmp_path):

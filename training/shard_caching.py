@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset import Kind, cache_directory, images_directory
+from dataset import Kind, cache_directory, cache_fingerprint, images_directory
 from errors import Parser, UserError
 from files import locked, replace_text, require_space, writing_behind
 from shards import DTYPES, is_made_by, refuse_other_shards, shard_name, write_shard
@@ -40,6 +40,7 @@ class Cache(NamedTuple):
     index: dict  # but for its shards; its "fingerprint" decides what is in them
     origin: str  # the entry of the index, a fingerprint of the network, that every shard repeats
     others: str  # what shards of another fingerprint are of, and what to do about them
+    instead: str  # what to do where values are not finite, or the stored dtype cannot hold them
 
 
 def check_name(parser: Parser, flag: str, name: str, output_dir: str, what: str) -> None:
@@ -49,19 +50,37 @@ def check_name(parser: Parser, flag: str, name: str, output_dir: str, what: str)
         parser.error(f"{flag} {name!r}: {directory} is not for {what}; choose another")
 
 
+def describe_cache(images, args: argparse.Namespace, form: str, shape: list[int], network: dict) -> dict:
+    """What an index in format `form` says of a cache, but for its shards; its "fingerprint" decides what is in them.
+
+    `shape` is a row's, `network` what is to be known of what makes it.
+    """
+    description = {
+        "format": form,
+        "resolution": images.resolution,
+        "shape": shape,
+        "dtype": args.dtype,
+        "mirrored": args.mirrored,
+        **network,
+        "image_fingerprint": images.fingerprint,
+        "num_classes": images.num_classes,
+        "classes": images.classes,
+    }
+    return {**description, "fingerprint": cache_fingerprint(description)}
+
+
 def cache_images(cache: Cache, images, encode: Encode, args: argparse.Namespace, state: PartialState) -> None:
     """Write every shard that is not there yet, each by one process, and then the index.
 
     Args:
         cache: what it is and where it goes.
         images: from dataset.open_images.
-        encode: what is cached of uint8 pixels (B,3,R,R) on this process's device, a row an image. A UserError that it
-            raises is given the shard's name.
+        encode: what is cached of uint8 pixels (B,3,R,R) on this process's device, a row an image.
         args: --pproc-batch-size and --num-workers are used.
         state: this process among all.
 
     Raises:
-        UserError: the folder holds something else, is being written to, or the disk is too small.
+        UserError: the folder holds something else or is being written to, the disk is too small, a value not finite.
     """
     directory, index = cache.directory, cache.index
     ends = np.cumsum(images.sizes).tolist()
@@ -106,8 +125,8 @@ def write_shards(
         writing_behind(bar.update) as write,
     ):
         for name, rows in share:
-            arrays, wait = encode_shard(cache, directory / name, loader, len(rows), encode, state.device)
-            write([partial(write_shard, directory / name, arrays, metadata)], wait, len(rows))
+            arrays, wait = encode_shard(cache, loader, len(rows), encode, state.device)
+            write([partial(write_finite, cache, directory / name, arrays, metadata)], wait, len(rows))
 
 
 def empty_arrays(cache: Cache) -> dict[str, np.ndarray]:
@@ -116,20 +135,25 @@ def empty_arrays(cache: Cache) -> dict[str, np.ndarray]:
     return {name: np.empty((0, *shape), NUMPY_DTYPES[dtype]) for name, (dtype, shape) in layout.items()}
 
 
+def write_finite(cache: Cache, path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a shard; a UserError if it holds values that are not finite, as those are that float16 cannot hold."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} are not finite, or too large for {array.dtype}; {cache.instead}")
+    write_shard(path, arrays, metadata)
+
+
 def encode_shard(
-    cache: Cache, path: Path, loader: Iterator, rows: int, encode: Encode, device: torch.device
+    cache: Cache, loader: Iterator, rows: int, encode: Encode, device: torch.device
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
-    """The arrays of the shard at `path`, from the next `rows` images of `loader`, and what waits for their values."""
+    """The arrays of a shard, from the next `rows` images of `loader`, and what waits for their values."""
     empty = empty_arrays(cache)
     dtypes = [getattr(torch, array.dtype.name) for array in empty.values()]
     parts, labels = [], []
     while sum(map(len, labels)) < rows:
         pixels, their_labels = next(loader)
         (pixels,) = to_device([pixels], device)
-        try:
-            found = (*encode(pixels), *(encode(pixels.flip(-1)) if cache.index["mirrored"] else ()))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        found = (*encode(pixels), *(encode(pixels.flip(-1)) if cache.index["mirrored"] else ()))
         parts.append([tensor.to(dtype) for tensor, dtype in zip(found, dtypes, strict=True)])
         labels.append(their_labels)
     if not rows:  # of a shard whose images could not be read
