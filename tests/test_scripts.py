@@ -17,6 +17,7 @@ from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
+from training.randomness import DRAWS
 
 pytestmark = pytest.mark.slow
 JOINT_METRICS = (
@@ -205,6 +206,18 @@ def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae,
     with locked(whole_run):
         failed = run("train_repae.py", *flags, "--exp-name", "whole", code=2)
     assert "another process is writing there" in failed.stderr
+
+
+def test_a_run_of_a_version_with_other_draws_is_told_so(joint, whole_run):
+    output, flags = joint
+    path = shutil.copytree(whole_run, output / "older") / "checkpoints" / f"{LAST:07d}.pt"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["identity"].pop("draws") == DRAWS
+    write_atomically(checkpoint, path)
+    done = run("train_repae.py", *flags, "--exp-name", "older", "--max-train-steps", LAST + 1)
+    assert "0000032.pt is of an earlier version; random numbers and order of images are others now" in done.stdout
+    done = run("train_repae.py", *flags, "--exp-name", "older", "--max-train-steps", LAST + 1)
+    assert "earlier version" not in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):

@@ -36,6 +36,7 @@ IDENTITY = {
     "vae": "weights than --vae-ckpt holds",
     "loss": "weights in --loss-cfg-path",
     "encoders": "weights of the encoders",
+    "draws": "random numbers, by another version of this code",
     "tokens": "tokens than --cached-tokens holds",
 }
 

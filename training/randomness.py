@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from training.overlap import to_device
 from transport import sample_time
 
+DRAWS = "philox, feistel/1"  # what a run's random numbers and order of images are; another where they change
 ROUNDS = 6  # of the network that permutes an epoch, each of two halves
 
 

@@ -39,7 +39,7 @@ from training.distributed import (
 from training.identity import FREE_FLAGS, RECIPE, refuse_changed_flags, refuse_other_processes
 from training.metrics_log import MetricsLog
 from training.overlap import to_device
-from training.randomness import BatchOrder, Rows
+from training.randomness import DRAWS, BatchOrder, Rows
 from training.watch import Watch
 
 if TYPE_CHECKING:
@@ -155,14 +155,19 @@ class Run:
             UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
                 with other flags or data; processes were started differently; or what `check` raises.
         """
-        self.state, self.identity = state, identity
+        self.state, self.identity = state, {**identity, "draws": DRAWS}
         self.watch.gan_start = gan_start
-        refuse_other_processes(vars(self.args), identity, self.hosts)
+        refuse_other_processes(vars(self.args), self.identity, self.hosts)
         path = on_first_process(self._choose_checkpoint, self.hosts)
         if path is not None:
             checkpoint = self._read_chosen(Path(path))
-            free = FREE_FLAGS if Path(path).parent == self.checkpoints.directory else FREE_FLAGS | RECIPE
-            refuse_changed_flags(checkpoint, vars(self.args), identity, path, free)
+            own = Path(path).parent == self.checkpoints.directory
+            free = FREE_FLAGS if own else FREE_FLAGS | RECIPE
+            refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
+            if own and "draws" not in (checkpoint.get("identity") or {}):
+                self.print(
+                    f"warning: {path} is of an earlier version; random numbers and order of images are others now"
+                )
             self.step = state.restore(checkpoint, path)
             check()
             self.print(f"continuing after step {self.step} from {path}")
