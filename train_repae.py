@@ -108,9 +108,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say, starting from the VAE that was found."""
     latent = latent_shape(source, args.resolution)
-    statistics = known_statistics(source, run.print)
     torch.manual_seed(args.seed)
     vae_nets = build_vae_nets(args, run, source)
+    statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent, statistics)
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
     state = TrainingState(
