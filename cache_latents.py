@@ -19,6 +19,7 @@ from errors import Parser, run_script
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
 from training.checkpoint import fingerprint, read_latent_statistics
 from training.cli import add_caching_flags, one_of
+from training.config import parse_flags
 from training.distributed import process_state
 from training.networks import compile_in_place, latent_shape, load_vae, use_tf32
 from training.shard_caching import Cache, cache_images, check_name, describe_cache
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", action=BooleanOptionalAction, default=True, help="compile the encoder on GPUs (default: yes)"
     )
     add_caching_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "cache_latents")
     check_name(parser, "--vae-latents-name", args.vae_latents_name, args.output_dir, "latents")
     return args
 

@@ -25,6 +25,7 @@ from training.checkpoint import (
     vae_files,
     write_atomically,
 )
+from training.config import parse_flags
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repae-ckpt", type=Path, required=True, help="a checkpoint of train_repae.py")
     parser.add_argument("--vae-name", default="e2e-vae", help="name of folder and files (default: %(default)s)")
     parser.add_argument("--save-dir", type=Path, default=Path("exps"), help="where the folder goes (default: exps)")
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv, "save_vae_weights")
 
 
 def extract(path: Path) -> list[dict]:

@@ -26,6 +26,7 @@ from training.autoencoding import (
     vae_objective,
 )
 from training.checkpoint import TrainingState, vae_files, write_atomically
+from training.config import parse_flags
 from training.distributed import unwrap
 from training.networks import build_vae_nets, check_data, latent_shape, use_tf32
 from training.precision import autocast_factory
@@ -53,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
     cli.add_vae_loss_flags(parser)
     cli.add_optimisation_flags(parser)
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv, "train_vae")
 
 
 def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:

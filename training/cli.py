@@ -466,5 +466,5 @@ def read_yaml(path: str, what: str) -> dict:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{what}: not a readable YAML file ({type(error).__name__})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{what}: expected a mapping with a section `losses:`")
+        raise UserError(f"{what}: expected a mapping of keys to values")
     return config
