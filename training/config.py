@@ -48,7 +48,7 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
     args = parser.parse_args([*(word for name in from_file for word in words[name]), *argv])
     del args.config
     if (path or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
-        print(describe(vars(args), {"the command line": given, str(path): from_file}))
+        print(describe(vars(args), {"the command line": given, str(path): from_file}), flush=True)
     return args
 
 
