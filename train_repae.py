@@ -21,6 +21,7 @@ from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
 from training.checkpoint import TrainingState
+from training.config import parse_flags
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
@@ -102,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_transformer_flags(parser, default_model="SiT-XL/2")
     cli.add_joint_flags(parser)
     cli.add_optimisation_flags(parser)
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv, "train_repae")
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:

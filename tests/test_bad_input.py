@@ -46,6 +46,14 @@ CASES = {
     "flag-value": "--learning-rate -1",
     "flag-infinite": "--learning-rate inf",
     "flag-decay": "--adam-beta1 1",
+    "config-missing": "--config nowhere.yaml",
+    "config-unreadable": "--config {configs}/unreadable.yaml",
+    "config-key": "--config {configs}/key.yaml",
+    "config-value": "--config {configs}/value.yaml",
+    "config-switch": "--config {configs}/switch.yaml",
+    "config-nested": "--config {configs}/nested.yaml",
+    "config-section": "--config {configs}/section.yaml",
+    "config-section-word": "--config {configs}/word.yaml",
     "model-unknown": "--model SiT-XL/3",
     "vae-unknown": "--vae f16d23",
     "encoder-unknown": "--enc-type dinov2-vit-c",
@@ -255,6 +263,22 @@ def write_sets(root: Path, places: dict) -> None:
     (places["sets"] / "damaged/0.png").write_bytes((places["sets"] / "mixed/0.png").read_bytes()[:60])
 
 
+def write_configs(root: Path, places: dict) -> None:
+    """Files of flags, each with one mistake."""
+    places["configs"] = root / "configs"
+    places["configs"].mkdir()
+    for name, text in {
+        "unreadable": "batch_size: [",
+        "key": "batch_size: 4\nlerning-rate: 1",
+        "value": "train_repae: {learning_rate: much}",
+        "switch": "compile: 1",
+        "nested": "model: {name: SiT-XL/2}",
+        "section": "generate: {mode: sde}\nevaluate: {markdown: true}",
+        "word": "train_repae: SiT-XL/2",
+    }.items():
+        (places["configs"] / f"{name}.yaml").write_text(text)
+
+
 def edit_index(data: Path, edit: Callable[[dict], object]) -> None:
     """Change the index of a data directory's images."""
     path = data / "images/index.json"
@@ -293,6 +317,7 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     found = {"vgg": vgg_weights, "root": root}
     write_data(root, found)
     write_sets(root, found)
+    write_configs(root, found)
     write_vaes(root, found)
     write_runs(root, found)
     cached = call("cache_latents.py", *good_flags("cache_latents.py", found))

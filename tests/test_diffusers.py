@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import train_repae
 from dataset import open_images
 from errors import UserError
 from hub import serving
@@ -274,3 +275,16 @@ def test_statistics_alone(flux, tiny_data, tmp_path):
     code, said = call("train_vae.py", *flags, "--vae", "f4d4-tiny", "--vae-ckpt", flux)
     assert code == 2
     assert "config.json describes another architecture than f4d4-tiny; take --vae diffusers:" in said
+
+
+def test_a_name_of_diffusers_goes_before_a_files_weights(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("vae: f8d4\nvae_ckpt: file.pt\nexp_name: x\n")
+    for more, expected in (
+        ((), ("f8d4", "file.pt")),
+        (("--vae", "diffusers:a/b"), ("diffusers:a/b", "a/b")),
+        (("--vae", "diffusers:a/b", "--vae-ckpt", "own.pt"), ("diffusers:a/b", "own.pt")),
+        (("--vae-ckpt", "own.pt", "--vae", "diffusers:a/b"), ("diffusers:a/b", "own.pt")),
+    ):
+        args = train_repae.parse_args(["--config", str(file), *more])
+        assert (args.vae, args.vae_ckpt) == expected
