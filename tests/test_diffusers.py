@@ -20,8 +20,10 @@ from models.diffusers_layout import (
     to_diffusers_config,
     to_diffusers_state,
 )
+from models.sit import SiT_models
 from scripts import call, equal, records
 from training.checkpoint import fingerprint, read_checkpoint, vae_files, write_atomically
+from training.networks import choose_patch
 from training.vae_weights import find_weights, known_statistics, latent_shape, load_vae, open_vae, write_diffusers
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
@@ -288,3 +290,14 @@ def test_a_name_of_diffusers_goes_before_a_files_weights(tmp_path):
     ):
         args = train_repae.parse_args(["--config", str(file), *more])
         assert (args.vae, args.vae_ckpt) == expected
+
+
+def test_a_model_without_a_patch_takes_it_from_the_vae():
+    for vae, patch in (("f8d4", 2), ("flux-f8d16", 2), ("f16d32", 1), ("f4d4-tiny", 4)):
+        args = train_repae.parse_args(["--exp-name", "x", "--model", "SiT-XL", "--vae", vae])
+        choose_patch(args, VAE_CONFIGS[vae])
+        assert args.model == f"SiT-XL/{patch}"
+        assert SiT_models[args.model].keywords["patch_size"] == patch
+    args.model = "SiT-B/8"
+    choose_patch(args, VAE_CONFIGS["f8d4"])
+    assert args.model == "SiT-B/8"
