@@ -37,6 +37,7 @@ from training.overlap import beside
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
 from training.randomness import Draws
 from training.run import Batch, Run
+from training.watch import normaliser_drift
 from transport import interpolate
 
 
@@ -110,10 +111,11 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
     channels = latent_shape(args.vae, args.resolution)[0]
     transformer_nets = build_transformer_nets(args, run, read_latent_statistics(args.vae_ckpt, channels))
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
+    bn = unwrap(nets.sit).bn
     state = TrainingState(
         networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt": nets.opt_sit, "opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
-        tensors={"lecam": nets.lecam},
+        tensors={"lecam": nets.lecam, "bn_start": torch.stack([bn.running_mean, bn.running_var])},
     )
     return nets, state
 
@@ -121,7 +123,9 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
 def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.device) -> JointStepConfig:
     """The step's numbers as the flags say."""
     return JointStepConfig(
-        loss=loss, vae_align_proj_coeff=args.vae_align_proj_coeff, **transformer_step_options(args, device)
+        loss=loss,
+        vae_align_proj_coeff=args.vae_align_proj_coeff,
+        **transformer_step_options(args, device),
     )
 
 
@@ -144,7 +148,8 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = transformer_draws(args, step, batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
+        health = nets.opt_sit.health("sit") | nets.opt_vae.health("vae") | nets.opt_disc.health("disc")
+        run.log({**metrics, **health, **normaliser_drift(unwrap(nets.sit).bn, state.tensors["bn_start"])})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
