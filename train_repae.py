@@ -24,6 +24,7 @@ from training.diffusion import TransformerNets, TransformerStepConfig, encoder_t
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
+from training.fine_tuning import start_from_trained
 from training.networks import (
     build_transformer_nets,
     build_vae_nets,
@@ -111,6 +112,7 @@ def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]
     channels = latent_shape(args.vae, args.resolution)[0]
     transformer_nets = build_transformer_nets(args, run, read_latent_statistics(args.vae_ckpt, channels))
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
+    start_from_trained(nets, args, run)
     bn = unwrap(nets.sit).bn
     state = TrainingState(
         networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
@@ -124,9 +126,19 @@ def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.dev
     """The step's numbers as the flags say."""
     return JointStepConfig(
         loss=loss,
+        disc_warmup_steps=args.disc_warmup_steps,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         **transformer_step_options(args, device),
     )
+
+
+def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
+    """Say so where a new run tunes its VAE against a discriminator that has not learnt anything yet."""
+    if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
+        run.print(
+            "warning: the VAE is tuned against an untrained discriminator from the start; better give "
+            "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
+        )
 
 
 def main() -> None:
@@ -141,6 +153,7 @@ def main() -> None:
     encoders = encoder_fingerprints(args, nets.encoders)
     identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders}
     run.begin(state, identity, gan_start=first_gan_step(loss))
+    warn_of_untrained_discriminator(args, run, loss)
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)

@@ -99,7 +99,8 @@ def main() -> None:
     run = Run(args)
     nets, state = build(args, run)
     run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)}, gan_start=first_gan_step(loss))
-    cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
+    autocast = autocast_factory(run.device, args.mixed_precision)
+    cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):

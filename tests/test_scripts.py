@@ -15,7 +15,7 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, torchrun
+from scripts import ACCELERATE, LAST, TINY, assert_same_run, call, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 from training.randomness import DRAWS
 
@@ -173,6 +173,15 @@ def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
     assert int(checkpoint["model"]["bn.num_batches_tracked"]) == 4  # a normalisation group is a micro-batch
     assert all(int(state["step"]) == 2 for state in checkpoint["opt"]["state"].values())
     assert any((output / "options/logs").rglob("events.out.tfevents*"))
+
+
+def test_a_vae_hears_of_its_discriminator_after_the_warmup(tiny_data, vgg_weights, tmp_path):
+    flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    warm = ("--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
+    assert call("train_vae.py", *TINY, *flags, *warm)[0] == 0
+    first, second = records(tmp_path / "warm/metrics.jsonl")
+    assert (first["weighted_gan_loss"], second["weighted_gan_loss"]) == (0, pytest.approx(0.1 * second["gan_loss"]))
+    assert min(first["d_loss"], first["grad_norm_disc"], abs(second["gan_loss"])) > 0
 
 
 def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
