@@ -20,7 +20,7 @@ from errors import Parser, UserError, run_script
 from training import cli
 from training.autoencoding import detached
 from training.cached_tokens import open_cached_tokens
-from training.checkpoint import TrainingState, fingerprint
+from training.checkpoint import TrainingState, fingerprint, same_statistics
 from training.config import parse_flags
 from training.diffusion import (
     TransformerNets,
@@ -32,6 +32,7 @@ from training.diffusion import (
 from training.distributed import unwrap
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
+from training.fine_tuning import start_from_trained
 from training.networks import (
     build_transformer_nets,
     check_data,
@@ -113,12 +114,11 @@ def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], ar
     Raises:
         UserError: the average normalises by others: it was trained on another VAE.
     """
-    for trained, given in zip(nets.ema.latent_statistics(), statistics, strict=True):
-        if not torch.allclose(trained.cpu(), given, rtol=1e-3, atol=1e-4):
-            raise UserError(
-                f"the checkpoint that --exp-name {args.exp_name} continues from normalises latents by other "
-                f"statistics than those beside --vae-ckpt {args.vae_ckpt}; it was trained on another VAE"
-            )
+    if not same_statistics(nets.ema.latent_statistics(), statistics):
+        raise UserError(
+            f"the checkpoint that --exp-name {args.exp_name} continues from normalises latents by other "
+            f"statistics than those beside --vae-ckpt {args.vae_ckpt}; it was trained on another VAE"
+        )
     for sit in (unwrap(nets.sit), nets.ema):
         sit.set_latent_statistics(*statistics)
 
@@ -134,6 +134,7 @@ def build(
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
     nets = build_transformer_nets(args, run, latent, statistics)
+    start_from_trained(nets, args, run)
     state = TrainingState({"model": nets.sit, "ema": nets.ema}, {"opt": nets.opt_sit}, tensors={})
     return nets, state
 

@@ -26,6 +26,7 @@ from training.diffusion import TransformerNets, TransformerStepConfig, encoder_t
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
+from training.fine_tuning import start_from_trained
 from training.networks import (
     build_transformer_nets,
     build_vae_nets,
@@ -40,6 +41,7 @@ from training.previews import evenly_spaced, reconstruction_grid, sample_grid
 from training.randomness import Draws
 from training.run import Batch, Run
 from training.vae_weights import VAESource, known_statistics, latent_shape, open_vae
+from training.watch import normaliser_drift
 from transport import interpolate
 
 
@@ -114,10 +116,12 @@ def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointN
     statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent, statistics)
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
+    start_from_trained(nets, args, run)
+    bn = unwrap(nets.sit).bn
     state = TrainingState(
         networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt": nets.opt_sit, "opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
-        tensors={"lecam": nets.lecam},
+        tensors={"lecam": nets.lecam, "bn_start": torch.stack([bn.running_mean, bn.running_var])},
     )
     return nets, state
 
@@ -125,8 +129,20 @@ def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointN
 def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.device) -> JointStepConfig:
     """The step's numbers as the flags say."""
     return JointStepConfig(
-        loss=loss, vae_align_proj_coeff=args.vae_align_proj_coeff, **transformer_step_options(args, device)
+        loss=loss,
+        disc_warmup_steps=args.disc_warmup_steps,
+        vae_align_proj_coeff=args.vae_align_proj_coeff,
+        **transformer_step_options(args, device),
     )
+
+
+def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
+    """Say so where a new run tunes its VAE against a discriminator that has not learnt anything yet."""
+    if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
+        run.print(
+            "warning: the VAE is tuned against an untrained discriminator from the start; better give "
+            "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
+        )
 
 
 def main() -> None:
@@ -144,6 +160,7 @@ def main() -> None:
     architecture = asdict(source.config)
     identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders, "architecture": architecture}
     run.begin(state, identity, gan_start=first_gan_step(loss))
+    warn_of_untrained_discriminator(args, run, loss)
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)
@@ -152,7 +169,8 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = transformer_draws(args, latent, step, batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
+        health = nets.opt_sit.health("sit") | nets.opt_vae.health("vae") | nets.opt_disc.health("disc")
+        run.log({**metrics, **health, **normaliser_drift(unwrap(nets.sit).bn, state.tensors["bn_start"])})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))

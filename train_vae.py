@@ -134,7 +134,8 @@ def main() -> None:
     nets, state = build(args, run, source)
     identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": asdict(source.config)}
     run.begin(state, identity, gan_start=first_gan_step(loss))
-    cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
+    autocast = autocast_factory(run.device, args.mixed_precision)
+    cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
     shown = evenly_spaced(data, 32)
 
     for step, batch in run.steps(data):

@@ -34,9 +34,9 @@ class VAELossConfig:
     quantizer_weight: float = 1.0
 
 
-def gan_active(cfg: VAELossConfig, step: int) -> bool:
-    """Whether the GAN terms count at 0-based `step`."""
-    return step >= cfg.discriminator_start
+def gan_active(cfg: VAELossConfig, step: int, warmup: int = 0) -> bool:
+    """Whether a GAN term counts at 0-based `step`: from `warmup` steps after `discriminator_start` on."""
+    return step >= cfg.discriminator_start + warmup
 
 
 def first_gan_step(cfg: VAELossConfig) -> float:
@@ -45,7 +45,14 @@ def first_gan_step(cfg: VAELossConfig) -> float:
 
 
 def vae_loss(
-    image: Tensor, recon: Tensor, kl: Tensor, perceptual: Tensor, logits_fake: Tensor, cfg: VAELossConfig, step: int
+    image: Tensor,
+    recon: Tensor,
+    kl: Tensor,
+    perceptual: Tensor,
+    logits_fake: Tensor,
+    cfg: VAELossConfig,
+    step: int,
+    disc_warmup_steps: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The autoencoder's loss and its terms as they enter the sum.
 
@@ -56,6 +63,7 @@ def vae_loss(
         logits_fake: the frozen discriminator's logits on `recon`.
         cfg: weights.
         step: 0-based optimiser step; before `discriminator_start` the GAN term is 0.
+        disc_warmup_steps: as many steps longer it is 0, in which the discriminator learns already.
 
     Returns:
         scalar total; reconstruction_loss, perceptual_loss, kl_loss, weighted_gan_loss and gan_loss (unweighted).
@@ -63,7 +71,7 @@ def vae_loss(
     image, recon = float32_or_wider(image), float32_or_wider(recon)
     difference = F.l1_loss(recon, image) if cfg.reconstruction_loss == "l1" else F.mse_loss(recon, image)
     gan = -float32_or_wider(logits_fake).mean()
-    factor = cfg.discriminator_factor if gan_active(cfg, step) else 0.0
+    factor = cfg.discriminator_factor if gan_active(cfg, step, disc_warmup_steps) else 0.0
     terms = {
         "reconstruction_loss": cfg.reconstruction_weight * difference / math.exp(cfg.logvar_init),
         "perceptual_loss": cfg.perceptual_weight * float32_or_wider(perceptual).mean(),

@@ -423,8 +423,11 @@ def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
 def test_offline_wandb_keeps_its_files(tmp_path, monkeypatch):
     opened = {}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("wandb.login", lambda **_: True)
     accelerator = SimpleNamespace(
-        init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]), is_main_process=True
+        init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]),
+        is_main_process=True,
+        log_with=["wandb"],
     )
     for offline in (False, True):
         args = argparse.Namespace(report_to="wandb", exp_name="x", offline=offline)

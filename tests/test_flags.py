@@ -1,5 +1,6 @@
 """Flags: the reference's names and defaults, and where they end up."""
 
+import argparse
 import importlib
 from pathlib import Path
 
@@ -56,9 +57,11 @@ COMMON = {
     "vae_learning_rate": 1e-4,
     "disc_learning_rate": 1e-4,
     "lpips_vgg_ckpt": None,
+    "disc_warmup_steps": 0,
 }
 JOINT = {
     "model": "SiT-XL/2",
+    "sit_ckpt": None,
     "num_classes": 1000,
     "encoder_depth": 8,
     "qk_norm": False,
@@ -246,7 +249,7 @@ def built(tmp_path, vgg_weights):
         --weighting lognormal --proj-coeff 0.7 --vae-align-proj-coeff 2.5 --ema-decay 0.5 --learning-rate 1e-3
         --vae-learning-rate 2e-3 --disc-learning-rate 3e-3 --adam-beta1 0.8 --adam-beta2 0.95 --adam-weight-decay 0.1
         --adam-epsilon 1e-6 --max-grad-norm 2 --mixed-precision fp16 --gradient-accumulation-steps 3
-        --lpips-vgg-ckpt {vgg_weights}"""
+        --disc-warmup-steps 5 --lpips-vgg-ckpt {vgg_weights}"""
     args = train_repae.parse_args(flags.split())
     source = open_vae(args.vae, args.vae_ckpt, offline=True)
     return args, stats, train_repae.build(args, OneProcess(), source)[0]
@@ -271,9 +274,27 @@ def test_flags_reach_the_step(built):
     args, _, _ = built
     cfg = train_repae.step_config(args, VAELossConfig(kl_weight=0.5), torch.device("cpu"))
     numbers = (cfg.path_type, cfg.proj_coeff, cfg.vae_align_proj_coeff, cfg.ema_decay, cfg.loss.kl_weight)
-    assert numbers == ("cosine", 0.7, 2.5, 0.5, 0.5)
+    assert (*numbers, cfg.disc_warmup_steps) == ("cosine", 0.7, 2.5, 0.5, 0.5, 5)
     with cfg.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "factor", "warned"),
+    [
+        ("", 0, 1.0, True),
+        ("--disc-warmup-steps 9", 0, 1.0, False),
+        ("--disc-pretrained-ckpt d.pt", 0, 1.0, False),
+        ("", 3, 1.0, False),
+        ("", 0, 0.0, False),
+    ],
+)
+def test_an_untrained_discriminator_is_warned_of(flags, step, factor, warned):
+    args, said = train_repae.parse_args(["--exp-name", "x", *flags.split()]), []
+    run = argparse.Namespace(step=step, print=said.append)
+    train_repae.warn_of_untrained_discriminator(args, run, VAELossConfig(discriminator_factor=factor))
+    assert bool(said) == warned
+    assert all(line.startswith("warning: ") and "--disc-warmup-steps" in line for line in said)
 
 
 def test_flags_reach_the_draws(built):

@@ -237,6 +237,17 @@ def test_gan_terms_wait_for_discriminator_start():
     assert float(discriminator_loss(logits, logits, zero, cfg, step=3)[0]) == 1.0
 
 
+def test_the_generators_term_waits_for_the_discriminators_warmup():
+    cfg = VAELossConfig(discriminator_start=1)
+    images, logits = torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 2, 2)
+    zero = torch.zeros(2)
+    for step, weighted, learnt in ((0, 0.0, 0.0), (1, 0.0, 1.0), (3, 0.0, 1.0), (4, -0.1, 1.0)):
+        total, terms = vae_loss(images, images, zero, zero, logits, cfg, step, disc_warmup_steps=3)
+        assert float(total) == float(terms["weighted_gan_loss"]) == pytest.approx(weighted)
+        assert float(terms["gan_loss"]) == -1.0
+        assert float(discriminator_loss(logits, logits, zero, cfg, step)[0]) == learnt
+
+
 def test_lecam_uses_its_averages_before_it_moves_them():
     cfg = VAELossConfig(lecam_regularization_weight=2.0)
     real, fake, lecam = torch.full((2, 1), 0.5), torch.full((2, 1), -0.25), torch.tensor([0.1, 0.2])

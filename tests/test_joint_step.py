@@ -243,6 +243,15 @@ def test_discriminator_gets_no_gradient_from_the_vaes_loss():
     assert equal(a, gradients_of(copy.deepcopy(nets), heavy)["disc"])
 
 
+def test_in_its_warmup_the_discriminator_learns_as_ever_and_the_vae_without_it():
+    nets = small_nets()
+    warming, later = (gradients_of(copy.deepcopy(nets), with_cfg(disc_warmup_steps=steps)) for steps in (1, 0))
+    without = gradients_of(copy.deepcopy(nets), with_cfg(loss=CONFIG.loss.__class__(discriminator_weight=0.0)))
+    assert equal(warming["vae"], without["vae"])
+    assert not equal(warming["vae"], later["vae"])
+    assert equal(warming["disc"], later["disc"])
+
+
 def test_discriminators_statistics_are_the_batchs_in_the_generator_pass():
     nets = small_nets()
     metrics = step_once(copy.deepcopy(nets))

@@ -1,22 +1,144 @@
 """metrics.jsonl and trackers: every scalar of every step once, however often a run is interrupted."""
 
 import argparse
+import json
+import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts import assert_same_run, call, records, run
-from training.checkpoint import read_checkpoint
+from models.numerics import GlobalBatchNorm2d
+from scripts import LAST, assert_same_run, call, records, run
+from training.checkpoint import read_checkpoint, read_latent_statistics
 from training.metrics_log import MetricsLog
+from training.watch import normaliser_drift
 
-pytestmark = pytest.mark.slow
+
+class Accelerator:
+    """What the log needs of accelerate's; its tracker opens in those modes that `works` names."""
+
+    is_main_process = True
+
+    def __init__(self, log_with: list[str], works: tuple[str, ...] = ("online", "offline")):
+        self.log_with, self.works, self.trackers, self.tried = log_with, works, [], []
+
+    def init_trackers(self, name: str, config: dict, init_kwargs: dict) -> None:
+        options = next(iter(init_kwargs.values()))
+        mode = options.get("mode", "online")
+        self.tried.append(mode)
+        self.config, self.options = config, options
+        if mode not in self.works:
+            raise OSError(f"no {mode}\nway")
+        self.trackers = [name]
 
 
+def wandb_records(folder: Path) -> list:
+    """The protocol buffers in the .wandb file of an offline run, which is a LevelDB log of 32 KiB blocks."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    data, position, part, found = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        part += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+def wandb_values(found: list) -> tuple[dict, dict[int, dict]]:
+    """Configuration and history by step of an offline run."""
+    config = {item.key: json.loads(item.value_json) for r in found for item in r.config.update}
+    history = {}
+    for record in (r.history for r in found if r.WhichOneof("record_type") == "history"):
+        values = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.item}
+        history.setdefault(record.step.num, {}).update(values)
+    return config, history
+
+
+def test_a_wandb_that_cannot_be_used_online_keeps_its_files_for_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    args = argparse.Namespace(report_to="wandb", exp_name="x", offline=False, enc_ckpt=["a=b"], spatial_norm=None)
+    said = []
+    for key, works, tried in (
+        (True, ("online",), ["online"]),
+        (False, ("offline",), ["offline"]),
+        (True, ("offline",), ["online", "offline"]),
+        (True, (), ["online", "offline"]),
+    ):
+        monkeypatch.setattr("wandb.login", lambda key=key, **how: key and how == {"prompt": False, "verify": False})
+        MetricsLog(accelerator := Accelerator(["wandb"], works), args, tmp_path, said.append).open(step=0)
+        assert accelerator.tried == tried
+        assert bool(accelerator.trackers) == bool(works)
+        assert accelerator.config == vars(args)
+        assert accelerator.options["settings"].init_timeout <= 20
+        assert 0 < accelerator.options["settings"].finish_timeout <= 120
+    later = f"it keeps its files here, which `wandb sync {tmp_path}/wandb/offline-run-*` uploads"
+    assert said == [
+        f"warning: wandb cannot be used online (no API key; `wandb login` stores one); {later}",
+        f"warning: wandb cannot be used online (no online way); {later}",
+        f"warning: wandb cannot be used online (no online way); {later}",
+        "warning: wandb is not available (no offline way); metrics.jsonl is written all the same",
+    ]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_said_and_one_that_cannot_finish_is_no_error(tmp_path, tracker):
+    said = []
+    args = argparse.Namespace(report_to=tracker, exp_name="x", offline=True)
+    log = MetricsLog(Accelerator([]), args, tmp_path, said.append)
+    log.open(step=0)
+    log.accelerator.trackers = [SimpleNamespace(finish=lambda: 1 / 0)]
+    log.close()
+    assert log.accelerator.trackers == []
+    end = "metrics.jsonl is written all the same"
+    assert said == [
+        f"warning: {tracker} is not available (the package is not installed); {end}",
+        f"warning: {tracker} is not available (division by zero); {end}",
+    ]
+
+
+def test_the_drift_of_a_normaliser_is_in_units_of_its_start():
+    bn = GlobalBatchNorm2d(2)
+    bn.running_mean.copy_(torch.tensor([1.0, -3.0]))
+    bn.running_var.copy_(torch.tensor([4.0, 1.0]))
+    drift = normaliser_drift(bn, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
+    assert drift["bn_mean_drift"] == pytest.approx(1.0)  # 0 and 4/2
+    assert drift["bn_std_drift"] == pytest.approx(math.log(2))  # twice and half
+    assert normaliser_drift(bn, torch.stack([bn.running_mean, bn.running_var])) == {
+        "bn_mean_drift": 0,
+        "bn_std_drift": 0,
+    }
+
+
+@pytest.mark.slow
+def test_training_logs_how_far_its_normaliser_is_from_where_it_started(whole_run, tiny_vae):
+    checkpoint = read_checkpoint(whole_run / f"checkpoints/{LAST:07d}.pt")
+    scale, bias = read_latent_statistics(tiny_vae[1], 4)
+    start = torch.stack([bias.flatten(), scale.flatten() ** -2])
+    assert torch.equal(checkpoint["tensors"]["bn_start"], start)
+    bn = SimpleNamespace(**{key: checkpoint["model"][f"bn.{key}"] for key in ("running_mean", "running_var")})
+    last = records(whole_run / "metrics.jsonl")[-1]
+    for name, value in normaliser_drift(bn, start).items():
+        assert last[name] == pytest.approx(value.item(), rel=1e-6) != 0
+
+
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_a_crash(joint):
     output, flags = joint
     flags = (*flags, "--exp-name", "board", "--report-to", "tensorboard", "--checkpointing-steps", 2)
+    flags = (*flags, "--sampling-steps", 3)
     assert call("train_repae.py", *flags, "--max-train-steps", 5)[0] == 0
     (output / "board/checkpoints/0000005.pt").unlink()  # as if it had crashed after logging step 5
     assert call("train_repae.py", *flags, "--max-train-steps", 7)[0] == 0
@@ -24,12 +146,17 @@ def test_tensorboard_shows_each_step_once_after_a_crash(joint):
     board = EventAccumulator(str(events)).Reload()
     log = records(output / "board/metrics.jsonl")
     assert [record["step"] for record in log] == list(range(1, 8))
-    for name in ("denoising_loss", "d_loss", "grad_norm_vae"):
+    for name in log[0].keys() - {"step"}:
         shown = {event.step: event.value for event in board.Scalars(name)}
         assert len(shown) == len(board.Scalars(name))
         assert shown == pytest.approx({record["step"]: record[name] for record in log})
+    for name in ("samples", "reconstructions"):
+        assert [event.step for event in board.Images(name)] == [3, 6]
+    hyperparameters = [yaml.safe_load(path.read_text()) for path in events.glob("*/hparams.yml")]
+    assert {"enc_ckpt": "[]", "spatial_norm": "None", "batch_size": 4}.items() <= hyperparameters[-1].items()
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, capsys):
     def fail(*_, **__) -> None:
         raise OSError("no space for the tracker")
@@ -46,15 +173,12 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, ca
 def test_an_empty_identity_of_wandb_is_made_anew(tmp_path):
     args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
     (tmp_path / "wandb-id.txt").write_text("")
-    opened = {}
-    accelerator = SimpleNamespace(
-        init_trackers=lambda name, config, init_kwargs: opened.update(init_kwargs["wandb"]), is_main_process=True
-    )
-    MetricsLog(accelerator, args, tmp_path, say=print).open(step=0)
-    assert len(opened["id"]) == 8
-    assert (tmp_path / "wandb-id.txt").read_text() == opened["id"]
+    MetricsLog(accelerator := Accelerator(["wandb"]), args, tmp_path, say=print).open(step=0)
+    assert len(accelerator.options["id"]) == 8
+    assert (tmp_path / "wandb-id.txt").read_text() == accelerator.options["id"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_the_log(joint, capsys):
     output, flags = joint
     flags = (*flags, "--exp-name", "gone", "--num-workers", 0)
@@ -67,6 +191,7 @@ def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_the_log(joint, 
     assert len(records(output / "gone/metrics.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint):
     output, flags = joint
     flags = (*flags, "--num-workers", 0, "--batch-size", 2, "--mixed-precision", "fp16")
@@ -78,18 +203,36 @@ def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint)
     assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 4
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run(joint, whole_run):
     output, flags = joint
-    flags = (*flags, "--exp-name", "wandb", "--report-to", "wandb", "--offline")
+    flags = (*flags, "--exp-name", "wandb", "--report-to", "wandb", "--offline", "--sampling-steps", 2)
     for steps in (2, 4):
         run("train_repae.py", *flags, "--max-train-steps", steps)
     identity = (output / "wandb/wandb-id.txt").read_text()
-    runs = list((output / "wandb/wandb").glob("offline-run-*"))
+    runs = sorted((output / "wandb/wandb").glob("offline-run-*"))
     assert [path.name.rsplit("-", 1)[1] for path in runs] == [identity, identity]
-    assert all(list(path.glob("*.wandb")) for path in runs)
-    assert records(output / "wandb/metrics.jsonl") == records(whole_run / "metrics.jsonl")[:4]
+    assert (log := records(output / "wandb/metrics.jsonl")) == records(whole_run / "metrics.jsonl")[:4]
+    for path, part in zip(runs, (log[:2], log[2:]), strict=True):
+        config, history = wandb_values(wandb_records(path))
+        assert {key: config[key] for key in ("enc_ckpt", "spatial_norm", "exp_name")} == {
+            "enc_ckpt": [],
+            "spatial_norm": None,
+            "exp_name": "wandb",
+        }
+        for record in part:
+            shown = history[record["step"]]
+            assert {key: shown[key] for key in record if key != "step"} == pytest.approx(
+                {key: value for key, value in record.items() if key != "step"}
+            )
+            assert shown["images_per_second"] > 0
+        pictures = {
+            step for step, values in history.items() if {"samples._type", "reconstructions._type"} <= values.keys()
+        }
+        assert pictures == {part[-1]["step"]}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_costs_no_more_than_the_steps_since_the_one_before(joint):
     output, flags = joint
     flags = (*flags, "--num-workers", 0, "--checkpointing-steps", 2, "--max-train-steps", 6)

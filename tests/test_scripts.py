@@ -15,7 +15,7 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, torchrun
+from scripts import ACCELERATE, LAST, TINY, assert_same_run, call, interrupt, records, run, torchrun
 from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
 from training.randomness import DRAWS
 
@@ -175,6 +175,15 @@ def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
     assert any((output / "options/logs").rglob("events.out.tfevents*"))
 
 
+def test_a_vae_hears_of_its_discriminator_after_the_warmup(tiny_data, vgg_weights, tmp_path):
+    flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
+    warm = ("--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
+    assert call("train_vae.py", *TINY, *flags, *warm)[0] == 0
+    first, second = records(tmp_path / "warm/metrics.jsonl")
+    assert (first["weighted_gan_loss"], second["weighted_gan_loss"]) == (0, pytest.approx(0.1 * second["gan_loss"]))
+    assert min(first["d_loss"], first["grad_norm_disc"], abs(second["gan_loss"])) > 0
+
+
 def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
     output, flags = joint
     for name, value in {
@@ -186,7 +195,8 @@ def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
         monkeypatch.setitem(scripts.ENVIRONMENT, f"WANDB_{name}", value)
     monkeypatch.setitem(scripts.ENVIRONMENT, "HF_HUB_OFFLINE", "0")  # else wandb is not asked to connect
     done = run("train_repae.py", *flags, "--exp-name", "tracked", "--max-train-steps", 1, "--report-to", "wandb")
-    assert "warning: wandb is not available" in done.stdout + done.stderr
+    assert "warning: wandb cannot be used online (Failed to get resume status" in done.stdout + done.stderr
+    assert len(list((output / "tracked/wandb").glob("offline-run-*/*.wandb"))) == 1
     assert len(records(output / "tracked/metrics.jsonl")) == 1
 
 

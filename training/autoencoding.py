@@ -29,10 +29,11 @@ class VAENets:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEStepConfig:
-    """Numbers of the VAE's step."""
+    """Numbers of the VAE's step; disc_warmup_steps is how long the discriminator learns before the VAE hears of it."""
 
     loss: VAELossConfig
     autocast: Callable[[], AbstractContextManager]
+    disc_warmup_steps: int = 0
 
 
 def vae_objective(
@@ -45,7 +46,9 @@ def vae_objective(
     with cfg.autocast():
         (logits_fake,) = frozen_call(nets.discriminator, recon)
     perceptual = nets.lpips(image, recon)
-    total, metrics = vae_loss(image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step)
+    total, metrics = vae_loss(
+        image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step, cfg.disc_warmup_steps
+    )
     metrics["psnr"] = psnr(image, recon)
     return total, metrics
 

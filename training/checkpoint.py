@@ -142,6 +142,11 @@ def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, 
     return scale.reshape(1, -1, 1, 1), ema["bn.running_mean"].float().reshape(1, -1, 1, 1)
 
 
+def same_statistics(some: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> bool:
+    """Whether two (scale, bias) of latents are the same but for the last digits, which a running average changes."""
+    return all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-3, atol=1e-4) for a, b in zip(some, others, strict=True))
+
+
 def check_weights(module: nn.Module, state: dict, source: str) -> dict[str, Tensor]:
     """`state` without prefixes, if `module` (which may be on the meta device) can load it strictly.
 

@@ -240,6 +240,11 @@ def add_transformer_flags(parser: argparse.ArgumentParser, default_model: str) -
         type=model,
         help="SiT size and patch; without a patch the VAE decides it (default: %(default)s)",
     )
+    group.add_argument(
+        "--sit-ckpt",
+        help="a checkpoint of train_repae.py or train_ldm_only.py, ours or published, whose averaged transformer a new "
+        "run starts from; image size, classes and encoders may be others (default: fresh weights)",
+    )
     group.add_argument("--num-classes", type=POSITIVE, default=1000, help="(default: %(default)s)")
     group.add_argument(
         "--encoder-depth", type=POSITIVE, default=8, help="block whose tokens are aligned (default: %(default)s)"
@@ -453,6 +458,12 @@ def add_vae_loss_flags(parser: argparse.ArgumentParser) -> None:
         "--loss-cfg-path", default="configs/l1_lpips_kl_gan.yaml", help="loss weights (default: %(default)s)"
     )
     group.add_argument("--disc-pretrained-ckpt", help="discriminator weights (default: fresh)")
+    group.add_argument(
+        "--disc-warmup-steps",
+        type=COUNT,
+        default=0,
+        help="so long the discriminator learns before it has a part in the VAE's loss (default: %(default)s)",
+    )
     group.add_argument("--vae-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
     group.add_argument("--disc-learning-rate", type=RATE, default=1e-4, help="(default: %(default)s)")
     add_lpips_flag(group)

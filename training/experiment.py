@@ -19,6 +19,7 @@ from training.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
+    same_statistics,
     strip_prefixes,
     training_flags,
     vae_files,
@@ -145,7 +146,7 @@ def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: st
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
         beside = read_latent_statistics(path, trained[0].numel())
-        same &= all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(trained, beside, strict=True))
+        same &= same_statistics(trained, beside)
     if not same:
         raise UserError(f"VAE {path}: the transformer was trained on another one; name that by --vae-ckpt FILE")
     return vae

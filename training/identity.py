@@ -13,7 +13,7 @@ from models.numerics import distributed_world_size
 PLACES = {
     *("output_dir", "logging_dir", "data_dir", "eval_reference", "inception_weights"),
     *("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt", "wandb_history_path"),
-    *("num_workers", "offline", "continue_train_exp_dir"),
+    *("sit_ckpt", "num_workers", "offline", "continue_train_exp_dir"),
 }
 # the flags that a continued run may change; every other one would make it another run
 FREE_FLAGS = PLACES | {
@@ -28,7 +28,13 @@ RECIPE = {
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "cached_tokens"),
 }
 # what runs did before these flags were there
-EARLIER_FLAGS = {"resample_tokens": False, "projector": "mlp", "spatial_norm": None, "cached_tokens": None}
+EARLIER_FLAGS = {
+    "resample_tokens": False,
+    "projector": "mlp",
+    "spatial_norm": None,
+    "cached_tokens": None,
+    "disc_warmup_steps": 0,
+}
 # what a run's identity may name, and what it stands for
 IDENTITY = {
     "data": "images than --data-dir holds",

@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from downloads import is_offline
+from downloads import is_offline, one_line
 from files import replace_text, written_whole
 from training.distributed import mean_over_processes
+
+WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb adds 10. Its own 90 would keep all GPUs waiting where there is no network
+WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for as long as the server is away
 
 
 class MetricsLog:
@@ -52,17 +56,50 @@ class MetricsLog:
         if self.args.report_to == "none":
             return
         try:
-            plain = {k: v for k, v in vars(self.args).items() if isinstance(v, (int, float, str, bool))}
-            options = {self.args.report_to: self._tracker_options(step)}
-            self.accelerator.init_trackers("repa-e", config=plain, init_kwargs=options)
-        except Exception as error:  # no network, no login, no package
+            if not self.accelerator.log_with:
+                raise ModuleNotFoundError("the package is not installed")
+            options = self._tracker_options(step)
+            online = self.args.report_to == "wandb" and self.accelerator.is_main_process
+            self._start_wandb(options) if online else self._start_tracker(options)
+        except Exception as error:
             self._without_tracker(error)
+
+    def _start_tracker(self, options: dict) -> None:
+        """Open the tracker, and give it the flags as the run's configuration."""
+        config = vars(self.args)
+        if self.args.report_to == "tensorboard":  # which takes neither lists nor None
+            config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
+        self.accelerator.init_trackers("repa-e", config=config, init_kwargs={self.args.report_to: options})
+
+    def _start_wandb(self, options: dict) -> None:
+        """wandb; in its offline mode, whose files can be uploaded later, where it has no key or cannot be reached.
+
+        It never asks for a key, as it would on a terminal, and waits for seconds, not for minutes.
+        """
+        import wandb
+
+        try:
+            mode = options.get("mode", wandb.setup().settings.mode)
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise PermissionError("no API key; `wandb login` stores one")
+            self._start_tracker(options)
+        except Exception as error:
+            files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
+            self.say(
+                f"warning: wandb cannot be used online ({one_line(error)}); "
+                f"it keeps its files here, which `wandb sync {files}` uploads"
+            )
+            self.accelerator.trackers = []
+            wandb.teardown(exit_code=1)  # else the run's identity counts as in use
+            self._start_tracker({**options, "mode": "offline"})
 
     def _without_tracker(self, error: Exception) -> None:
         """A tracker that fails never stops a run."""
         self.accelerator.trackers = []
-        reason = " ".join(str(error).split())[:200]
-        self.say(f"warning: {self.args.report_to} is not available ({reason}); metrics.jsonl is written all the same")
+        self.say(
+            f"warning: {self.args.report_to} is not available ({one_line(error)}); "
+            "metrics.jsonl is written all the same"
+        )
 
     def _tracker_options(self, step: int) -> dict:
         """wandb goes on with the run of the identity in wandb-id.txt; tensorboard forgets what came after `step`."""
@@ -70,6 +107,8 @@ class MetricsLog:
             return {}
         if self.args.report_to == "tensorboard":
             return {"purge_step": step + 1}
+        import wandb
+
         identity = self.directory / "wandb-id.txt"
         if not identity.is_file() or not identity.read_text(encoding="utf8").strip():
             replace_text(identity, os.urandom(4).hex())
@@ -78,8 +117,21 @@ class MetricsLog:
             "id": identity.read_text(encoding="utf8"),
             "resume": "allow",
             "dir": str(self.directory),
+            "settings": wandb.Settings(
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_INIT_TIMEOUT)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_FINISH_TIMEOUT)),
+            ),
             **({"mode": "offline"} if is_offline(self.args) else {}),
         }
+
+    def close(self) -> None:
+        """Let the tracker finish; what it has not uploaded by then it keeps in its files."""
+        try:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            self._without_tracker(error)
+        self.accelerator.trackers = []
 
     def start_clock(self) -> None:
         """From now on it is training time, by which images a second are counted."""

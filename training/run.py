@@ -242,6 +242,7 @@ class Run:
 
     def end(self) -> None:
         """Close trackers, process group and the lock on the run's folder."""
+        self.metrics.close()
         self.accelerator.end_training()
         self.resources.close()
 

@@ -7,6 +7,9 @@ falls to nothing, a discriminator or gradient norms that go to exactly 0.
 import math
 from collections import Counter
 
+import torch
+from torch import Tensor, nn
+
 # consecutive steps after which a gradient that is exactly 0 counts as vanished
 VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10}
 # the discriminator may win for a while, but not for ever: its hinge loss then is 0, and it learns nothing any more
@@ -53,3 +56,22 @@ class Watch:
             if self.zero[name] >= limit:
                 return f"has been 0 for {limit} steps" + (": the GAN has collapsed" if name in COLLAPSED else "")
         return None
+
+
+@torch.no_grad()
+def normaliser_drift(bn: nn.BatchNorm2d, start: Tensor) -> dict[str, Tensor]:
+    """How far a normaliser's running statistics are from those it started with, as scalars on its device.
+
+    Args:
+        bn: the normaliser of C channels.
+        start: (2,C), the running means and variances at the start.
+
+    Returns:
+        bn_mean_drift, the mean over channels of |mean - start|/(standard deviation at the start); and bn_std_drift,
+        that of |log(standard deviation/the one at the start)|.
+    """
+    mean, var = start
+    return {
+        "bn_mean_drift": ((bn.running_mean - mean).abs() * torch.rsqrt(var)).mean(),
+        "bn_std_drift": (0.5 * torch.log(bn.running_var / var)).abs().mean(),
+    }

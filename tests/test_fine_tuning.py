@@ -1,0 +1,192 @@
+"""Starting from a trained transformer: of other images' size, classes or encoders, published or ours."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import published
+import train_ldm_only
+import train_repae
+from errors import UserError
+from images import make_data
+from models.encoders import Encoder, encoder_spec
+from models.sit import SiT, SiT_models
+from scripts import TINY, TINY_SIT, call, records
+from training.checkpoint import read_checkpoint, vae_files
+from training.diffusion import TransformerNets
+from training.ema import copy_for_ema
+from training.fine_tuning import LABEL_TABLE, resample_positions, start_from_trained
+from training.networks import latent_shape
+
+
+def own_sit(**options) -> SiT:
+    """A fresh transformer as a run makes it, that normalises as the published one does."""
+    torch.manual_seed(7)
+    options = {"input_size": 8, "num_classes": 3, "z_dims": (112,), "encoder_depth": 2} | options
+    sit = SiT_models[options.pop("model", published.MODEL)](**options)
+    sit.set_latent_statistics(*(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values()))
+    return sit
+
+
+def started(tmp_path: Path, sit: SiT, *flags: object, path: Path | None = None) -> tuple[dict, list[str]]:
+    """The state of `sit` after it started from a published checkpoint, and what was said."""
+    path = path or published.write_run(tmp_path / "published", joint=True)
+    args = train_repae.parse_args([*map(str, (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, *flags))])
+    said = []
+    run = SimpleNamespace(checkpoints=SimpleNamespace(directory=tmp_path / "none"), print=said.append)
+    nets = TransformerNets(sit=sit, ema=copy_for_ema(sit), encoders=[], opt_sit=None)
+    start_from_trained(nets, args, run)
+    state = sit.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in nets.ema.state_dict().items())
+    return state, said
+
+
+def test_frozen_vae_training_starts_from_it_too(tmp_path):
+    path = published.write_run(tmp_path / "published", joint=False)
+    flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, "--enc-type", "none")
+    args = train_ldm_only.parse_args([*map(str, flags)])
+    checkpoints = SimpleNamespace(directory=tmp_path / "none")
+    run = SimpleNamespace(
+        checkpoints=checkpoints, print=print, prepare=lambda module: module, device=torch.device("cpu")
+    )
+    statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
+    nets, _ = train_ldm_only.build(args, run, statistics)
+    for sit in (nets.sit, nets.ema):
+        assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
+
+
+def test_the_same_size_starts_from_the_same_bits(tmp_path):
+    state, said = started(tmp_path, own_sit())
+    trained = published.fresh_sit().state_dict()
+    assert all(torch.equal(state[key], trained[key]) for key in trained if key != "bn.num_batches_tracked")
+    (line,) = said
+    assert line.endswith("0400000.pt: starting from the average of step 400000")
+
+
+def test_positions_are_resampled_to_another_grid(tmp_path):
+    state, said = started(tmp_path, own_sit(input_size=16))
+    trained = published.fresh_sit().pos_embed
+    image = trained.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, size=(8, 8), mode="bicubic", align_corners=False, antialias=True)
+    torch.testing.assert_close(state["pos_embed"], expected.flatten(2).transpose(1, 2))
+    assert torch.equal(state["blocks.3.mlp.fc1.weight"], published.fresh_sit().blocks[3].mlp.fc1.weight)
+    assert said[0].endswith("; positions resampled from 4x4 to 8x8 tokens")
+    assert resample_positions(trained, 4) is trained
+
+
+def test_other_classes_start_fresh_and_keep_the_null_label(tmp_path):
+    fresh = own_sit(num_classes=5).state_dict()[LABEL_TABLE].clone()
+    state, said = started(tmp_path, own_sit(num_classes=5), "--num-classes", 5)
+    assert torch.equal(state[LABEL_TABLE][:5], fresh[:5])
+    assert torch.equal(state[LABEL_TABLE][5], published.fresh_sit().y_embedder.embedding_table.weight[3])
+    assert said[0].endswith("; fresh: 5 classes instead of 3")
+
+
+def test_a_table_without_a_null_label_takes_the_classes(tmp_path):
+    state, _ = started(tmp_path, own_sit(class_dropout_prob=0.0), "--cfg-prob", 0)
+    assert torch.equal(state[LABEL_TABLE], published.fresh_sit().y_embedder.embedding_table.weight[:3])
+
+
+def test_a_null_label_that_was_not_trained_starts_fresh(tmp_path):
+    path = published.write_run(tmp_path / "published", joint=True)
+    content = torch.load(path, weights_only=False)
+    content["ema"]["_orig_mod." + LABEL_TABLE] = content["ema"]["_orig_mod." + LABEL_TABLE][:3].clone()
+    torch.save(content, path)
+    state, said = started(tmp_path, own_sit(), path=path)
+    assert torch.equal(state[LABEL_TABLE][:3], published.fresh_sit().y_embedder.embedding_table.weight[:3])
+    assert torch.equal(state[LABEL_TABLE][3], own_sit().y_embedder.embedding_table.weight[3])
+    assert said[0].endswith("; fresh: null label")
+
+
+def test_a_projector_goes_with_its_encoder(tmp_path):
+    encoders = "dinov2-vit-s,efficientnet-lite0"
+    state, said = started(tmp_path, own_sit(z_dims=(384, 112)), "--enc-type", encoders)
+    fresh, trained = own_sit(z_dims=(384, 112)), published.fresh_sit()
+    assert torch.equal(state["projectors.0.4.weight"], fresh.projectors[0][4].weight)
+    assert torch.equal(state["projectors.1.4.weight"], trained.projectors[0][4].weight)
+    assert said[0].endswith("; fresh: projector of dinov2-vit-s")
+    state, said = started(tmp_path / "conv", own_sit(projector="conv"), "--projector", "conv")
+    assert torch.equal(state["projectors.0.weight"], own_sit(projector="conv").projectors[0].weight)
+    assert said[0].endswith("; fresh: projector of efficientnet-lite0")
+
+
+def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stays(tmp_path):
+    sit = own_sit()
+    sit.set_latent_statistics(torch.full((1, 4, 1, 1), 3.0), torch.zeros(1, 4, 1, 1))
+    before = sit.bn.running_var.clone()
+    state, said = started(tmp_path, sit, "--path-type", "cosine")
+    assert torch.equal(state["bn.running_var"], before)
+    assert len(said) == 3
+    assert "warning" in said[1] and "trained on latents of another VAE, or by other statistics" in said[1]
+    assert said[2].endswith("trained with --path-type linear, not cosine")
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        ({"model": "SiT-XS/2"}, ("--model", "SiT-XS/2"), "but --model is SiT-XS/2; use --model SiT-XXS/2"),
+        ({"model": "SiT-XXS/1"}, ("--model", "SiT-XXS/1"), "and patch 2, but --model is SiT-XXS/1; use --model SiT-XX"),
+        ({"in_channels": 32}, ("--vae", "f16d32"), "of 4 channels, but --vae f16d32 has 32; VAEs that fit: f8d4, f4d4"),
+        ({"qk_norm": True}, ("--qk-norm",), "a transformer that was trained with --no-qk-norm; use --no-qk-norm"),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, options, flags, message):
+    sit = SiT_models[options.pop("model", published.MODEL)](
+        input_size=8, num_classes=3, z_dims=(112,), encoder_depth=2, **options
+    )
+    with pytest.raises(UserError) as error:
+        started(tmp_path, sit, *flags)
+    assert message in str(error.value)
+
+
+def test_a_weight_that_is_missing_is_named(tmp_path):
+    path = published.write_run(tmp_path / "published", joint=True)
+    content = torch.load(path, weights_only=False)
+    del content["ema"]["_orig_mod.final_layer.linear.weight"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"1 weights are missing, first final_layer\.linear\.weight"):
+        started(tmp_path, own_sit(), path=path)
+
+
+def test_published_rows_at_512_px():
+    assert latent_shape("f8d4", 512) == (4, 64, 64)
+    assert latent_shape("f16d32", 512) == (32, 32, 32)
+    for model, channels, side in (("SiT-XL/2", 4, 64), ("SiT-XL/1", 32, 32)):
+        with torch.device("meta"):
+            sit = SiT_models[model](input_size=side, in_channels=channels)
+        assert sit.pos_embed.shape == (1, 1024, 1152)
+        assert sit.grid == 32 == encoder_spec("dinov2-vit-b").grid(512)
+    with torch.device("meta"):
+        assert Encoder(encoder_spec("dinov2-vit-b"), 32).size == 448
+
+
+@pytest.mark.slow
+def test_a_published_run_is_tuned_to_two_other_sizes_and_sampled(tmp_path, vgg_weights, capsys):
+    start = published.write_run(tmp_path / "published", joint=True)
+    vae = published.write_vae(tmp_path / "vae")
+    flags = (*TINY, *TINY_SIT, "--num-workers", 0, "--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", vae)
+    flags += ("--disc-pretrained-ckpt", vae_files(vae).discriminator, "--output-dir", tmp_path, "--no-fused-attn")
+    for size in (64, 96):
+        data = make_data(tmp_path / f"data{size}", per_class=2, resolution=size)
+        run = (*flags, "--resolution", size, "--data-dir", data, "--exp-name", size, "--sit-ckpt", start)
+        assert call("train_repae.py", *run, "--max-train-steps", 1)[0] == 0
+        start.rename(start := start.with_suffix(".gone"))  # a run that continues does not look at it
+        assert call("train_repae.py", *run, "--max-train-steps", 2)[0] == 0
+        assert [record["step"] for record in records(tmp_path / f"{size}/metrics.jsonl")] == [1, 2]
+        assert all(
+            math.isfinite(value) for record in records(tmp_path / f"{size}/metrics.jsonl") for value in record.values()
+        )
+        samples = ("--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path / "samples", "--no-png")
+        assert call("generate.py", "--exp-path", tmp_path / str(size), *samples)[0] == 0
+        (path,) = (tmp_path / "samples").glob(f"{size}_*.npz")
+        assert np.load(path)["arr_0"].shape == (2, size, size, 3)
+        start = tmp_path / f"{size}/checkpoints/0000002.pt"
+    said = "".join(capsys.readouterr())
+    assert "0400000.pt: starting from the average of step 400000; positions resampled from 4x4 to 8x8 tokens" in said
+    assert "0000002.pt: starting from the average of step 2; positions resampled from 8x8 to 12x12 tokens" in said
+    assert read_checkpoint(start)["model"]["pos_embed"].shape == (1, 144, 64)
