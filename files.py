@@ -71,10 +71,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_space(folder: Path, size: int, what: str) -> None:
     """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < size:
         raise UserError(
             f"no space left for {what}: {folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; free "

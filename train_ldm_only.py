@@ -27,6 +27,7 @@ from training.diffusion import (
     update_transformer,
 )
 from training.distributed import unwrap
+from training.dry_run import dry_run
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
 from training.networks import (
@@ -159,8 +160,12 @@ def main() -> None:
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
     evaluation = build_evaluation(args, run, evaluation_images(args))
+    examples = LatentsWithTokens(data, tokens) if tokens else data
+    if args.dry_run:
+        dry_run(run, examples, ldm_step, nets, cfg, frozen={"VAE": vae})
+        return
 
-    for step, batch in run.steps(LatentsWithTokens(data, tokens) if tokens else data):
+    for step, batch in run.steps(examples):
         draws = transformer_draws(args, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit")})

@@ -22,6 +22,7 @@ from training.autoencoding import VAENets, VAEStepConfig, detached, update_discr
 from training.checkpoint import TrainingState, read_latent_statistics
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
+from training.dry_run import dry_run
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
 from training.networks import (
@@ -140,6 +141,9 @@ def main() -> None:
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)
+    if args.dry_run:
+        dry_run(run, data, repae_step, nets, cfg)
+        return
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, step, batch.rows).to(run.device)

@@ -27,6 +27,7 @@ from training.autoencoding import (
 )
 from training.checkpoint import TrainingState, vae_files, write_atomically
 from training.distributed import unwrap
+from training.dry_run import dry_run
 from training.networks import build_vae_nets, check_data, latent_shape, use_tf32
 from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
@@ -101,6 +102,9 @@ def main() -> None:
     run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)}, gan_start=first_gan_step(loss))
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
+    if args.dry_run:
+        dry_run(run, data, vae_step, nets, cfg)
+        return
 
     for step, batch in run.steps(data):
         draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)
