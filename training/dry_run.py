@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from files import free_space
+from models.encoders import encoder_specs
 from training.autoencoding import VAENets
 from training.checkpoint import BEST_CHECKPOINT, checkpoint_path
 from training.diffusion import TransformerNets
@@ -55,13 +56,13 @@ def dry_run(run: Run, data, step: Callable, nets, cfg, frozen: dict[str, nn.Modu
     cost = count_step(step, nets, cfg, example, run.micro_batch, latent, run.args.mixed_precision)
     trained = {title: unwrap(getattr(nets, name)) for name, title in TRAINED.items() if hasattr(nets, name)}
     kept = {title: getattr(nets, name) for name, title in FROZEN.items() if hasattr(nets, name)}
-    kept |= {f"encoder {i}": encoder for i, encoder in enumerate(getattr(nets, "encoders", []), start=1)}
-    kept |= frozen or {}
+    encoders = encoder_specs(getattr(run.args, "enc_type", "none"))  # of which none is there if tokens are cached
+    kept |= dict(zip(encoders, getattr(nets, "encoders", []), strict=False)) | (frozen or {})
     parts = {
         "sizes": {"data": f"{len(data):,} images, {data.num_classes:,} classes"} | sizes(run, latent, trained, kept),
         "steps": steps(run, last, len(data)),
         "computation, counted": computation(run, last, cost),
-        f"memory of each of {run.world} processes, estimated": memory(run, trained, kept, cost),
+        "memory of a process, estimated": memory(run, trained, kept, cost),
         f"disk at {run.directory}, estimated": disk(run, last, nets, trained, cost),
     }
     run.print("dry run: nothing was written, and no step was taken")
@@ -102,9 +103,10 @@ def steps(run: Run, last: int, images: int) -> dict[str, str]:
     found = {
         "micro-batch": f"{run.micro_batch} images = {args.batch_size} / {run.world} processes / "
         f"{args.gradient_accumulation_steps} accumulation steps",
-        "in all": f"{last:,} steps, {seen / images:.3g} epochs, {seen:,} images",
+        "in all": f"{last:,} steps, {seen / images:,.1f} epochs, {seen:,} images",
     }
-    return found | ({"to do": f"{last - run.step:,} steps after step {run.step:,}"} if run.step else {})
+    start = f"after step {run.step:,} of a checkpoint" if run.step else "from the beginning: there is no checkpoint"
+    return found | {"to do": f"{last - run.step:,} steps {start}"}
 
 
 def computation(run: Run, last: int, cost: Cost) -> dict[str, str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, lost_process
-from files import locked, remove_leftovers, replace_text
+from files import locked, remove_leftovers, replace_text, require_writable
 from training.cached_tokens import unpack_tokens
 from training.checkpoint import TrainingState, latest_checkpoint, read_checkpoint
 from training.checkpoint_folder import CheckpointFolder
@@ -180,7 +180,9 @@ class Run:
         self.metrics.open(self.step)
 
     def _choose_checkpoint(self) -> str | None:
-        if not self.args.dry_run:
+        if self.args.dry_run:
+            require_writable(self.directory)
+        else:
             self.resources.enter_context(locked(self.directory))
             for folder in filter(Path.is_dir, self.directory.iterdir()):
                 remove_leftovers(folder)
