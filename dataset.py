@@ -251,7 +251,7 @@ class LatentsWithTokens:
     """Map-style dataset of (pixels, label, moments) of `latents` and, as a fourth, a tuple of the rows of `tokens`."""
 
     def __init__(self, latents, tokens: Sequence[TokenDataset]):
-        self.latents, self.tokens = latents, tokens
+        self.latents, self.tokens, self.num_classes = latents, tokens, latents.num_classes
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -71,10 +71,28 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def require_writable(folder: Path) -> None:
+    """Raise a UserError if there is a file where `folder` should be or be made, or it cannot be written to."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        raise UserError(f"{folder}: a file is in the way of this folder; choose another place")
+    if not os.access(existing, os.W_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written to; change its permissions, or choose another place")
+
+
 def require_space(folder: Path, size: int, what: str) -> None:
     """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < size:
         raise UserError(
             f"no space left for {what}: {folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; free "
@@ -91,14 +109,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it, there is a file of that name, or it cannot be written to.
     """
+    require_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder}: a file is in the way of this folder; choose another place") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written to") from None
-    if not os.access(folder, os.W_OK, effective_ids=True):
-        raise UserError(f"{folder}: cannot be written to; change its permissions, or choose another place")
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep

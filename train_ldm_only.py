@@ -30,6 +30,7 @@ from training.diffusion import (
     update_transformer,
 )
 from training.distributed import unwrap
+from training.dry_run import dry_run
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
 from training.fine_tuning import start_from_trained
@@ -166,8 +167,12 @@ def main() -> None:
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
     evaluation = build_evaluation(args, run, evaluation_images(args))
+    examples = LatentsWithTokens(data, tokens) if tokens else data
+    if args.dry_run:
+        dry_run(run, examples, ldm_step, nets, cfg, frozen={"VAE": vae})
+        return
 
-    for step, batch in run.steps(LatentsWithTokens(data, tokens) if tokens else data):
+    for step, batch in run.steps(examples):
         draws = transformer_draws(args, data.shape, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit")})

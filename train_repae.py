@@ -24,6 +24,7 @@ from training.checkpoint import TrainingState
 from training.config import parse_flags
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
+from training.dry_run import dry_run
 from training.encoder_weights import encoder_fingerprints
 from training.evaluation import build_evaluation
 from training.fine_tuning import start_from_trained
@@ -165,6 +166,9 @@ def main() -> None:
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)
     latent = latent_shape(source, args.resolution)
+    if args.dry_run:
+        dry_run(run, data, repae_step, nets, cfg)
+        return
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, latent, step, batch.rows).to(run.device)

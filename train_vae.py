@@ -33,6 +33,7 @@ from training.autoencoding import (
 from training.checkpoint import TrainingState, fingerprint, read_checkpoint, vae_files, write_atomically
 from training.config import parse_flags
 from training.distributed import unwrap
+from training.dry_run import dry_run
 from training.networks import build_vae_nets, check_data, load_discriminator, use_tf32
 from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
@@ -137,6 +138,9 @@ def main() -> None:
     autocast = autocast_factory(run.device, args.mixed_precision)
     cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
     shown = evenly_spaced(data, 32)
+    if args.dry_run:
+        dry_run(run, data, vae_step, nets, cfg)
+        return
 
     for step, batch in run.steps(data):
         draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)

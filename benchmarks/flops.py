@@ -14,7 +14,7 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import Parser, run_script
@@ -30,6 +30,7 @@ from training.autoencoding import update_discriminator
 from training.diffusion import TransformerNets, encoder_tokens, update_transformer
 from training.distributed import frozen_call
 from training.ema import copy_for_ema
+from training.estimates import BackwardOnly, trained_parameters
 from training.randomness import Draws, Rows
 from training.run import Batch
 from training.vae_weights import latent_shape, open_vae
@@ -38,14 +39,6 @@ IMAGES = 2  # that are counted at a time
 SAMPLING_STEPS = 250
 ON_META = patch("torch.autocast", lambda *args, **kwargs: contextlib.nullcontext())  # which knows no such device
 CONFIG = JointStepConfig(loss=VAELossConfig(), autocast=contextlib.nullcontext)
-
-
-class BackwardOnly:
-    """Stands in for an optimiser: gradients are computed, and nothing is done with them."""
-
-    def update(self, loss: Tensor) -> None:
-        """Backward."""
-        loss.backward()
 
 
 def count(function: Callable[..., object], *args: object) -> float:
@@ -144,11 +137,6 @@ def stage_flops(
     return found
 
 
-def parameters(module: nn.Module) -> int:
-    """Trained parameters of a network."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
@@ -166,7 +154,7 @@ def main() -> None:
     with torch.device("meta"):
         nets = build_nets(**vars(args))
     for name in ("vae", "discriminator", "sit"):
-        print(f"{name}: {parameters(getattr(nets, name)):,} parameters")
+        print(f"{name}: {trained_parameters(getattr(nets, name)):,} parameters")
     for name, flops in stage_flops(**vars(args)).items():
         print(f"{name}: {flops / 1e9:,.1f} GFLOP an image")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.flops import CONFIG, build_batch, build_nets, parameters, stage_flops
+from benchmarks.flops import CONFIG, build_batch, build_nets, stage_flops
 from dataset import IMAGE_FORMAT, IMAGES, ImageDataset, images_directory
 from errors import Parser, run_script
 from models.numerics import GlobalBatchNorm2d
@@ -36,10 +36,10 @@ from shards import read_index, shard_name, write_shard
 from train_repae import JointNets, repae_step
 from training.checkpoint import TrainingState
 from training.distributed import differing_tensor, highest, host_group, mean_over_processes, unwrap
+from training.estimates import SUSTAINED, amount, checkpoint_bytes, seconds, trained_parameters
 from training.precision import Optimizer
 from training.randomness import BatchOrder
 
-SUSTAINED = 200e12  # operations a second of a GPU, assumed
 IMAGES_A_GPU = 32
 GPUS = (1, 8, 64, 512)
 # bytes a second that a GPU sends while it receives as many
@@ -87,7 +87,7 @@ def trained(nets: JointNets, joint: bool) -> list[nn.Module]:
 
 def gradient_bytes(nets: JointNets, joint: bool) -> int:
     """Bytes of the gradients that are averaged in a step: float32."""
-    return 4 * sum(map(parameters, trained(nets, joint)))
+    return 4 * sum(map(trained_parameters, trained(nets, joint)))
 
 
 def sent_by_ring(size: int, processes: int) -> float:
@@ -118,33 +118,10 @@ def comparison_bytes(state: TrainingState) -> int:
     return 16 * (networks + moments + len(state.tensors))
 
 
-def checkpoint_bytes(nets: JointNets, joint: bool) -> int:
-    """Bytes of a checkpoint: what is trained, two moments of each of its parameters, and the transformer's average."""
-    stored = [*trained(nets, joint), nets.ema]
-    weights = sum(value.numel() * value.itemsize for network in stored for value in network.state_dict().values())
-    return weights + 2 * gradient_bytes(nets, joint)
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def seconds(value: float) -> str:
-    """A duration, to two digits."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if value >= 2 * size or unit == "s" and value >= 1:
-            return f"{float(f'{value / size:.2g}'):g} {unit}"
-    return f"{float(f'{value * 1e3:.2g}'):g} ms"
-
-
-def amount(value: float, unit: str = "B") -> str:
-    """A number of bytes or operations, to three digits."""
-    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{float(f'{value / size:.3g}'):g} {prefix}{unit}"
-    return f"{value:g} {unit}"
 
 
 def tables() -> list[str]:
@@ -155,7 +132,8 @@ def tables() -> list[str]:
         flops = stage_flops(kind.vae, kind.model)["joint step" if kind.joint else "frozen-VAE step"]
         gradients = gradient_bytes(nets, kind.joint)
         small = sum(statistics_bytes(nets, kind.joint).values())
-        stored = checkpoint_bytes(nets, kind.joint)
+        networks = trained(nets, kind.joint)
+        stored = checkpoint_bytes([*networks, nets.ema], networks)
         kinds.append([kind.name, f"{flops / 1e12:.2f}", amount(gradients), amount(small), amount(stored)])
         for row, batch_of, numbers in ((steps, lambda n: IMAGES_A_GPU * n, GPUS), (fixed, lambda n: 256, GPUS[:3])):
             for gpus in numbers:
@@ -324,7 +302,8 @@ def measure_checkpoint() -> dict[str, int]:
     repae_step(nets, *build_batch(TINY["vae"], TINY["resolution"]), CONFIG)
     with tempfile.NamedTemporaryFile() as file:
         torch.save(state.to_dict({}, 1), file.name)
-        return {"counted": os.path.getsize(file.name), "formula": checkpoint_bytes(nets, joint=True)}
+        formula = checkpoint_bytes(state.networks.values(), trained(nets, joint=True))
+        return {"counted": os.path.getsize(file.name), "formula": formula}
 
 
 def measure() -> dict:

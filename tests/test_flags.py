@@ -30,6 +30,7 @@ COMMON = {
     "resume_step": 0,
     "continue_train_exp_dir": None,
     "wandb_history_path": None,
+    "dry_run": False,
     "offline": False,
     "compile": True,
     "data_dir": "data",

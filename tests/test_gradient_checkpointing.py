@@ -1,36 +1,32 @@
 """Gradient checkpointing: less memory, and in everything else the same to the bit."""
 
-import weakref
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import test_distributed
 import test_ldm_step
 import train_ldm_only
 import train_repae
+from benchmarks.flops import build_batch, build_nets
 from joint_golden import CONFIG
 from loss.lpips import LPIPS, VGG16Features
 from models.autoencoder import Decoder, Encoder, build_vae
-from models.discriminator import PatchDiscriminator
-from models.sit import SiT, SiT_models
+from models.sit import SiT
 from published import STATISTICS, write_vae
 from scripts import ROOT, TINY, assert_same_run, equal, records, run
 from test_distributed import in_two_processes
 from test_flags import OneProcess
 from test_joint_step import gradients_of, small_batch, small_nets, step_once, with_cfg
 from train_ldm_only import ldm_step
-from train_repae import JointNets, repae_step
+from train_repae import repae_step
 from training.checkpoint import read_checkpoint
 from training.distributed import frozen_call
-from training.randomness import Draws, Rows
-from training.run import Batch
+from training.estimates import Meter, count_step
+from training.networks import latent_shape
 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
@@ -135,35 +131,9 @@ def test_blocks_run_twice_only_where_gradients_are_taken():
         assert len(runs) == 6 + 2 * 2 + 2 * 4
 
 
-class PeakMemory(TorchDispatchMode):
-    """Within, `peak` is the most bytes that tensors made by operations held at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known | given:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def free(self, key: int, count: int) -> None:
-        self.known.discard(key)
-        self.live -= count
-
-
 def peak_memory(make_loss, on: bool) -> int:
     """Bytes at the peak of a forward and a backward pass, gradients among them, parameters not."""
-    with checkpointing(on), PeakMemory() as memory:
+    with checkpointing(on), Meter() as memory:
         make_loss().backward()
     return memory.peak
 
@@ -198,57 +168,20 @@ def test_the_peak_of_memory_is_many_times_lower(make_loss, times):
     assert without > times * with_it, f"{without} bytes without, {with_it} with gradient checkpointing"
 
 
-class Backward:
-    """An optimiser that only asks for gradients."""
-
-    def update(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-
-def in_float32(function):
-    """A normalisation as autocast runs it on GPUs."""
-
-    def run(x: torch.Tensor, *args):
-        with torch.autocast("cpu", enabled=False):
-            return function(x.float(), *args)
-
-    return run
-
-
 def joint_step_peak(count: int, on: bool, vae: str, sit: str) -> int:
-    """Bytes at the peak of a joint step on `count` images of 256 px, without parameters and their gradients.
-
-    Nothing is computed: tensors have shapes, but no values.
-    """
-    with FakeTensorMode():
-        vae = build_vae(vae)
-        latent = (vae.config.z_channels, 256 // vae.config.downsampling, 256 // vae.config.downsampling)
-        nets = JointNets(
-            vae=vae,
-            discriminator=PatchDiscriminator(),
-            lpips=LPIPS(),
-            **{name: Backward() for name in ("opt_vae", "opt_disc", "opt_sit")},
-            lecam=torch.zeros(2),
-            sit=SiT_models[sit](input_size=latent[1], in_channels=latent[0]),
-            ema=None,
-            encoders=[lambda pixels: torch.randn(count, 256, 768)],
-        )
-        for parameter in (*vae.parameters(), *nets.discriminator.parameters(), *nets.sit.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
-        pixels, labels = torch.zeros(count, 3, 256, 256, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
-        draws = Draws(torch.randn(count, *latent), torch.randn(count, *latent), torch.rand(count), labels > 0)
-        with checkpointing(on), PeakMemory() as memory:
-            repae_step(nets, Batch(pixels, labels, 0, Rows(0, count)), draws, with_cfg(autocast=BF16))
-    return memory.peak
+    """Bytes at the peak of a joint step on `count` images of 256 px, without parameters and their gradients."""
+    with torch.device("meta"):
+        nets = build_nets(vae, sit)
+        example, _ = build_batch(vae, 256, images=1)
+    with checkpointing(on):
+        return count_step(repae_step, nets, CONFIG, example, count, latent_shape(vae, 256), "bf16").activations
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vae", "sit", "without", "with_it"), [("f8d4", "SiT-XL/2", 2063, 502), ("f16d32", "SiT-XL/1", 1560, 377)]
 )
-def test_the_memory_that_the_documentation_states(monkeypatch, vae, sit, without, with_it):
-    for name in ("group_norm", "layer_norm"):
-        monkeypatch.setattr(nn.functional, name, in_float32(getattr(nn.functional, name)))
+def test_the_memory_that_the_documentation_states(vae, sit, without, with_it):
     for on, expected in ((False, without), (True, with_it)):
         more, fewer = (joint_step_peak(count, on, vae, sit) for count in (16, 8))
         assert (more - fewer) / 8 / 2**20 == pytest.approx(expected, abs=1), "MiB an image"

@@ -118,7 +118,7 @@ class CheckpointFolder:
         step = content["steps"]
         path = checkpoint_path(self.directory, step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        rolling = self._rolling()
+        rolling = self.rolling()
         permanent |= path.is_file() and step not in rolling
         rolling = rolling - {step} if permanent else rolling | {step}
         self._note_rolling(rolling)
@@ -129,13 +129,13 @@ class CheckpointFolder:
             checkpoint_path(self.directory, step).unlink()
         self._note_rolling(set(there) - set(old))
 
-    def _rolling(self) -> set[int]:
+    def rolling(self) -> set[int]:
         """Steps of checkpoints that may be deleted; if the list is lost, none may."""
         steps = read_note(self.rolling_note).get("steps", [])
         return {step for step in steps if isinstance(step, int)} if isinstance(steps, list) else set()
 
     def _note_rolling(self, steps: set[int]) -> None:
-        if steps != self._rolling():
+        if steps != self.rolling():
             replace_text(self.rolling_note, json.dumps({"steps": sorted(steps)}) + "\n")
 
     def save_if_best(self, content: dict, measure: str, judge: str, values: dict[str, float]) -> None:

@@ -186,6 +186,11 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--resume-step", type=COUNT, default=0, help="go back, once, to this step's checkpoint (default: the latest)"
     )
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, print sizes, FLOPs and what memory and disk it takes, and stop; nothing is written",
+    )
     add_offline_flag(group)
     group.add_argument("--wandb-history-path", help="accepted for old command lines; has no effect")
 

@@ -57,7 +57,7 @@ class Evaluation:
         self.moments = self.reference_moments(args, run, images)
 
     def reference_moments(self, args: argparse.Namespace, run: Run, images) -> dict[str, dict[str, Tensor]]:
-        """The reference's moments by network: stored ones, or those of its images."""
+        """The reference's moments by network: stored ones, or those of its images, which a dry run does not look at."""
         stored = {}
         if args.eval_reference is not None:
             reference = open_reference(Path(args.eval_reference), "--eval-reference")
@@ -65,6 +65,8 @@ class Evaluation:
             images, stored = reference.images, reference.moments
         elif len(images) > REFERENCE_IMAGES:
             images = Subset(images, [i * len(images) // REFERENCE_IMAGES for i in range(REFERENCE_IMAGES)])
+        if args.dry_run:
+            return stored
         reading = Reading(self.batch_size, args.num_workers, run.accelerator.state)
         return {
             network.name: stored.get(network.name)

@@ -18,7 +18,7 @@ PLACES = {
 # the flags that a continued run may change; every other one would make it another run
 FREE_FLAGS = PLACES | {
     *("exp_name", "report_to", "max_train_steps", "epochs", "sampling_steps", "resume_step"),
-    *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks"),
+    *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks", "dry_run"),
     *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
 }
 # what another run that starts from a checkpoint may do otherwise: how it optimises, as when the first one was lost, and

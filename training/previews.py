@@ -14,6 +14,7 @@ from training.randomness import generator_for
 Autocast = Callable[[], AbstractContextManager]
 SAMPLES, STEPS, GUIDANCE_SCALE = 64, 50, 4.0
 COLUMNS = 8
+PADDING = 2  # pixels between tiles
 DECODE_BATCH = 16
 
 
@@ -27,7 +28,7 @@ def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
     """Tile uint8 pixels (N,3,R,R) into one picture (3,H,W), `columns` to a row."""
     from torchvision.utils import make_grid
 
-    return make_grid(pixels.cpu(), nrow=columns, padding=2, pad_value=255)
+    return make_grid(pixels.cpu(), nrow=columns, padding=PADDING, pad_value=255)
 
 
 @torch.no_grad()

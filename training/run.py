@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, lost_process
-from files import locked, remove_leftovers, replace_text
+from files import locked, remove_leftovers, replace_text, require_writable
 from training.cached_tokens import unpack_tokens
 from training.checkpoint import TrainingState, latest_checkpoint, read_checkpoint
 from training.checkpoint_folder import CheckpointFolder
@@ -149,7 +149,7 @@ class Run:
 
         `identity` is what beside the flags makes this run the run it is: a fingerprint of its data, its loss weights.
         `check` may refuse what was restored, before anything is written. `gan_start` is the 1-based step from which on
-        a discriminator learns.
+        a discriminator learns. With --dry-run nothing is written.
 
         Raises:
             UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
@@ -172,15 +172,20 @@ class Run:
             check()
             self.print(f"continuing after step {self.step} from {path}")
         self._check_processes()  # all have read their checkpoint, and nothing of it has been moved yet
+        if self.args.dry_run:
+            return
         if self.is_main:
             self.checkpoints.take_over(self.args.resume_step, self.step, self.metrics.file)
             replace_text(self.directory / "args.json", json.dumps(vars(self.args), indent=4) + "\n")
         self.metrics.open(self.step)
 
     def _choose_checkpoint(self) -> str | None:
-        self.resources.enter_context(locked(self.directory))
-        for folder in filter(Path.is_dir, self.directory.iterdir()):
-            remove_leftovers(folder)
+        if self.args.dry_run:
+            require_writable(self.directory)
+        else:
+            self.resources.enter_context(locked(self.directory))
+            for folder in filter(Path.is_dir, self.directory.iterdir()):
+                remove_leftovers(folder)
         path = self.checkpoints.to_continue(self.args.resume_step, self.args.continue_train_exp_dir)
         return None if path is None else str(path)
 
@@ -190,6 +195,10 @@ class Run:
             where = f"process 0 continues from {path}, but process {self.accelerator.process_index} has no such file"
             raise UserError(f"{where}; put --output-dir where every machine sees it")
         return read_checkpoint(path, verify=False)
+
+    def last_step(self, data) -> int:
+        """The 1-based step after which training on `data` ends."""
+        return min(self.args.max_train_steps, self.args.epochs * (len(data) // self.args.batch_size))
 
     def steps(self, data) -> Iterator[tuple[int, Batch]]:
         """Yield (1-based step, batch) to the end of training, once per micro-batch.
@@ -204,7 +213,7 @@ class Run:
         from tqdm import tqdm
 
         args = self.args
-        last = min(args.max_train_steps, args.epochs * (len(data) // args.batch_size))
+        last = self.last_step(data)
         order = BatchOrder(
             len(data),
             args.batch_size,
@@ -225,7 +234,7 @@ class Run:
             for step in range(self.step, last):
                 self.step = step + 1
                 for micro in range(args.gradient_accumulation_steps):
-                    pixels, labels, moments, tokens = self._on_device(next(batches))
+                    pixels, labels, moments, tokens = self.on_device(next(batches))
                     self.step_complete = micro == args.gradient_accumulation_steps - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
                         rows = order.micro_batch_rows(micro)
@@ -257,7 +266,7 @@ class Run:
             worker_init_fn=ignore_signals,
         )
 
-    def _on_device(self, loaded: list) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def on_device(self, loaded: list) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
         """What the loader gave, on this process's device: pixels, labels, and moments and tokens if there are any."""
         *plain, packed = loaded if isinstance(loaded[-1], (list, tuple)) else (*loaded, ())
         pixels, labels, moments = (*to_device(plain, self.device), None)[:3]
