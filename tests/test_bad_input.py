@@ -1,4 +1,4 @@
-"""The table of docs/troubleshooting.md, row by row: each mistake gives its one line and exit code 2, and spoils nothing."""
+"""The table of docs/troubleshooting.md, row by row: each mistake gives its one line and exit 2, and spoils nothing."""
 
 import json
 import os
