@@ -12,17 +12,14 @@ import argparse
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
 
-def latent_statistics(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (1,C,1,1) each, by which this VAE's latents are normalised."""
-    mean, std = (
-        torch.tensor(values).reshape(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std / vae.config.scaling_factor
+def latent_statistics(config) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (1,C,1,1) each, by which the latents of a VAE with this config are normalised."""
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return mean, std / config.scaling_factor
 
 
 def open_picture(path: str, multiple: int) -> Tensor:
@@ -41,8 +38,10 @@ def main() -> None:
     parser.add_argument("output", help="where original and reconstruction go, side by side")
     args = parser.parse_args()
 
+    from diffusers import AutoencoderKL  # here, because it takes seconds
+
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
-    mean, std = latent_statistics(vae)
+    mean, std = latent_statistics(vae.config)
     image = open_picture(args.picture, multiple=2 ** (len(vae.config.block_out_channels) - 1))
 
     z = vae.encode(image).latent_dist.mean
