@@ -90,8 +90,8 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     return detached(metrics)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def command_line() -> Parser:
+    """All flags."""
     parser = Parser(__doc__)
     cli.add_run_flags(parser)
     cli.add_data_flags(parser)
@@ -100,7 +100,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_transformer_flags(parser, model="SiT-XL/2")
     cli.add_joint_flags(parser)
     cli.add_optimisation_flags(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return command_line().parse_args(argv)
 
 
 def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]:

@@ -50,7 +50,7 @@ TRAINING = {
     "precision": "mixed_precision",
     "loss": "loss_cfg_path",
 }
-NOT_REPEATED = {"config", "dry_run", "resume_step", "wandb_history_path"}
+NOT_REPEATED = {"resume_step", "wandb_history_path"}
 OF_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -181,9 +181,9 @@ def training_command(flags: dict) -> str:
 
     Flags that train_repae.py does not have are left out, and so are those that have their default.
     """
-    from train_repae import parse_args
+    from train_repae import command_line
 
-    defaults = vars(parse_args(["--exp-name", ""]))
+    defaults = vars(command_line().parse_args(["--exp-name", ""]))
     changed = {
         name: flags[name]
         for name, default in defaults.items()
