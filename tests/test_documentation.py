@@ -1,12 +1,16 @@
 """Documentation that can be checked: tests that it names, files that it links to, flags that it mentions."""
 
+import ast
 import importlib
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts import ROOT
+from training.watch import Watch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (
@@ -46,3 +50,54 @@ def test_flags_that_the_reliability_page_mentions_exist():
     for page in ("reliability.md", "many-machines.md"):
         for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", (ROOT / "docs" / page).read_text(encoding="utf8")):
             assert flag in known | OTHERS_FLAGS | {"verify", "requeue", "local_addr"}, f"{page} mentions --{flag}"
+
+
+def text_of(node: ast.AST) -> str:
+    """What an expression of string literals says, with … for what is put into it."""
+    if isinstance(node, ast.Constant):
+        return {str: str, bytes: bytes.decode}.get(type(node.value), lambda _: "…")(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return text_of(node.body) if isinstance(node, ast.IfExp) else "…"
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """Every text below a node, whole: not the parts of a formatted one."""
+    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+        yield text_of(node)
+    if not isinstance(node, ast.JoinedStr):
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def said_by_the_source() -> Iterator[str]:
+    """Every text in the source, and what the watch over numbers puts together from several."""
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        if "tests" not in file.parts:
+            yield from texts(ast.parse(file.read_text(encoding="utf8")))
+    yield Watch(scaled=False).reason_to_stop([{"step": 7, "vae_loss": math.nan}])
+
+
+def as_pattern(message: str) -> re.Pattern:
+    """What finds a message of the page in a text: … stands for anything."""
+    return re.compile(".+".join(map(re.escape, message.split("…"))))
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_source_has():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf8").split("## Mistakes in the input")[0]
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", page)
+    assert len(quoted) > 25
+    said = [text.replace("\n", " ") for text in said_by_the_source()]
+    for message in quoted:
+        assert any(map(as_pattern(message).search, said)), f"nothing says: {message}"
+
+
+def test_every_warning_of_the_source_is_on_the_troubleshooting_page():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf8")
+    explained = [as_pattern(message) for message in re.findall(r"\*\*`(warning: [^`]+)`\*\*", page)]
+    warnings = {text for text in said_by_the_source() if text.startswith("warning: ")}
+    assert warnings
+    for warning in warnings:
+        assert any(pattern.search(warning) for pattern in explained), f"not explained: {warning}"
