@@ -4,18 +4,23 @@ import ast
 import importlib
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dataset import open_images
+from errors import UserError
+from preprocessing import read_labels
 from scripts import ROOT
 from training.watch import Watch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents", "cache_tokens"),
-    *("generate", "evaluate"),
+    *("generate", "evaluate", "save_vae_weights"),
 )
 OTHERS_FLAGS = {"nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"}
 
@@ -101,3 +106,44 @@ def test_every_warning_of_the_source_is_on_the_troubleshooting_page():
     assert warnings
     for warning in warnings:
         assert any(pattern.search(warning) for pattern in explained), f"not explained: {warning}"
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """The words of every command in the fenced blocks of a page."""
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL):
+        text = ""
+        for line in block.replace("\\\n", "").splitlines():
+            text += line + "\n"
+            try:
+                words = shlex.split(text, comments=True)
+            except ValueError:  # a quotation goes on in the next line
+                continue
+            text = ""
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_scripts_take_the_command_lines_of_the_pages(page):
+    for words in command_lines(page):
+        script = next((word for word in words if word.removesuffix(".py") in SCRIPTS), None)
+        if words[0] not in ("python", "accelerate", "torchrun") or script is None or "..." in words:
+            continue
+        try:
+            importlib.import_module(script.removesuffix(".py")).parse_args(words[words.index(script) + 1 :])
+        except UserError as error:
+            pytest.fail(f"{page.name}: {shlex.join(words)}: {error}")
+
+
+def test_the_programs_on_the_page_about_own_data_do_what_it_says(tiny_data, tmp_path, monkeypatch):
+    labels, reference = (words[2] for words in command_lines(ROOT / "docs/own-data.md") if words[1] == "-c")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "labels.csv").write_text("a/1.png,3\nb.png,0\n")
+    exec(labels, {})
+    assert read_labels(tmp_path / "birds/dataset.json") == {"a/1.png": 3, "b.png": 0}
+    (tmp_path / "data").symlink_to(tiny_data)
+    exec(reference, {})
+    pixels, images = np.load(tmp_path / "reference.npz")["arr_0"], open_images(tiny_data)
+    assert pixels.dtype == np.uint8 and pixels.shape == (18, 32, 32, 3)
+    assert np.array_equal(pixels[5], images[5][0].permute(1, 2, 0).numpy())
