@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from dataset import LATENT_FORMAT, LATENTS, cache_directory, open_images
+from downloads import is_offline
 from errors import Parser, run_script
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
-from training.checkpoint import fingerprint, read_latent_statistics
-from training.cli import add_caching_flags, one_of
+from models.autoencoder import AutoencoderKL, pixels_to_image
+from training.checkpoint import fingerprint
+from training.cli import VAE_WEIGHTS, add_caching_flags, add_offline_flag, add_vae_name
 from training.distributed import process_state
-from training.networks import compile_in_place, latent_shape, load_vae, use_tf32
+from training.networks import compile_in_place, use_tf32
 from training.shard_caching import Cache, cache_images, check_name, describe_cache
+from training.vae_weights import VAESource, known_statistics, latent_shape, load_vae, open_vae
 
 DTYPES = ("float16", "float32")
 
@@ -29,10 +31,8 @@ DTYPES = ("float16", "float32")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--vae-arch", default="f16d32", type=one_of("VAE", VAE_CONFIGS), help="architecture (default: %(default)s)"
-    )
-    parser.add_argument("--vae-ckpt-path", required=True, help="the VAE's weights, with their statistics beside")
+    add_vae_name(parser, "--vae-arch", "f16d32", "vae_ckpt_path")
+    parser.add_argument("--vae-ckpt-path", help=f"the VAE's {VAE_WEIGHTS}")
     parser.add_argument(
         "--vae-latents-name", default="repae-invae-400k", help="folder below --output-dir (default: %(default)s)"
     )
@@ -46,7 +46,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile", action=BooleanOptionalAction, default=True, help="compile the encoder on GPUs (default: yes)"
     )
     add_caching_flags(parser)
+    add_offline_flag(parser)
     args = parser.parse_args(argv)
+    if args.vae_ckpt_path is None:
+        parser.error("one of these is required: --vae-ckpt-path, --vae-arch diffusers:PATH_OR_ID")
     check_name(parser, "--vae-latents-name", args.vae_latents_name, args.output_dir, "latents")
     return args
 
@@ -58,10 +61,10 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def describe(images, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
+def describe(images, source: VAESource, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
     """What the index says of the cache, but for its shards."""
-    shape = latent_shape(args.vae_arch, images.resolution)
-    scale, bias = read_latent_statistics(args.vae_ckpt_path, shape[0])
+    shape = latent_shape(source, images.resolution)
+    scale, bias = known_statistics(source)
     network = {
         "vae": args.vae_arch,
         "vae_fingerprint": fingerprint(vae.state_dict()),
@@ -76,8 +79,9 @@ def main() -> None:
     use_tf32(args.allow_tf32)
     images = open_images(args.data_dir)
     state = process_state()
-    vae = load_vae(args.vae_arch, args.vae_ckpt_path).eval().requires_grad_(False)
-    index = describe(images, vae, args)
+    source = open_vae(args.vae_arch, args.vae_ckpt_path, is_offline(args))
+    vae = load_vae(source).eval().requires_grad_(False)
+    index = describe(images, source, vae, args)
     vae.to(state.device)
     compile_in_place([vae.encoder], args, state.device)
     cache = Cache(

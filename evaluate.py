@@ -36,11 +36,12 @@ from models.autoencoder import image_to_pixels, pixels_to_image
 from sample_files import MANIFEST_FORMAT
 from training import cli
 from training.autoencoding import LatentMoments
-from training.checkpoint import fingerprint, read_latent_statistics, vae_files
+from training.checkpoint import fingerprint
 from training.distributed import process_state
 from training.feature_networks import FeatureNetwork, load_feature_networks
 from training.image_statistics import Reading, Reference, batches, open_reference, save_statistics, statistics_of
-from training.networks import load_lpips, load_vae, use_tf32
+from training.networks import load_lpips, use_tf32
+from training.vae_weights import VAESource, has_statistics, known_statistics, load_vae, open_vae
 
 FEW = 2048  # images below which Inception's covariance is singular
 
@@ -203,7 +204,8 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
     data = open_images(args.data_dir)
     if data.resolution < WINDOW:
         raise UserError(f"{data.source} holds images of {data.resolution} px, but SSIM needs {WINDOW}")
-    vae = load_vae(args.vae_arch, args.vae).eval().requires_grad_(False).to(state.device)
+    source = open_vae(args.vae_arch, args.vae, is_offline(args))
+    vae = load_vae(source).eval().requires_grad_(False).to(state.device)
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
     if len(data) < 2:
@@ -235,18 +237,18 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
         values.update({f"r{name}": distance for name, distance in found.items()})
     return {
         "metrics": values,
-        "latents": compared_latents(latents.statistics(), args.vae),
+        "latents": compared_latents(latents.statistics(), source),
         "vae": {"path": str(args.vae), "arch": args.vae_arch, "fingerprint": fingerprint(vae.state_dict())},
         "images": {"path": str(args.data_dir), "count": len(data), "fingerprint": data.fingerprint},
         "features": describe_networks(networks),
     }
 
 
-def compared_latents(found: dict[str, Tensor], vae_ckpt: str) -> dict[str, list[float]]:
-    """Mean and standard deviation of each latent channel on these images, and as stored beside the VAE's weights."""
+def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, list[float]]:
+    """Mean and standard deviation of each latent channel on these images, and as they are stored with the VAE."""
     measured = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
-    if vae_files(vae_ckpt).statistics.is_file():
-        scale, bias = read_latent_statistics(vae_ckpt, found["latents_bias"].numel())
+    if has_statistics(source):
+        scale, bias = known_statistics(source)
         measured.update(stored_mean=bias, stored_std=1 / scale)
     return {name: values.flatten().tolist() for name, values in measured.items()}
 
@@ -280,7 +282,8 @@ def output_path(args: argparse.Namespace) -> Path | None:
     what = args.samples or (args.vae and Path(args.vae))
     if args.output is not None or what is None:
         return args.output
-    return what.with_name(what.name.removesuffix(".npz").removesuffix(".pt") + ".metrics.json")
+    path = what.with_name(what.name.removesuffix(".npz").removesuffix(".pt") + ".metrics.json")
+    return path if path.parent.is_dir() else Path(path.name)  # of a VAE on the hub
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from downloads import is_offline
 from errors import Parser, UserError, run_script
 from files import locked, require_space, writing_behind, written_whole
 from sample_files import SampleFiles
 from training.checkpoint import fingerprint
-from training.cli import COUNT, POSITIVE, number
+from training.cli import COUNT, POSITIVE, VAE_WEIGHTS, add_offline_flag, number
 from training.distributed import process_state
 from training.experiment import Experiment, load_experiment
 from training.networks import compile_in_place, use_tf32
@@ -43,7 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--exp-path", type=Path, required=True, help="a run's folder, with checkpoints/ and args.json")
     parser.add_argument("--train-steps", type=step_or_best, help="which checkpoint, or best (default: the latest)")
-    parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
+    parser.add_argument("--vae-ckpt", help=f"a frozen-VAE run's VAE, if it is not where its flags say; {VAE_WEIGHTS}")
+    add_offline_flag(parser)
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where samples go (default: samples)")
     parser.add_argument("--num-fid-samples", type=POSITIVE, default=50000, help="how many (default: %(default)s)")
     parser.add_argument("--pproc-batch-size", type=POSITIVE, default=256, help="of each process (default: %(default)s)")
@@ -227,7 +229,8 @@ def main() -> None:
     """Load, sample what is missing, and put it together."""
     args = parse_args()
     use_tf32(args.tf32)
-    experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt)
+    state = process_state()
+    experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args))
     check_labels(args, experiment)
     args.path_type = trained_path(args.path_type, experiment)
     samples = describe(args, experiment)
@@ -235,7 +238,6 @@ def main() -> None:
     files.check()
     what = f"{files.count} samples of {files.resolution} px"
     require_space(args.sample_dir, files.bytes_needed, what)
-    state = process_state()
     for network in (experiment.sit, experiment.vae):
         network.to(state.device)
         cast_weights(network, args.mixed_precision)

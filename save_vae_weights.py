@@ -1,43 +1,70 @@
-"""The tuned VAE of a joint run -> three files that every other script takes.
+"""The tuned VAE of a joint run -> what other programs take: the three files of this project, or a folder of diffusers.
 
     python save_vae_weights.py --repae-ckpt exps/joint/checkpoints/0400000.pt --vae-name e2e-vae --save-dir exps
 
-writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt. The statistics are those of
-the averaged transformer's batch normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv
-2504.10483).
+writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt; with --format diffusers it
+writes config.json and diffusion_pytorch_model.safetensors, which diffusers' AutoencoderKL.from_pretrained loads. Either
+way a model card, README.md, says what the VAE is. The statistics are those of the averaged transformer's batch
+normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
+
+Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from downloads import is_offline
 from errors import Parser, UserError, run_script
-from models.autoencoder import VAE_CONFIGS, build_vae
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
 from models.discriminator import PatchDiscriminator
+from training import cli
 from training.checkpoint import (
     check_weights,
     ema_latent_statistics,
-    fingerprint,
     read_checkpoint,
     strip_prefixes,
     training_flags,
     vae_files,
-    write_atomically,
+    write_new,
 )
+from training.vae_weights import known_statistics, load_vae, open_vae, write_diffusers
+
+
+class Extracted(NamedTuple):
+    """A VAE and what belongs to it."""
+
+    config: VAEConfig | None  # None: its run's flags name an architecture that is not known here
+    weights: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    discriminator: dict[str, Tensor] | None
+    resolution: int  # pixels a side of the images that it was trained on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--repae-ckpt", type=Path, required=True, help="a checkpoint of train_repae.py")
+    parser.add_argument("--repae-ckpt", type=Path, help="a checkpoint of train_repae.py")
+    cli.add_vae_flags(parser, vae=None, vae_ckpt=None)
     parser.add_argument("--vae-name", default="e2e-vae", help="name of folder and files (default: %(default)s)")
     parser.add_argument("--save-dir", type=Path, default=Path("exps"), help="where the folder goes (default: exps)")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--format", default="pt", choices=("pt", "diffusers"), help="this project's three files, or diffusers' folder"
+    )
+    cli.add_offline_flag(parser)
+    args = parser.parse_args(argv)
+    if (args.repae_ckpt is None) == (args.vae_ckpt is None):
+        parser.error("one of these is required: --repae-ckpt, or --vae NAME --vae-ckpt PATH, or --vae diffusers:PATH")
+    if args.vae_ckpt is not None and args.vae is None:
+        parser.error("--vae-ckpt needs its architecture, --vae NAME")
+    return args
 
 
-def extract(path: Path) -> list[dict]:
-    """What goes into a VAE's three files, in the order of `vae_files`, from a joint checkpoint, ours or published.
+def extract(path: Path) -> Extracted:
+    """The tuned VAE in a joint checkpoint, ours or published.
 
     Raises:
         UserError: the checkpoint is missing, damaged, of a run without a VAE, or its weights do not fit its `--vae`.
@@ -45,33 +72,70 @@ def extract(path: Path) -> list[dict]:
     checkpoint = read_checkpoint(path)
     if missing := [key for key in ("vae", "discriminator", "ema") if not isinstance(checkpoint.get(key), dict)]:
         raise UserError(f"{path}: no {', '.join(missing)} inside; expected a checkpoint of train_repae.py")
-    check_architecture(checkpoint, path)
+    flags = training_flags(checkpoint, path)
+    config = trained_architecture(checkpoint, flags)
+    check_architecture(checkpoint, config, path)
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
-    statistics = {"latents_scale": scale, "latents_bias": bias}
-    return [strip_prefixes(checkpoint["vae"]), statistics, strip_prefixes(checkpoint["discriminator"])]
+    return Extracted(
+        config,
+        strip_prefixes(checkpoint["vae"]),
+        {"latents_scale": scale, "latents_bias": bias},
+        strip_prefixes(checkpoint["discriminator"]),
+        flags.get("resolution", 256),
+    )
 
 
-def check_architecture(checkpoint: dict, path: Path) -> None:
-    """Raise a UserError if VAE or discriminator are not the networks that the checkpoint's flags name."""
-    name = training_flags(checkpoint, path).get("vae")
+def trained_architecture(checkpoint: dict, flags: dict) -> VAEConfig | None:
+    """The architecture of a joint run's VAE: the one inside the checkpoint, or the row that its flags name, if any."""
+    inside = (checkpoint.get("identity") or {}).get("architecture")
+    return VAE_CONFIGS.get(flags.get("vae")) if inside is None else VAEConfig(**inside)
+
+
+def check_architecture(checkpoint: dict, config: VAEConfig | None, path: Path) -> None:
+    """Raise a UserError if VAE or discriminator are not the networks that they should be."""
     with torch.device("meta"):
         networks = {"discriminator": PatchDiscriminator()}
-        if name in VAE_CONFIGS:
-            networks["vae"] = build_vae(name)
+        if config is not None:
+            networks["vae"] = AutoencoderKL(config)
     for key, network in networks.items():
         check_weights(network, checkpoint[key], f"{path}: {key}")
 
 
+def convert(args: argparse.Namespace) -> Extracted:
+    """The VAE that --vae and --vae-ckpt name, as it is.
+
+    Raises:
+        UserError: it is not there, or no statistics of its latents are known.
+    """
+    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    scale, bias = known_statistics(source)
+    statistics = {"latents_scale": scale, "latents_bias": bias}
+    beside = vae_files(source.weights).discriminator
+    discriminator = read_checkpoint(beside, "discriminator weights") if beside.is_file() else None
+    resolution = (source.published or {}).get("sample_size", 256)
+    return Extracted(source.config, load_vae(source).state_dict(), statistics, discriminator, resolution)
+
+
+def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
+    """Write a VAE in a form of --format; returns the files.
+
+    Raises:
+        UserError: other files are there.
+    """
+    if form == "diffusers":
+        if found.config is None:
+            raise UserError("--format diffusers: the checkpoint's --vae is no architecture that is known here")
+        return write_diffusers(folder, found.weights, found.config, found.statistics, found.resolution)
+    parts = [found.weights, found.statistics, found.discriminator]
+    files = vae_files(folder / f"{name}.pt")
+    return write_new({file: part for file, part in zip(files, parts, strict=True) if part is not None})
+
+
 def main() -> None:
-    """Extract and write."""
+    """Extract, or convert, and write."""
     args = parse_args()
-    parts = extract(args.repae_ckpt)
-    files = vae_files(args.save_dir / args.vae_name / f"{args.vae_name}.pt")
-    for part, file in zip(parts, files, strict=True):
-        if file.exists() and fingerprint(read_checkpoint(file)) != fingerprint(part):
-            raise UserError(f"{file} is there and differs; delete it, or choose another --vae-name")
-    for part, file in zip(parts, files, strict=True):
-        write_atomically(part, file)
+    found = convert(args) if args.repae_ckpt is None else extract(args.repae_ckpt)
+    for file in save(found, args.save_dir / args.vae_name, args.vae_name, args.format):
         print(f"wrote {file}")
 
 

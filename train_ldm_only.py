@@ -9,16 +9,18 @@ same command run again continues from the last checkpoint.
 """
 
 import argparse
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from dataset import LatentsWithTokens, open_images, open_latents
+from downloads import is_offline
 from errors import Parser, UserError, run_script
 from training import cli
 from training.autoencoding import detached
 from training.cached_tokens import open_cached_tokens
-from training.checkpoint import TrainingState, fingerprint, read_latent_statistics
+from training.checkpoint import TrainingState, fingerprint
 from training.diffusion import (
     TransformerNets,
     TransformerStepConfig,
@@ -32,8 +34,7 @@ from training.evaluation import build_evaluation
 from training.networks import (
     build_transformer_nets,
     check_data,
-    latent_shape,
-    load_vae,
+    choose_patch,
     transformer_draws,
     transformer_step_options,
     use_tf32,
@@ -41,6 +42,7 @@ from training.networks import (
 from training.previews import sample_grid
 from training.randomness import Draws
 from training.run import Batch, Run
+from training.vae_weights import VAESource, known_statistics, latent_shape, load_vae, open_vae
 
 
 def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: TransformerStepConfig) -> dict[str, Tensor | None]:
@@ -66,12 +68,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     cli.add_vae_flags(parser, vae="f16d32", vae_ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
     cli.add_latent_flags(parser)
-    cli.add_transformer_flags(parser, model="SiT-XL/1")
+    cli.add_transformer_flags(parser, default_model="SiT-XL/1")
     cli.add_optimisation_flags(parser)
     return parser.parse_args(argv)
 
 
-def open_data(args: argparse.Namespace):
+def open_data(args: argparse.Namespace, source: VAESource):
     """The cached latents that the flags name, with their images if an encoder looks at them.
 
     Raises:
@@ -81,7 +83,7 @@ def open_data(args: argparse.Namespace):
     images = open_images(args.data_dir, args.resolution) if needed else None
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
     check_data(latents, args)
-    if latents.shape != (shape := latent_shape(args.vae, args.resolution)):
+    if latents.shape != (shape := latent_shape(source, args.resolution)):
         raise UserError(
             f"{latents.source} holds latents of {latents.shape}, but --vae {args.vae} at --resolution "
             f"{args.resolution} gives {shape}; cache them again, or change the flags"
@@ -126,11 +128,11 @@ def evaluation_images(args: argparse.Namespace):
 
 
 def build(
-    args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]
+    args: argparse.Namespace, run: Run, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]
 ) -> tuple[TransformerNets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
-    nets = build_transformer_nets(args, run, statistics)
+    nets = build_transformer_nets(args, run, latent, statistics)
     state = TrainingState({"model": nets.sit, "ema": nets.ema}, {"opt": nets.opt_sit}, tensors={})
     return nets, state
 
@@ -139,19 +141,22 @@ def main() -> None:
     """Parse, build, loop."""
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = open_data(args)
-    tokens = open_cached_tokens(args, data)
-    statistics = read_latent_statistics(args.vae_ckpt, data.shape[0])
-    vae = load_vae(args.vae, args.vae_ckpt).eval().requires_grad_(False)
-    vae_fingerprint = fingerprint(vae.state_dict())
     run = Run(args)
+    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    choose_patch(args, source.config)
+    data = open_data(args, source)
+    tokens = open_cached_tokens(args, data)
+    statistics = known_statistics(source, run.print)
+    vae = load_vae(source).eval().requires_grad_(False)
+    vae_fingerprint = fingerprint(vae.state_dict())
     check_vae(data, vae_fingerprint, statistics, args, run)
-    nets, state = build(args, run, statistics)
+    nets, state = build(args, run, data.shape, statistics)
     cached = {part.encoder: part.encoder_fingerprint for part in tokens}
     identity = {
         "data": data.image_fingerprint,
         "latents": data.fingerprint,
         "vae": vae_fingerprint,
+        "architecture": asdict(source.config),
         "encoders": cached or encoder_fingerprints(args, nets.encoders),
         **({"tokens": [part.fingerprint for part in tokens]} if tokens else {}),
     }
@@ -161,7 +166,7 @@ def main() -> None:
     evaluation = build_evaluation(args, run, evaluation_images(args))
 
     for step, batch in run.steps(LatentsWithTokens(data, tokens) if tokens else data):
-        draws = transformer_draws(args, step, batch.rows).to(run.device)
+        draws = transformer_draws(args, data.shape, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit")})
         if run.due(args.sampling_steps) and run.is_main:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from dataset import open_images
+from downloads import is_offline
 from errors import Parser, run_script
 from loss.alignment import alignment_loss
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
-from training.checkpoint import TrainingState, read_latent_statistics
+from training.checkpoint import TrainingState
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
@@ -28,7 +29,7 @@ from training.networks import (
     build_transformer_nets,
     build_vae_nets,
     check_data,
-    latent_shape,
+    choose_patch,
     transformer_draws,
     transformer_step_options,
     use_tf32,
@@ -37,6 +38,7 @@ from training.overlap import beside
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
 from training.randomness import Draws
 from training.run import Batch, Run
+from training.vae_weights import VAESource, known_statistics, latent_shape, open_vae
 from transport import interpolate
 
 
@@ -97,7 +99,7 @@ def command_line() -> Parser:
     cli.add_data_flags(parser)
     cli.add_vae_flags(parser, vae="f8d4", vae_ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
     cli.add_vae_loss_flags(parser)
-    cli.add_transformer_flags(parser, model="SiT-XL/2")
+    cli.add_transformer_flags(parser, default_model="SiT-XL/2")
     cli.add_joint_flags(parser)
     cli.add_optimisation_flags(parser)
     return parser
@@ -108,12 +110,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return command_line().parse_args(argv)
 
 
-def build(args: argparse.Namespace, run: Run) -> tuple[JointNets, TrainingState]:
-    """Everything that trains, on this process's device, as the flags say."""
+def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:
+    """Everything that trains, on this process's device, as the flags say, starting from the VAE that was found."""
+    latent = latent_shape(source, args.resolution)
+    statistics = known_statistics(source, run.print)
     torch.manual_seed(args.seed)
-    vae_nets = build_vae_nets(args, run)
-    channels = latent_shape(args.vae, args.resolution)[0]
-    transformer_nets = build_transformer_nets(args, run, read_latent_statistics(args.vae_ckpt, channels))
+    vae_nets = build_vae_nets(args, run, source)
+    transformer_nets = build_transformer_nets(args, run, latent, statistics)
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
     state = TrainingState(
         networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
@@ -138,16 +141,20 @@ def main() -> None:
     check_data(data, args)
     loss = cli.load_loss_config(args.loss_cfg_path)
     run = Run(args)
-    nets, state = build(args, run)
+    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    choose_patch(args, source.config)
+    nets, state = build(args, run, source)
     encoders = encoder_fingerprints(args, nets.encoders)
-    identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders}
+    architecture = asdict(source.config)
+    identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders, "architecture": architecture}
     run.begin(state, identity, gan_start=first_gan_step(loss))
     cfg = step_config(args, loss, run.device)
     shown = evenly_spaced(data, 32)
     evaluation = build_evaluation(args, run, data)
+    latent = latent_shape(source, args.resolution)
 
     for step, batch in run.steps(data):
-        draws = transformer_draws(args, step, batch.rows).to(run.device)
+        draws = transformer_draws(args, latent, step, batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
         run.log({**metrics, **nets.opt_sit.health("sit"), **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
         if run.due(args.sampling_steps) and run.is_main:

@@ -4,18 +4,23 @@
 
 At the end exps/my-vae/ holds my-vae.pt, my-vae-latents-stats.pt and my-vae-discriminator-ckpt.pt. The losses are latent
 diffusion's (Rombach et al., arXiv 2112.10752).
+
+    python train_vae.py --stats-only --exp-name flux --vae diffusers:ORGANISATION/NAME --data-dir data
+
+trains nothing: it measures the latents of a VAE on these images, and writes its weights and their statistics.
 """
 
 import argparse
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataset import open_images
-from errors import Parser, run_script
+from downloads import is_offline
+from errors import Parser, UserError, run_script
 from loss.vae_loss import first_gan_step
-from models.autoencoder import pixels_to_image
+from models.autoencoder import AutoencoderKL, pixels_to_image
 from training import cli
 from training.autoencoding import (
     VAENets,
@@ -25,13 +30,14 @@ from training.autoencoding import (
     update_discriminator,
     vae_objective,
 )
-from training.checkpoint import TrainingState, vae_files, write_atomically
+from training.checkpoint import TrainingState, fingerprint, read_checkpoint, vae_files, write_atomically
 from training.distributed import unwrap
-from training.networks import build_vae_nets, check_data, latent_shape, use_tf32
+from training.networks import build_vae_nets, check_data, load_discriminator, use_tf32
 from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
 from training.randomness import Draws, step_draws
 from training.run import Batch, Run
+from training.vae_weights import VAESource, latent_shape, load_vae, open_vae
 
 
 def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> dict[str, Tensor | None]:
@@ -53,13 +59,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
     cli.add_vae_loss_flags(parser)
     cli.add_optimisation_flags(parser)
+    parser.add_argument(
+        "--stats-only",
+        action="store_true",
+        help="do not train: measure the latents of a trained VAE, and write its weights and their statistics",
+    )
     return parser.parse_args(argv)
 
 
-def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:
+def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[VAENets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
-    nets = build_vae_nets(args, run)
+    nets = build_vae_nets(args, run, source)
     state = TrainingState(
         networks={"vae": nets.vae, "discriminator": nets.discriminator},
         optimizers={"opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
@@ -68,9 +79,8 @@ def build(args: argparse.Namespace, run: Run) -> tuple[VAENets, TrainingState]:
     return nets, state
 
 
-def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data) -> None:
-    """Measure the latents' statistics over all images and write the VAE's three files."""
-    vae, discriminator = unwrap(nets.vae), unwrap(nets.discriminator)
+def write_vae(args: argparse.Namespace, run: Run, vae: AutoencoderKL, discriminator: nn.Module | None, data) -> None:
+    """Measure the latents' statistics over all images and write the VAE's files; also a discriminator, if any."""
     statistics = latent_statistics(
         vae,
         data,
@@ -82,10 +92,28 @@ def write_vae(args: argparse.Namespace, run: Run, nets: VAENets, data) -> None:
     )
     if run.is_main:
         files = vae_files(run.directory / f"{args.exp_name}.pt")
-        write_atomically(vae.state_dict(), files.weights)
-        write_atomically(statistics, files.statistics)
-        write_atomically(discriminator.state_dict(), files.discriminator)
-        run.print("wrote " + ", ".join(str(path) for path in files))
+        parts = {files.weights: vae.state_dict(), files.statistics: statistics}
+        if discriminator is not None:
+            parts[files.discriminator] = discriminator.state_dict()
+        for path, part in parts.items():
+            write_atomically(part, path)
+        run.print("wrote " + ", ".join(str(path) for path in parts))
+
+
+def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None:
+    """Write a trained VAE with the statistics of its latents on `data`; its discriminator too, if one is given.
+
+    Raises:
+        UserError: no trained VAE is named, or another one is in the run's folder.
+    """
+    if source.weights is None:
+        raise UserError("--stats-only measures a trained VAE; name one by --vae-ckpt, or --vae diffusers:PATH_OR_ID")
+    vae = load_vae(source).eval().requires_grad_(False)
+    discriminator = load_discriminator(args.disc_pretrained_ckpt) if args.disc_pretrained_ckpt else None
+    there = run.directory / f"{args.exp_name}.pt"
+    if there.exists() and fingerprint(read_checkpoint(there)) != fingerprint(vae.state_dict()):
+        raise UserError(f"{there} holds another VAE; delete it, or choose another --exp-name")
+    write_vae(args, run, vae.to(run.device), discriminator, data)
 
 
 def main() -> None:
@@ -95,10 +123,16 @@ def main() -> None:
     data = open_images(args.data_dir, args.resolution)
     check_data(data, args)
     loss = cli.load_loss_config(args.loss_cfg_path)
-    latent = latent_shape(args.vae, args.resolution)
     run = Run(args)
-    nets, state = build(args, run)
-    run.begin(state, {"data": data.fingerprint, "loss": asdict(loss)}, gan_start=first_gan_step(loss))
+    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    latent = latent_shape(source, args.resolution)
+    if args.stats_only:
+        measure(args, run, source, data)
+        run.end()
+        return
+    nets, state = build(args, run, source)
+    identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": asdict(source.config)}
+    run.begin(state, identity, gan_start=first_gan_step(loss))
     cfg = VAEStepConfig(loss=loss, autocast=autocast_factory(run.device, args.mixed_precision))
     shown = evenly_spaced(data, 32)
 
@@ -109,7 +143,7 @@ def main() -> None:
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
 
-    write_vae(args, run, nets, data)
+    write_vae(args, run, unwrap(nets.vae), unwrap(nets.discriminator), data)
     run.end()
 
 

@@ -30,9 +30,9 @@ from training.autoencoding import update_discriminator
 from training.diffusion import TransformerNets, encoder_tokens, update_transformer
 from training.distributed import frozen_call
 from training.ema import copy_for_ema
-from training.networks import latent_shape
 from training.randomness import Draws, Rows
 from training.run import Batch
+from training.vae_weights import latent_shape, open_vae
 
 IMAGES = 2  # that are counted at a time
 SAMPLING_STEPS = 250
@@ -64,7 +64,7 @@ def build_nets(
     optimizer: Callable[[nn.Module], object] = lambda network: BackwardOnly(),
 ) -> JointNets:
     """The untrained networks of the joint step, by their rows in the registries, on torch's default device."""
-    channels, side, _ = latent_shape(vae, resolution)
+    channels, side, _ = latent_shape(open_vae(vae, None, offline=True), resolution)
     specs = encoder_specs(enc_type).values()
     vae, discriminator = build_vae(vae), PatchDiscriminator()
     widths = tuple(spec.embed_dim for spec in specs)
@@ -85,7 +85,7 @@ def build_nets(
 
 def build_batch(vae: str, resolution: int, images: int = IMAGES) -> tuple[Batch, Draws]:
     """Images, cached moments and draws, on torch's default device; all zero."""
-    noise = torch.zeros(images, *latent_shape(vae, resolution))
+    noise = torch.zeros(images, *latent_shape(open_vae(vae, None, offline=True), resolution))
     pixels = torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8)
     labels = torch.zeros(images, dtype=torch.int64)
     draws = Draws(noise, noise, torch.zeros(images), labels.bool())

@@ -34,6 +34,7 @@ from training.previews import decode_pixels
 from training.randomness import Draws, Rows
 from training.run import Batch, Run
 from training.sampling import Sampling, cast_weights, sample_pixels
+from training.vae_weights import latent_shape, open_vae
 from transport import diffusion_loss, interpolate
 
 READ, READ_AT_ONCE = 4096, 32  # images of a call, and of a batch
@@ -82,7 +83,8 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     """The networks of a joint run on the workspace in `folder`, and its first batch."""
     args = train_repae.parse_args(training_flags(folder, setting, "benchmark"))
     run = Run(args)
-    nets, _ = train_repae.build(args, run)
+    source = open_vae(args.vae, args.vae_ckpt, offline=True)
+    nets, _ = train_repae.build(args, run, source)
     sampled = copy.deepcopy(nets.ema)
     cast_weights(sampled, setting.precision)
     compile_in_place(sampled.blocks, args, run.device)
@@ -90,7 +92,7 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
     rows = Rows(0, setting.batch)
-    draws = transformer_draws(args, 1, rows).to(run.device)
+    draws = transformer_draws(args, latent_shape(source, args.resolution), 1, rows).to(run.device)
     moments = torch.cat([draws.posterior, draws.noise.abs()], dim=1)
     loaded = to_device([torch.stack(pixels), torch.tensor(labels)], run.device)
     return Networks(nets, sampled, cfg, Batch(*loaded, 0, rows, moments), draws)

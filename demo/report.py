@@ -20,7 +20,8 @@ from demo.run import SAMPLES_A_CLASS
 from files import replace_text
 from metrics.images import psnr
 from models.autoencoder import pixels_to_image
-from training.networks import load_lpips, load_vae
+from training.networks import load_lpips
+from training.vae_weights import load_vae, open_vae
 
 VAE = "f4d4-small"
 SHOWN, A_ROW = 20, 10
@@ -40,7 +41,8 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
     logs = {run: read_metrics(folder / run / "metrics.jsonl") for run in RUNS}
     vaes = {"before": folder / "vae/vae.pt", "after": folder / "e2e-vae/e2e-vae.pt"}
     pixels = torch.stack([test[i][0] for i in range(len(test))])
-    coded = {name: reconstruct(load_vae(VAE, str(path)).eval(), pixels) for name, path in vaes.items()}
+    networks = {name: load_vae(open_vae(VAE, str(path), offline=True)).eval() for name, path in vaes.items()}
+    coded = {name: reconstruct(vae, pixels) for name, vae in networks.items()}
     lpips = load_lpips(str(root / "pretrained/demo/vgg16-features.pt"))
     quality = {name: measure(pixels, recon, lpips) for name, (_, recon) in coded.items()}
     shown = torch.arange(SHOWN) * len(test) // SHOWN

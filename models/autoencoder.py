@@ -3,7 +3,7 @@
 State-dict keys are those of the CompVis AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,27 +18,41 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """One row of the registry: `levels` multiplies `width` level by level, from full resolution down."""
+    """An architecture. `widths` are the channels level by level, from full resolution down.
+
+    A decoder's level has a block more than `encoder_blocks`.
+    `scaling_factor` and `shift_factor` are the published normaliser, z_norm = (z - shift)·scaling, where all published
+    weights of the architecture have the same one; they are no part of what two architectures are compared by.
+    """
 
     z_channels: int
-    levels: tuple[int, ...]
-    width: int = 128
+    widths: tuple[int, ...]
     encoder_blocks: int = 2
     attention_levels: tuple[int, ...] = ()
+    middle_attention: bool = True
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    norm_groups: int = 32
+    scaling_factor: float | None = field(default=None, compare=False)
+    shift_factor: float = field(default=0.0, compare=False)
 
     @property
     def downsampling(self) -> int:
         """How many times smaller than the image a side of the latent is."""
-        return 2 ** (len(self.levels) - 1)
+        return 2 ** (len(self.widths) - 1)
 
 
+F8 = (128, 256, 512, 512)
+NO_QUANT = {"quant_conv": False, "post_quant_conv": False}
 VAE_CONFIGS = {
-    "f8d4": VAEConfig(4, (1, 2, 4, 4)),
-    "f16d32": VAEConfig(32, (1, 1, 2, 2, 4), attention_levels=(4,)),
+    "f8d4": VAEConfig(4, F8),
+    "f16d32": VAEConfig(32, (128, 128, 256, 256, 512), attention_levels=(4,)),
+    "flux-f8d16": VAEConfig(16, F8, **NO_QUANT, scaling_factor=0.3611, shift_factor=0.1159),
+    "sd35-f8d16": VAEConfig(16, F8, **NO_QUANT, scaling_factor=1.5305, shift_factor=0.0609),
     # for images of 32 and 64 pixels
-    "f4d4-small": VAEConfig(4, (1, 2, 2), width=64, encoder_blocks=1),
-    "f8d4-small": VAEConfig(4, (1, 2, 2, 4), width=64, encoder_blocks=1),
-    "f4d4-tiny": VAEConfig(4, (1, 1, 1), width=32, encoder_blocks=1),
+    "f4d4-small": VAEConfig(4, (64, 128, 128), encoder_blocks=1),
+    "f8d4-small": VAEConfig(4, (64, 128, 128, 256), encoder_blocks=1),
+    "f4d4-tiny": VAEConfig(4, (32, 32, 32), encoder_blocks=1),
 }
 
 
@@ -62,19 +76,19 @@ class Posterior(NamedTuple):
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum((1, 2, 3))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(groups: int, channels: int) -> nn.GroupNorm:
     """The autoencoder's one kind of normalisation."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """Two GroupNorm-swish-convolution stages with a skip connection."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -88,9 +102,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over positions, with 1x1 convolutions as projections."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -131,10 +145,11 @@ class Level(nn.Module):
     With `recompute`, each is computed again in the backward pass.
     """
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool):
+    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, groups: int):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else channels, channels) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+        before = [in_channels, *[channels] * (blocks - 1)]
+        self.block = nn.ModuleList(ResnetBlock(width, channels, groups) for width in before)
+        self.attn = nn.ModuleList(AttnBlock(channels, groups) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor, recompute: bool) -> Tensor:
         for i, block in enumerate(self.block):
@@ -144,15 +159,13 @@ class Level(nn.Module):
         return x
 
 
-def middle(channels: int) -> nn.ModuleDict:
-    """The bottleneck of encoder and decoder: block, attention, block, applied in this order."""
-    return nn.ModuleDict(
-        {
-            "block_1": ResnetBlock(channels, channels),
-            "attn_1": AttnBlock(channels),
-            "block_2": ResnetBlock(channels, channels),
-        }
-    )
+def middle(config: VAEConfig) -> nn.ModuleDict:
+    """The bottleneck of encoder and decoder: block, attention (if the architecture has it), block, in this order."""
+    channels, groups = config.widths[-1], config.norm_groups
+    modules = {"block_1": ResnetBlock(channels, channels, groups)}
+    if config.middle_attention:
+        modules["attn_1"] = AttnBlock(channels, groups)
+    return nn.ModuleDict({**modules, "block_2": ResnetBlock(channels, channels, groups)})
 
 
 class Encoder(nn.Module):
@@ -165,16 +178,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.width * m for m in config.levels]
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        widths, groups = config.widths, config.norm_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
-        for i, (previous, width) in enumerate(zip([config.width, *widths], widths, strict=False)):
-            level = Level(previous, width, config.encoder_blocks, i in config.attention_levels)
+        for i, (previous, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            level = Level(previous, width, config.encoder_blocks, i in config.attention_levels, groups)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = middle(config)
+        self.norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,17 +211,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.width * m for m in config.levels]
+        widths, groups = config.widths, config.norm_groups
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
+        self.mid = middle(config)
         self.up = nn.ModuleList()
         for i, (width, previous) in enumerate(zip(widths, [*widths[1:], widths[-1]], strict=True)):
-            level = Level(previous, width, config.encoder_blocks + 1, i in config.attention_levels)
+            level = Level(previous, width, config.encoder_blocks + 1, i in config.attention_levels, groups)
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
-        self.norm_out = group_norm(config.width * config.levels[0])
-        self.conv_out = nn.Conv2d(config.width * config.levels[0], 3, 3, padding=1)
+        self.norm_out = group_norm(groups, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
@@ -229,8 +242,9 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        moments, channels = 2 * config.z_channels, config.z_channels
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.post_quant_conv else nn.Identity()
         channels_last(self)
 
     def encode(self, image: Tensor) -> Posterior:

@@ -413,7 +413,7 @@ def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
         [*TINY, *TINY_SIT, "--exp-name", "x", "--enc-type", f"{TIMM},efficientnet-lite0", "--resample-tokens"]
         + ["--enc-ckpt", f"{TIMM}={save(timm_weights(), tmp_path / 'weights.pth')}"]
     )
-    nets = build_transformer_nets(args, Recorder(), (torch.ones(4), torch.zeros(4)))
+    nets = build_transformer_nets(args, Recorder(), (4, 8, 8), (torch.ones(4), torch.zeros(4)))
     assert Recorder.prepared == [nets.sit]
     assert [encoder.spec.model for encoder in nets.encoders] == ["test_vit.r160_in1k", "tf_efficientnet_lite0"]
     own = {id(parameter) for encoder in nets.encoders for parameter in encoder.parameters()}

@@ -21,8 +21,9 @@ from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run, torchrun
 from training.checkpoint import TrainingState, read_checkpoint
 from training.feature_networks import load_encoder, load_inception
-from training.networks import load_lpips, load_vae
+from training.networks import load_lpips
 from training.run import Run
+from training.vae_weights import load_vae, open_vae
 
 LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0)
 FD = "fd_efficientnet_lite0"
@@ -272,7 +273,8 @@ def test_reconstruction(tmp_path, vgg_weights):
     values = result["metrics"]
     assert list(values) == ["psnr", "ssim", "lpips", f"r{FD}"]
     pixels = torch.stack([open_images(data_dir)[i][0] for i in range(9)])
-    vae, lpips = load_vae(published.VAE, str(vae_path)).eval(), load_lpips(str(vgg_weights))
+    vae = load_vae(open_vae(published.VAE, str(vae_path), offline=True)).eval()
+    lpips = load_lpips(str(vgg_weights))
     with torch.no_grad():
         posterior = vae.encode(pixels_to_image(pixels))
         recon = image_to_pixels(vae.decode(posterior.mean))

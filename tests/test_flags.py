@@ -19,6 +19,7 @@ from training import cli
 from training.checkpoint import vae_files, write_atomically
 from training.networks import transformer_draws
 from training.randomness import Rows, step_draws
+from training.vae_weights import open_vae
 
 COMMON = {
     "output_dir": "exps",
@@ -115,6 +116,7 @@ CACHE_TOKENS = {
     "offline": False,
 }
 GENERATE = {
+    "offline": False,
     "global_seed": 0,
     "tf32": True,
     "sample_dir": Path("samples"),
@@ -191,12 +193,14 @@ def test_defaults_of_caching_extraction_and_sampling():
         **CACHE,
         "vae_ckpt_path": path,
         "compile": True,
+        "offline": False,
     }
     names = {"enc_type": "mae-vit-l", "tokens_name": "mae"}
     tokens = cache_tokens.parse_args(["--enc-type", "mae-vit-l", "--tokens-name", "mae"])
     assert vars(tokens) == {**CACHE_TOKENS, **names}
     assert vars(generate.parse_args(["--exp-path", "run"])) == {**GENERATE, "exp_path": Path("run")}
     expected = {"repae_ckpt": Path(path), "vae_name": "e2e-vae", "save_dir": Path("exps")}
+    expected |= {"vae": None, "vae_ckpt": None, "format": "pt", "offline": False}
     assert vars(save_vae_weights.parse_args(["--repae-ckpt", path])) == expected
 
 
@@ -205,7 +209,7 @@ def test_defaults_of_joint_training():
 
 
 def test_defaults_of_vae_training():
-    expected = {**COMMON, "max_train_steps": 100000, "vae_ckpt": None, "exp_name": "x"}
+    expected = {**COMMON, "max_train_steps": 100000, "vae_ckpt": None, "exp_name": "x", "stats_only": False}
     assert vars(train_vae.parse_args(["--exp-name", "x"])) == expected
 
 
@@ -244,7 +248,8 @@ def built(tmp_path, vgg_weights):
         --adam-epsilon 1e-6 --max-grad-norm 2 --mixed-precision fp16 --gradient-accumulation-steps 3
         --lpips-vgg-ckpt {vgg_weights}"""
     args = train_repae.parse_args(flags.split())
-    return args, stats, train_repae.build(args, OneProcess())[0]
+    source = open_vae(args.vae, args.vae_ckpt, offline=True)
+    return args, stats, train_repae.build(args, OneProcess(), source)[0]
 
 
 def test_flags_reach_the_networks_and_the_optimisers(built):
@@ -274,10 +279,10 @@ def test_flags_reach_the_step(built):
 def test_flags_reach_the_draws(built):
     args, _, _ = built
     rows = Rows(1, args.batch_size)
-    draws = transformer_draws(args, 4, rows)
+    draws = transformer_draws(args, (4, 8, 8), 4, rows)
     expected = step_draws(args.seed, 4, rows, (4, 8, 8), "lognormal", "cosine", 0.2)
     assert all(torch.equal(a, b) for a, b in zip(draws, expected, strict=True))
-    assert not torch.equal(draws.noise, transformer_draws(args, 5, rows).noise)
+    assert not torch.equal(draws.noise, transformer_draws(args, (4, 8, 8), 5, rows).noise)
 
 
 @pytest.mark.parametrize(

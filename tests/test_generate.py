@@ -530,7 +530,7 @@ def test_a_checkpoint_without_label_dropping_has_no_guidance(tmp_path):
 def test_flags_that_did_not_exist_mean_what_was_done_then():
     with torch.device("meta"):
         ema = SiT_models["SiT-S/2"](qk_norm=True).state_dict()
-    sit = load_transformer(ema, {**REFERENCE_DEFAULTS, "model": "SiT-S/2", "vae": "f8d4"}, "ema")
+    sit = load_transformer(ema, {**REFERENCE_DEFAULTS, "model": "SiT-S/2"}, (4, 32, 32), "ema")
     assert (sit.input_size, sit.num_classes, sit.null_label) == (32, 1000, 1000)
     assert any("q_norm" in key for key in sit.state_dict())
     assert REFERENCE_DEFAULTS["path_type"] == "linear"

@@ -24,7 +24,6 @@ from training.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
-    read_latent_statistics,
     training_flags,
     vae_files,
     write_atomically,
@@ -35,6 +34,7 @@ from training.metrics_log import finite_or_null, truncate_log
 from training.precision import Optimizer, autocast_factory
 from training.previews import reconstruction_grid, sample_grid
 from training.randomness import BatchOrder, Rows, shuffled, step_draws
+from training.vae_weights import read_latent_statistics
 
 CPU = torch.device("cpu")
 

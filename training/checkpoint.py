@@ -190,27 +190,18 @@ def vae_files(weights: str | Path) -> VAEFiles:
     )
 
 
-def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tensor, Tensor]:
-    """latents_scale and latents_bias, (1,C,1,1) float32 each, from the file beside `vae_weights`.
+def write_new(parts: dict[Path, dict[str, Tensor]]) -> list[Path]:
+    """Write state dicts by file, and return the files; what is there with the same content stays.
 
     Raises:
-        UserError: the file is missing or does not fit a latent of `channels` channels.
+        UserError: a file is there and holds other values. Nothing is written then.
     """
-    path = vae_files(vae_weights).statistics
-    if not path.is_file():
-        raise UserError(
-            f"latent statistics {path}: no such file; train_vae.py and save_vae_weights.py write it beside the VAE's "
-            "weights"
-        )
-    stats = read_checkpoint(path, "latent statistics")
-    values = []
-    for key in ("latents_scale", "latents_bias"):
-        value = stats.get(key) if isinstance(stats, dict) else None
-        if not isinstance(value, Tensor) or value.numel() != channels:
-            found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-            raise UserError(f"latent statistics {path}: {key} is {found}, expected a tensor of {channels} values")
-        values.append(value.float().reshape(1, channels, 1, 1))
-    return values[0], values[1]
+    for path, part in parts.items():
+        if path.exists() and fingerprint(read_checkpoint(path)) != fingerprint(part):
+            raise UserError(f"{path} is there and differs; delete it, or choose another name")
+    for path, part in parts.items():
+        write_atomically(part, path)
+    return list(parts)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

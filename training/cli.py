@@ -45,6 +45,38 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, be
     return check
 
 
+def model(name: str) -> str:
+    """An argparse type: a row of the transformers, or one without its patch size, which the VAE then decides."""
+    from models.sit import SIT_SIZES, SiT_models
+
+    return one_of("model", [*SiT_models, *SIT_SIZES])(name)
+
+
+def vae(name: str) -> str:
+    """An argparse type: a row of the VAEs, or diffusers:PATH_OR_ID."""
+    from models.autoencoder import VAE_CONFIGS
+    from training.vae_weights import DIFFUSERS
+
+    if name.startswith(DIFFUSERS) and name != DIFFUSERS:
+        return name
+    return one_of("VAE", VAE_CONFIGS)(name)
+
+
+class VAEName(argparse.Action):
+    """Store the name of a VAE; one of diffusers has its weights with it, unless another flag names others."""
+
+    def __init__(self, *args, weights: str, **options):
+        super().__init__(*args, type=vae, metavar="NAME", **options)
+        self.weights = weights
+
+    def __call__(self, parser, namespace, name, option_string=None):
+        from training.vae_weights import DIFFUSERS
+
+        setattr(namespace, self.dest, name)
+        if name.startswith(DIFFUSERS) and getattr(namespace, self.weights) == parser.get_default(self.weights):
+            setattr(namespace, self.weights, name.removeprefix(DIFFUSERS))
+
+
 def checked(text: str, check: Callable[[str], object]) -> str:
     """`text`, if `check` has nothing against it; argparse's error, if it raises a UserError."""
     try:
@@ -91,6 +123,7 @@ def enc_ckpt(text: str) -> str:
     return text
 
 
+VAE_WEIGHTS = "weights: a file with its statistics beside, a folder of diffusers, or ORGANISATION/NAME on the hub"
 POSITIVE = number(int, at_least=1)
 COUNT = number(int, at_least=0)
 RATE = number(float, above=0)
@@ -196,14 +229,16 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_transformer_flags(parser: argparse.ArgumentParser, model: str) -> None:
+def add_transformer_flags(parser: argparse.ArgumentParser, default_model: str) -> None:
     """The transformer, its diffusion objective and its alignment."""
-    from models.sit import SiT_models
     from transport import PATH_TYPES, WEIGHTINGS
 
     group = parser.add_argument_group("transformer")
     group.add_argument(
-        "--model", default=model, type=one_of("model", SiT_models), help="SiT size and patch (default: %(default)s)"
+        "--model",
+        default=default_model,
+        type=model,
+        help="SiT size and patch; without a patch the VAE decides it (default: %(default)s)",
     )
     group.add_argument("--num-classes", type=POSITIVE, default=1000, help="(default: %(default)s)")
     group.add_argument(
@@ -304,13 +339,9 @@ def add_feature_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_reconstruction_flags(parser: argparse.ArgumentParser) -> None:
     """A VAE and the images that it reconstructs, for evaluate.py."""
-    from models.autoencoder import VAE_CONFIGS
-
     group = parser.add_argument_group("reconstruction")
-    group.add_argument("--vae", help="weights of a VAE, whose reconstructions are measured instead of samples")
-    group.add_argument(
-        "--vae-arch", default="f8d4", type=one_of("VAE", VAE_CONFIGS), help="its architecture (default: %(default)s)"
-    )
+    group.add_argument("--vae", help=f"VAE whose reconstructions are measured instead of samples: {VAE_WEIGHTS}")
+    add_vae_name(group, "--vae-arch", "f8d4", "vae")
     group.add_argument("--data-dir", help="output of preprocessing.py, of images that it was not trained on")
     add_lpips_flag(group)
 
@@ -386,17 +417,17 @@ def add_joint_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vae_name(group, flag: str, default: str | None, weights: str) -> None:
+    """`flag` names a VAE's architecture, and with diffusers:PATH_OR_ID what the flag of destination `weights` does."""
+    names = "a row of VAE_CONFIGS, or diffusers:PATH_OR_ID with its weights"
+    group.add_argument(flag, default=default, action=VAEName, weights=weights, help=f"{names} (default: %(default)s)")
+
+
 def add_vae_flags(parser: argparse.ArgumentParser, vae: str, vae_ckpt: str | None) -> None:
     """Which VAE, and its weights."""
-    from models.autoencoder import VAE_CONFIGS
-
     group = parser.add_argument_group("VAE")
-    group.add_argument(
-        "--vae", default=vae, type=one_of("VAE", VAE_CONFIGS), help="architecture (default: %(default)s)"
-    )
-    group.add_argument(
-        "--vae-ckpt", default=vae_ckpt, help="weights, with their statistics beside (default: %(default)s)"
-    )
+    add_vae_name(group, "--vae", vae, "vae_ckpt")
+    group.add_argument("--vae-ckpt", default=vae_ckpt, help=f"{VAE_WEIGHTS} (default: %(default)s)")
 
 
 def add_latent_flags(parser: argparse.ArgumentParser) -> None:

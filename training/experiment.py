@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
+from models.autoencoder import AutoencoderKL, VAEConfig
 from models.sit import SiT, SiT_models
 from training.checkpoint import (
     BEST_CHECKPOINT,
@@ -19,12 +19,11 @@ from training.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
-    read_latent_statistics,
     strip_prefixes,
     training_flags,
     vae_files,
 )
-from training.networks import latent_shape, load_vae
+from training.vae_weights import VAESource, latent_shape, load_vae, open_vae, read_latent_statistics
 
 # what runs did whose args.json lacks the flag
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
@@ -40,10 +39,13 @@ class Experiment(NamedTuple):
     vae: AutoencoderKL
 
 
-def load_experiment(exp_path: Path, step: int | str | None, vae_ckpt: str | None) -> Experiment:
+def load_experiment(
+    exp_path: Path, step: int | str | None = None, vae_ckpt: str | None = None, offline: bool = False
+) -> Experiment:
     """The experiment in a run's folder at `step` ("best", or None: its latest checkpoint), in eval mode on the CPU.
 
-    A joint run's checkpoint holds its VAE. A frozen-VAE run's VAE is the one its flags name, or `vae_ckpt`.
+    A joint run's checkpoint holds its VAE. A frozen-VAE run's VAE is the one its flags name, or `vae_ckpt`, whatever
+    --vae-ckpt takes.
 
     Raises:
         UserError: something is missing, damaged, of another architecture, or the VAE is not the one trained with.
@@ -53,22 +55,21 @@ def load_experiment(exp_path: Path, step: int | str | None, vae_ckpt: str | None
     if not isinstance(checkpoint.get("ema"), dict):
         raise UserError(f"{path}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
-    for key, table in (("model", SiT_models), ("vae", VAE_CONFIGS)):
+    for key in ("model", "vae"):
         if key not in flags:
             raise UserError(f"{path}: its run's flags do not name --{key}; put the run's args.json into {exp_path}")
-        if flags[key] not in table:
-            raise UserError(f"{path}: " + unknown_name(key, str(flags[key]), table))
+    if flags["model"] not in SiT_models:
+        raise UserError(f"{path}: " + unknown_name("model", str(flags["model"]), SiT_models))
+    source = trained_vae(checkpoint, flags, vae_ckpt, path, offline)
     ema = strip_prefixes(checkpoint["ema"])
     ema = {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
-    sit = load_transformer(ema, flags, f"{path}: ema")
+    sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: ema")
     if isinstance(checkpoint.get("vae"), dict):
-        if vae_ckpt is not None:
-            raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
-        vae = build_vae(flags["vae"])
+        vae = AutoencoderKL(source.config)
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
-        vae = load_frozen_vae(flags, vae_ckpt, ema_latent_statistics(ema, str(path)), known)
+        vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
     name = Path(os.path.abspath(exp_path)).name  # of a link, not of what it points to
     return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
 
@@ -90,9 +91,28 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     return path
 
 
-def load_transformer(ema: dict[str, Tensor], flags: dict, source: str) -> SiT:
-    """The transformer with the weights `ema`, without projectors; null label and q/k norm are what the weights have."""
-    latent = latent_shape(flags["vae"], flags["resolution"])
+def trained_vae(checkpoint: dict, flags: dict, vae_ckpt: str | None, path: Path, offline: bool) -> VAESource:
+    """The VAE of a run's checkpoint: its architecture, and where its weights lie unless the checkpoint holds them.
+
+    Raises:
+        UserError: it is unknown, or not there; or `vae_ckpt` names one though the checkpoint holds it.
+    """
+    if isinstance(checkpoint.get("vae"), dict) and vae_ckpt is not None:
+        raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
+    architecture = (checkpoint.get("identity") or {}).get("architecture")
+    known = None if architecture is None else VAEConfig(**architecture)
+    weights = None if isinstance(checkpoint.get("vae"), dict) else vae_ckpt or flags.get("vae_ckpt")
+    try:
+        return open_vae(str(flags["vae"]), weights, offline, known)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int, int], source: str) -> SiT:
+    """The transformer with the weights `ema` for latents (C,h,w), without projectors.
+
+    Null label and q/k norm are what the weights have.
+    """
     ema = {key: value for key, value in ema.items() if not key.startswith("projectors.")}
     table = ema.get("y_embedder.embedding_table.weight")
     has_null = table is not None and len(table) > flags["num_classes"]
@@ -113,17 +133,15 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, source: str) -> SiT:
     return sit.eval().requires_grad_(False)
 
 
-def load_frozen_vae(
-    flags: dict, vae_ckpt: str | None, trained: tuple[Tensor, Tensor], known: str | None
-) -> AutoencoderKL:
+def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> AutoencoderKL:
     """The VAE of a frozen-VAE run: the fingerprint of its weights must be `known`, if that is; its statistics, if they
     are beside it, those that the transformer was `trained` with."""
-    path = vae_ckpt or flags.get("vae_ckpt")
-    if path is None or not Path(path).is_file():
+    path = source.weights
+    if path is None or not path.is_file():
         raise UserError(
             f"the run was trained on the VAE {path}, which is not there; say where it lies by --vae-ckpt FILE"
         )
-    vae = load_vae(flags["vae"], path)
+    vae = load_vae(source)
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
         beside = read_latent_statistics(path, trained[0].numel())

@@ -12,7 +12,7 @@ from models.numerics import distributed_world_size
 # flags that may differ from machine to machine; the content of these files is in the checkpoint, or is compared
 PLACES = {
     *("output_dir", "logging_dir", "data_dir", "eval_reference", "inception_weights"),
-    *("vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt", "wandb_history_path"),
+    *("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt", "wandb_history_path"),
     *("num_workers", "offline", "continue_train_exp_dir"),
 }
 # the flags that a continued run may change; every other one would make it another run
@@ -34,6 +34,7 @@ IDENTITY = {
     "data": "images than --data-dir holds",
     "latents": "latents than --vae-latents-name holds",
     "vae": "weights than --vae-ckpt holds",
+    "architecture": "VAE architecture than --vae names",
     "loss": "weights in --loss-cfg-path",
     "encoders": "weights of the encoders",
     "draws": "random numbers, by another version of this code",

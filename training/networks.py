@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from downloads import download, is_offline
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae
+from models.autoencoder import VAEConfig
 from models.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from models.encoders import encoder_specs
 from models.sit import SiT, SiT_models
@@ -23,30 +23,7 @@ from training.encoder_weights import load_encoders
 from training.precision import Optimizer, autocast_factory
 from training.randomness import Draws, Rows, step_draws
 from training.run import Run
-
-
-def latent_shape(vae: str, resolution: int) -> tuple[int, int, int]:
-    """(C, h, w) of registry row `vae`'s latents for images of `resolution` pixels.
-
-    Raises:
-        UserError: the VAE's factor does not divide the resolution.
-    """
-    config = VAE_CONFIGS[vae]
-    if resolution % config.downsampling:
-        raise UserError(f"--resolution {resolution} is no multiple of {config.downsampling}, which --vae {vae} needs")
-    side = resolution // config.downsampling
-    return config.z_channels, side, side
-
-
-def load_vae(name: str, path: str | None) -> AutoencoderKL:
-    """The autoencoder of registry row `name`, fresh or with the weights at `path`."""
-    vae = build_vae(name)
-    if path is not None:
-        weights = read_checkpoint(path, "VAE weights")
-        if isinstance(weights.get("vae"), dict):
-            raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
-        load_weights(vae, weights, f"VAE weights {path} for the architecture {name}")
-    return vae
+from training.vae_weights import VAESource, load_vae
 
 
 def load_discriminator(path: str | None) -> PatchDiscriminator:
@@ -120,15 +97,27 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
     return sit
 
 
-def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple[Tensor, Tensor]) -> TransformerNets:
+def choose_patch(args: argparse.Namespace, config: VAEConfig) -> None:
+    """Complete a --model without a patch size by the one that makes a token of 16 x 16 pixels, as encoders have them.
+
+    At a downsampling of 8 SiT-XL becomes SiT-XL/2, at 16 or more SiT-XL/1.
+    """
+    if args.model not in SiT_models:
+        args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
+
+
+def build_transformer_nets(
+    args: argparse.Namespace, run: Run, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]
+) -> TransformerNets:
     """The transformer, its average, its encoders and its optimiser as the flags say, on this process's device.
 
-    Where the encoders' tokens are cached there are no encoders.
+    It is for latents (C,h,w) with these statistics (scale, bias). Where the encoders' tokens are cached there are no
+    encoders.
 
     Raises:
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
     """
-    sit = build_transformer(args, latent_shape(args.vae, args.resolution), statistics)
+    sit = build_transformer(args, latent, statistics)
     cached = getattr(args, "cached_tokens", None) is not None
     encoders = [] if cached else load_encoders(args, sit.grid, run.device, say=run.print)
     ema = copy_for_ema(sit).to(run.device)
@@ -139,9 +128,8 @@ def build_transformer_nets(args: argparse.Namespace, run: Run, statistics: tuple
     return TransformerNets(sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
 
 
-def transformer_draws(args: argparse.Namespace, step: int, rows: Rows) -> Draws:
-    """The random numbers of 1-based `step` for these rows of the global batch."""
-    latent = latent_shape(args.vae, args.resolution)
+def transformer_draws(args: argparse.Namespace, latent: tuple[int, int, int], step: int, rows: Rows) -> Draws:
+    """The random numbers of 1-based `step` for these rows of the global batch, of latents (C,h,w)."""
     return step_draws(args.seed, step, rows, latent, args.weighting, args.path_type, args.cfg_prob)
 
 
@@ -178,13 +166,13 @@ def check_data(data, args: argparse.Namespace) -> None:
         raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
 
 
-def build_vae_nets(args: argparse.Namespace, run: Run) -> VAENets:
-    """The VAE, its discriminator, LPIPS and the optimisers that the flags ask for, on this process's device."""
+def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAENets:
+    """The VAE that was found, its discriminator, LPIPS and optimisers as the flags say, on this process's device."""
     if args.resolution < SMALLEST_IMAGE:
         raise UserError(
             f"--resolution {args.resolution} is too small for the discriminator, which needs at least {SMALLEST_IMAGE}"
         )
-    vae = load_vae(args.vae, args.vae_ckpt)
+    vae = load_vae(source)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
     # not the discriminator: computing again would move its running statistics twice

@@ -1,0 +1,139 @@
+"""The autoencoder in diffusers' layout: its config.json and the names of its weights, both ways.
+
+The networks are the same; diffusers' AutoencoderKL counts decoder levels from the coarsest, and its attention projects
+by linear layers where CompVis has 1x1 convolutions.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import AutoencoderKL, VAEConfig
+
+# ours -> diffusers', in this order
+RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    (r"\bdown\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
+    (r"\bdown\.(\d+)\.attn\.", r"down_blocks.\1.attentions."),
+    (r"\bdown\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"\bup\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
+    (r"\bup\.(\d+)\.attn\.", r"up_blocks.\1.attentions."),
+    (r"\bup\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
+    (r"\bmid\.attn_1\.", "mid_block.attentions.0."),
+    (r"\bmid\.block_(\d)\.", lambda match: f"mid_block.resnets.{int(match[1]) - 1}."),
+    (r"(coder\.)norm_out\.", r"\1conv_norm_out."),
+    (r"\bnin_shortcut\.", "conv_shortcut."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+)
+# as diffusers named attention's parts before version 0.15, in which SD-VAE is still published
+EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def diffusers_key(key: str, levels: int) -> str:
+    """diffusers' name of our weight `key` in an autoencoder of so many levels."""
+    key = re.sub(r"\bup\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", key)
+    for pattern, replacement in RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def is_diffusers_state(state: dict[str, Tensor]) -> bool:
+    """Whether weights bear diffusers' names."""
+    return any(key.startswith("encoder.down_blocks.") for key in state)
+
+
+def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """Our weights by diffusers' names, values untouched, laid out contiguously as safetensors wants them."""
+    renamed = {diffusers_key(key, len(config.widths)): value for key, value in state.items()}
+    return {
+        key: (value.flatten(1) if ".attentions." in key and value.ndim == 4 else value).contiguous()
+        for key, value in renamed.items()
+    }
+
+
+def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """Weights by diffusers' names, present or earlier ones, under ours; what is unknown keeps its name."""
+    with torch.device("meta"):
+        expected = AutoencoderKL(config).state_dict()
+    ours = {diffusers_key(key, len(config.widths)): key for key in expected}
+    found = {}
+    for key, value in state.items():
+        *place, part, kind = key.split(".")
+        if "attentions" in place and part in EARLIER_NAMES:
+            key = ".".join([*place, EARLIER_NAMES[part], kind])
+        key = ours.get(key, key)
+        is_projection = key in expected and expected[key].ndim == 4 and value.ndim == 2
+        found[key] = value[:, :, None, None] if is_projection else value
+    return found
+
+
+def from_diffusers_config(found: dict) -> VAEConfig:
+    """The architecture that a config.json of diffusers' AutoencoderKL describes, with its scaling and shift factor.
+
+    Raises:
+        ValueError: it is none, or one of a kind that this autoencoder cannot be.
+    """
+    # what diffusers takes where config.json is silent
+    defaults = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
+    config = {**defaults, "scaling_factor": 0.18215, **found}
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"describes a {kind}, expected an AutoencoderKL")
+    expected = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} is {config[key]!r}, expected {value!r}")
+    widths = config["block_out_channels"]
+    down = config.get("down_block_types", ["DownEncoderBlock2D"] * len(widths))
+    up = config.get("up_block_types", ["UpDecoderBlock2D"] * len(widths))
+    for kinds, known in (
+        (down, ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
+        (up, ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
+    ):
+        if len(kinds) != len(widths) or not set(kinds) <= set(known):
+            raise ValueError(f"blocks are {', '.join(kinds)}, expected {len(widths)} of {' or '.join(known)}")
+    attention = tuple(level for level, kind in enumerate(down) if kind.startswith("Attn"))
+    if attention != tuple(level for level, kind in enumerate(reversed(up)) if kind.startswith("Attn")):
+        raise ValueError("encoder and decoder have attention at different levels")
+    return VAEConfig(
+        z_channels=int(config["latent_channels"]),
+        widths=tuple(int(width) for width in widths),
+        encoder_blocks=int(config["layers_per_block"]),
+        attention_levels=attention,
+        middle_attention=bool(config.get("mid_block_add_attention", True)),
+        quant_conv=bool(config.get("use_quant_conv", True)),
+        post_quant_conv=bool(config.get("use_post_quant_conv", True)),
+        norm_groups=int(config["norm_num_groups"]),
+        scaling_factor=float(config["scaling_factor"]),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+    )
+
+
+def to_diffusers_config(config: VAEConfig, scale: Tensor, bias: Tensor, resolution: int) -> dict:
+    """config.json of diffusers' AutoencoderKL, with the latents' statistics: scale 1/std and bias mean, (1,C,1,1) each.
+
+    diffusers normalises by (z - latents_mean)·scaling_factor/latents_std, so scaling_factor is 1.
+    """
+    levels = range(len(config.widths))
+    prefix = {level: "Attn" if level in config.attention_levels else "" for level in levels}
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+        "block_out_channels": list(config.widths),
+        "down_block_types": [f"{prefix[level]}DownEncoderBlock2D" for level in levels],
+        "up_block_types": [f"{prefix[level]}UpDecoderBlock2D" for level in reversed(levels)],
+        "layers_per_block": config.encoder_blocks,
+        "latent_channels": config.z_channels,
+        "norm_num_groups": config.norm_groups,
+        "mid_block_add_attention": config.middle_attention,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.post_quant_conv,
+        "sample_size": resolution,
+        "scaling_factor": 1.0,
+        "latents_mean": bias.flatten().tolist(),
+        "latents_std": (1 / scale.double()).flatten().tolist(),
+    }

@@ -1,0 +1,276 @@
+"""VAEs from and to diffusers and single files: the same weights to the bit, the same pictures to rounding."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dataset import open_images
+from errors import UserError
+from hub import serving
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig, build_vae, pixels_to_image
+from models.diffusers_layout import (
+    EARLIER_NAMES,
+    from_diffusers_config,
+    from_diffusers_state,
+    to_diffusers_config,
+    to_diffusers_state,
+)
+from scripts import call, equal, records
+from training.checkpoint import fingerprint, read_checkpoint, vae_files, write_atomically
+from training.vae_weights import find_weights, known_statistics, latent_shape, load_vae, open_vae, write_diffusers
+
+# FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
+FLUX = {
+    "block_out_channels": (32, 32, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> str:
+    """The folder of a small VAE of FLUX's layout, written by diffusers."""
+    folder = tmp_path_factory.mktemp("flux")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(**FLUX).save_pretrained(folder)
+    return str(folder)
+
+
+def assert_same_network(ours: AutoencoderKL, theirs: diffusers.AutoencoderKL, side: int) -> None:
+    """Both encode and decode a picture alike, to 1e-5 of what comes out."""
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior, expected = ours.eval().encode(image), theirs.eval().encode(image).latent_dist
+        pictures = ours.decode(posterior.mean), theirs.decode(posterior.mean).sample
+    for found, wanted in ((posterior.mean, expected.mean), (posterior.logvar, expected.logvar), pictures):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", ["f8d4", "f16d32", "flux-f8d16", "f4d4-tiny"])
+def test_ours_to_diffusers_and_back(name, tmp_path):
+    torch.manual_seed(1)
+    vae, config = build_vae(name), VAE_CONFIGS[name]
+    scale = torch.rand(1, config.z_channels, 1, 1) + 0.3
+    bias = torch.randn(1, config.z_channels, 1, 1)
+    statistics = {"latents_scale": scale, "latents_bias": bias}
+    write_diffusers(tmp_path, vae.state_dict(), config, statistics, 256)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    assert_same_network(vae, theirs, 64)
+    assert theirs.config.scaling_factor == 1
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), bias.flatten())
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_std), 1 / scale.flatten())
+
+    source = open_vae(f"diffusers:{tmp_path}", str(tmp_path), offline=True)
+    assert source.config == config
+    assert equal(load_vae(source).state_dict(), vae.state_dict())
+    assert equal(known_statistics(source), (scale, bias))
+    assert open_vae(name, str(tmp_path), offline=True).config is config
+
+
+def test_every_kind_of_architecture_survives():
+    """Where diffusers' settings are not those of any row."""
+    config = VAEConfig(
+        5,
+        (24, 48, 24),
+        encoder_blocks=1,
+        attention_levels=(0, 2),
+        middle_attention=False,
+        quant_conv=False,
+        norm_groups=6,
+    )
+    torch.manual_seed(0)
+    vae, ones = AutoencoderKL(config), torch.ones(1, 5, 1, 1)
+    described = to_diffusers_config(config, ones, ones, 32)
+    assert from_diffusers_config(described) == config
+    theirs = diffusers.AutoencoderKL.from_config(described)
+    theirs.load_state_dict(to_diffusers_state(vae.state_dict(), config))
+    assert_same_network(vae, theirs, 32)
+    assert equal(from_diffusers_state(theirs.state_dict(), config), vae.state_dict())
+
+
+def test_earlier_names_of_attention(tmp_path):
+    """SD-VAE is published with them; diffusers itself renames them."""
+    vae = build_vae("f4d4-tiny")
+    state = to_diffusers_state(vae.state_dict(), vae.config)
+    for earlier, present in EARLIER_NAMES.items():
+        state = {key.replace(f".{present}.", f".{earlier}."): value for key, value in state.items()}
+    assert "encoder.mid_block.attentions.0.query.weight" in state
+    save_file(state, tmp_path / "vae.safetensors")
+    loaded = load_vae(open_vae("f4d4-tiny", str(tmp_path / "vae.safetensors"), offline=True))
+    assert equal(loaded.state_dict(), vae.state_dict())
+
+
+@pytest.mark.parametrize("form", ["ckpt", "whole model", "safetensors", "half"])
+def test_single_files(form, tmp_path):
+    torch.manual_seed(0)
+    vae = build_vae("f4d4-tiny")
+    state, path = vae.state_dict(), tmp_path / ("vae.ckpt" if form == "ckpt" else "vae.safetensors")
+    if form == "ckpt":  # an autoencoder of latent diffusion, with its loss and average
+        other = {"loss.discriminator.main.0.weight": torch.ones(1), "model_ema.decay": torch.ones(1)}
+        write_atomically({"state_dict": {**state, **other}, "epoch": 3}, path)
+    elif form == "whole model":
+        inside = {f"first_stage_model.{key}": value.contiguous() for key, value in state.items()}
+        save_file({**inside, "model.diffusion_model.out.weight": torch.ones(2)}, path)
+    else:
+        kind = torch.bfloat16 if form == "half" else torch.float32
+        save_file({key: value.to(kind).contiguous() for key, value in state.items()}, path)
+        state = {key: value.to(kind).float() for key, value in state.items()}
+    source = open_vae("f4d4-tiny", str(path), offline=True)
+    assert equal(load_vae(source).state_dict(), dict(state))
+    with pytest.raises(UserError, match="vae-latents-stats.pt: no such file; train_vae.py --stats-only measures"):
+        known_statistics(source)
+
+
+def test_published_normalisers(tmp_path, flux, capsys):
+    save_file({"weight": torch.ones(1)}, tmp_path / "ae.safetensors")
+    for name, scaling, shift in (("flux-f8d16", 0.3611, 0.1159), ("sd35-f8d16", 1.5305, 0.0609)):
+        scale, bias = known_statistics(open_vae(name, str(tmp_path / "ae.safetensors"), offline=True))
+        assert equal((scale, bias), (torch.full((1, 16, 1, 1), scaling), torch.full((1, 16, 1, 1), shift)))
+    scale, bias = known_statistics(open_vae(f"diffusers:{flux}", flux, offline=True))
+    assert (float(scale[0, 0]), float(bias[0, 0])) == pytest.approx((0.3611, 0.1159))
+    assert "published scaling factor 0.3611 and shift 0.1159" in capsys.readouterr().out
+
+
+def test_rows_of_flux_and_sd35():
+    with torch.device("meta"):
+        vae = build_vae("flux-f8d16")
+    assert sum(p.numel() for p in vae.parameters()) == 83_819_683
+    assert not [key for key in vae.state_dict() if "quant" in key]
+    assert latent_shape(open_vae("sd35-f8d16", None, offline=True), 512) == (16, 64, 64)
+
+
+def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
+    """Of a VAE alone and of a pipeline, at a revision; once there, nothing is asked any more."""
+    for name in ("CACHE", "CONSTANTS"):
+        monkeypatch.setattr(f"huggingface_hub.constants.HF_HUB_{name}", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    contents = {name: Path(flux, name).read_bytes() for name in names}
+    alone = {f"/some/vae/resolve/main/{name}": content for name, content in contents.items()}
+    inside = {f"/some/pipeline/resolve/v2/vae/{name}": content for name, content in contents.items()}
+    inside["/some/pipeline/resolve/v2/model_index.json"] = b"{}"
+    with serving({**alone, **inside}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        for repository in ("some/vae", "some/pipeline@v2"):
+            with pytest.raises(UserError, match=f"{repository} is not on this machine, and offline"):
+                find_weights(repository, offline=True)
+            path, config = find_weights(repository, offline=False)
+            assert path.read_bytes() == contents[names[1]]
+            assert from_diffusers_config(config).z_channels == 16
+        asked = len(hub.requests)
+        assert find_weights("some/pipeline@v2", offline=True)[0] == path
+        assert len(hub.requests) == asked
+        with pytest.raises(UserError, match="could not download some/other"):
+            find_weights("some/other", offline=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "describes a AutoencoderTiny, expected an AutoencoderKL"),
+        ({"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
+        ({"in_channels": 4}, "in_channels is 4, expected 3"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "expected 4 of UpDecoderBlock2D or AttnUpDecoderBlock2D"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "attention at different levels"),
+    ],
+)
+def test_architectures_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers_config({**FLUX, **change})
+
+
+@pytest.fixture(scope="module")
+def tuned(flux, joint, tmp_path_factory) -> Path:
+    """A joint run on the small VAE of FLUX's layout by the command line, with its folder."""
+    output, flags = joint
+    name = tmp_path_factory.mktemp("run").name
+    more = ("--vae", f"diffusers:{flux}", "--model", "SiT-XXS", "--exp-name", name)
+    flags = [*map(str, flags)]
+    for flag in ("--vae-ckpt", "--disc-pretrained-ckpt"):
+        del flags[flags.index(flag) : flags.index(flag) + 2]
+    assert call("train_repae.py", *flags, *more, "--max-train-steps", 2, "--num-workers", 0)[0] == 0
+    return output / name
+
+
+def test_a_vae_of_fluxs_layout_is_tuned_and_exported_again(tuned, flux, tmp_path, capsys):
+    run = tuned
+    args = json.loads((run / "args.json").read_text())
+    assert (args["model"], args["vae"], args["vae_ckpt"]) == ("SiT-XXS/2", f"diffusers:{flux}", flux)
+    assert len(records(run / "metrics.jsonl")) == 2
+    extraction = ("--repae-ckpt", run / "checkpoints/0000002.pt", "--vae-name", "tuned", "--save-dir", tmp_path)
+    for form in ("diffusers", "pt"):
+        assert call("save_vae_weights.py", *extraction, "--format", form) == (0, "")
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "tuned")
+    assert not theirs.config.use_quant_conv
+    before = diffusers.AutoencoderKL.from_pretrained(flux)
+    assert fingerprint(theirs.state_dict()) != fingerprint(before.state_dict())
+    checkpoint = read_checkpoint(run / "checkpoints/0000002.pt")
+    back = load_vae(open_vae(f"diffusers:{tmp_path / 'tuned'}", str(tmp_path / "tuned"), offline=True))
+    assert equal(dict(back.state_dict()), dict(checkpoint["vae"]))
+    assert_same_network(back, theirs, 32)
+    running = checkpoint["ema"]["bn.running_mean"], checkpoint["ema"]["bn.running_var"].sqrt()
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), running[0])
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_std), running[1])
+    # the other form holds the same, and is made of the first one as well
+    flags = ("--vae", f"diffusers:{tmp_path / 'tuned'}", "--vae-name", "again", "--save-dir", tmp_path)
+    assert call("save_vae_weights.py", *flags) == (0, "")
+    for suffix in (".pt", "-latents-stats.pt"):
+        first, again = (read_checkpoint(tmp_path / name / f"{name}{suffix}") for name in ("tuned", "again"))
+        assert equal(first, again)
+
+
+def test_what_was_tuned_is_sampled_cached_and_trained_on(tuned, flux, tmp_path, tiny_data):
+    run = tuned
+    sampled = ("--exp-path", run, "--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path, "--no-npz")
+    assert call("generate.py", *sampled)[0] == 0
+    exported = tmp_path / "vae"
+    saved = ("--repae-ckpt", run / "checkpoints/0000002.pt", "--format", "diffusers", "--vae-name", "vae")
+    assert call("save_vae_weights.py", *saved, "--save-dir", tmp_path)[0] == 0
+    caching = ("--vae-arch", f"diffusers:{exported}", "--vae-latents-name", "flux", "--data-dir", tiny_data)
+    assert call("cache_latents.py", *caching, "--output-dir", tmp_path, "--num-workers", 0)[0] == 0
+    assert json.loads((tmp_path / "flux/index.json").read_text())["shape"] == [16, 4, 4]
+
+
+def test_statistics_alone(flux, tiny_data, tmp_path):
+    flags = ("--stats-only", "--vae", f"diffusers:{flux}", "--exp-name", "flux", "--output-dir", tmp_path)
+    flags = (
+        *flags,
+        "--batch-size",
+        4,
+        "--data-dir",
+        tiny_data,
+        "--resolution",
+        32,
+        "--report-to",
+        "none",
+        "--num-workers",
+        0,
+    )
+    assert call("train_vae.py", *flags)[0] == 0
+    files = vae_files(tmp_path / "flux/flux.pt")
+    assert [path.is_file() for path in files] == [True, True, False]
+    source = open_vae(f"diffusers:{flux}", str(files.weights), offline=True)
+    vae, (scale, bias) = load_vae(source), known_statistics(source)
+    data = open_images(tiny_data)
+    with torch.no_grad():
+        posterior = vae.encode(pixels_to_image(torch.stack([data[i][0] for i in range(len(data))])))
+    torch.testing.assert_close(bias.flatten(), posterior.mean.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    second = (posterior.mean.square() + posterior.std.square()).mean((0, 2, 3)) - bias.flatten().square()
+    torch.testing.assert_close(scale.flatten(), second.rsqrt(), rtol=1e-3, atol=1e-5)
+    code, said = call("train_vae.py", *flags, "--vae", "f4d4-tiny", "--vae-ckpt", flux)
+    assert code == 2
+    assert "config.json describes another architecture than f4d4-tiny; take --vae diffusers:" in said
