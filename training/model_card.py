@@ -27,6 +27,7 @@ from training.checkpoint import (
 )
 from training.checkpoint_folder import read_note
 from training.metrics_log import is_record
+from training.vae_weights import CONFIG, DIFFUSERS, DIFFUSERS_FILES
 
 TEMPLATE = Path(__file__).parent.parent / "configs/model_card.md"
 LOGGED_STEPS = 100
@@ -51,7 +52,6 @@ TRAINING = {
     "loss": "loss_cfg_path",
 }
 NOT_REPEATED = {"resume_step", "wandb_history_path"}
-OF_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def write_model_card(folder: Path, name: str, checkpoint: dict, path: Path, metrics: list[Path]) -> list[Path]:
@@ -106,7 +106,7 @@ def fill(template: str, facts: dict) -> str:
 def uses(folder: Path, name: str, flags: dict) -> dict[str, str]:
     """How the files that are there are loaded, and which convention their latent statistics have."""
     files = vae_files(folder / f"{name}.pt")
-    is_diffusers = all((folder / file).is_file() for file in OF_DIFFUSERS)
+    is_diffusers = (folder / CONFIG).is_file() and (folder / DIFFUSERS_FILES[0]).is_file()
     facts = {"library": "diffusers" if is_diffusers else "pytorch"}
     conventions = []
     if files.statistics.is_file():
@@ -126,7 +126,7 @@ def uses(folder: Path, name: str, flags: dict) -> dict[str, str]:
         )
     if (arch := flags.get("vae")) is not None:
         weights = files.weights.name if files.weights.is_file() else name
-        arch = f"diffusers:{name}" if str(arch).startswith("diffusers:") else arch
+        arch = f"{DIFFUSERS}{name}" if str(arch).startswith(DIFFUSERS) else arch
         facts["project_commands"] = (
             f"python cache_latents.py --vae-arch {arch} --vae-ckpt-path {weights} --vae-latents-name {name}\n"
             f"accelerate launch train_ldm_only.py --vae {arch} --vae-ckpt {weights} --vae-latents-name {name} ..."
