@@ -20,6 +20,7 @@ from errors import Parser, run_script
 from models.autoencoder import AutoencoderKL, pixels_to_image
 from training.checkpoint import fingerprint
 from training.cli import VAE_WEIGHTS, add_caching_flags, add_offline_flag, add_vae_name
+from training.config import parse_flags
 from training.distributed import process_state
 from training.networks import compile_in_place, use_tf32
 from training.shard_caching import Cache, cache_images, check_name, describe_cache
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_caching_flags(parser)
     add_offline_flag(parser)
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "cache_latents")
     if args.vae_ckpt_path is None:
         parser.error("one of these is required: --vae-ckpt-path, --vae-arch diffusers:PATH_OR_ID")
     check_name(parser, "--vae-latents-name", args.vae_latents_name, args.output_dir, "latents")

@@ -25,6 +25,7 @@ from training.cli import (
     add_resample_flag,
     enc_type,
 )
+from training.config import parse_flags
 from training.distributed import process_state
 from training.encoder_weights import encoder_fingerprints, load_encoders
 from training.networks import use_tf32
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_resample_flag(parser)
     add_offline_flag(parser)
     add_caching_flags(parser)
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "cache_tokens")
     if len(encoder_specs(args.enc_type)) != 1:
         parser.error(f"--enc-type {args.enc_type}: expected one encoder; each has a folder of its own")
     if "," in args.tokens_name:

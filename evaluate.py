@@ -37,6 +37,7 @@ from sample_files import MANIFEST_FORMAT
 from training import cli
 from training.autoencoding import LatentMoments
 from training.checkpoint import fingerprint
+from training.config import parse_flags
 from training.distributed import process_state
 from training.feature_networks import FeatureNetwork, load_feature_networks
 from training.image_statistics import Reading, Reference, batches, open_reference, save_statistics, statistics_of
@@ -65,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--num-workers", type=cli.COUNT, default=4, help="reading processes of each (default: 4)")
     group.add_argument("--output", type=Path, help="the JSON file (default: beside samples or VAE, .metrics.json)")
     group.add_argument("--markdown", action="store_true", help="print the results as rows of a table")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "evaluate")
     check_flags(parser, args)
     return args
 

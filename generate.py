@@ -26,6 +26,7 @@ from files import locked, require_space, writing_behind, written_whole
 from sample_files import SampleFiles
 from training.checkpoint import fingerprint
 from training.cli import COUNT, POSITIVE, VAE_WEIGHTS, add_offline_flag, number
+from training.config import parse_flags
 from training.distributed import process_state
 from training.experiment import Experiment, load_experiment
 from training.networks import compile_in_place, use_tf32
@@ -79,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write a PNG file a sample")
     group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
     group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row a class of --classes")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "generate")
     if args.guidance_low >= args.guidance_high:
         parser.error(
             f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}; guidance acts "

@@ -36,6 +36,7 @@ from errors import Parser, UserError, run_script
 from files import locked, replace_text, require_space
 from image_files import opened_image
 from shards import is_made_by, refuse_other_shards, shard_name, write_shard
+from training.config import parse_flags
 
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
@@ -327,7 +328,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=256, help="side of the square images (default: 256)")
     parser.add_argument("--num-workers", type=int, default=16, help="parallel processes (default: 16)")
     parser.add_argument("--max-images", type=int, help="use only the first N files in sorted order")
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "preprocessing")
     for name in ("resolution", "num_workers", "max_images"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")

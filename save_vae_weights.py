@@ -31,6 +31,7 @@ from training.checkpoint import (
     vae_files,
     write_new,
 )
+from training.config import parse_flags
 from training.vae_weights import known_statistics, load_vae, open_vae, write_diffusers
 
 
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--format", default="pt", choices=("pt", "diffusers"), help="this project's three files, or diffusers' folder"
     )
     cli.add_offline_flag(parser)
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv, "save_vae_weights")
     if (args.repae_ckpt is None) == (args.vae_ckpt is None):
         parser.error("one of these is required: --repae-ckpt, or --vae NAME --vae-ckpt PATH, or --vae diffusers:PATH")
     if args.vae_ckpt is not None and args.vae is None:

@@ -21,6 +21,7 @@ from training import cli
 from training.autoencoding import detached
 from training.cached_tokens import open_cached_tokens
 from training.checkpoint import TrainingState, fingerprint
+from training.config import parse_flags
 from training.diffusion import (
     TransformerNets,
     TransformerStepConfig,
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_latent_flags(parser)
     cli.add_transformer_flags(parser, default_model="SiT-XL/1")
     cli.add_optimisation_flags(parser)
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv, "train_ldm_only")
 
 
 def open_data(args: argparse.Namespace, source: VAESource):

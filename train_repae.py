@@ -21,6 +21,7 @@ from models.autoencoder import pixels_to_image
 from training import cli
 from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
 from training.checkpoint import TrainingState
+from training.config import parse_flags
 from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from training.distributed import frozen_call, unwrap
 from training.encoder_weights import encoder_fingerprints
@@ -107,15 +108,15 @@ def command_line() -> Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    return command_line().parse_args(argv)
+    return parse_flags(command_line(), argv, "train_repae")
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:
     """Everything that trains, on this process's device, as the flags say, starting from the VAE that was found."""
     latent = latent_shape(source, args.resolution)
-    statistics = known_statistics(source, run.print)
     torch.manual_seed(args.seed)
     vae_nets = build_vae_nets(args, run, source)
+    statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent, statistics)
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
     state = TrainingState(

@@ -31,6 +31,7 @@ from training.autoencoding import (
     vae_objective,
 )
 from training.checkpoint import TrainingState, fingerprint, read_checkpoint, vae_files, write_atomically
+from training.config import parse_flags
 from training.distributed import unwrap
 from training.networks import build_vae_nets, check_data, load_discriminator, use_tf32
 from training.precision import autocast_factory
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="do not train: measure the latents of a trained VAE, and write its weights and their statistics",
     )
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv, "train_vae")
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[VAENets, TrainingState]:

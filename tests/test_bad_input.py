@@ -19,6 +19,8 @@ import image_files
 import preprocessing
 import published
 from images import make_data
+from models.autoencoder import VAE_CONFIGS
+from models.diffusers_layout import to_diffusers_config
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command
 from test_files import bomb_png
 from test_generate import flip_a_bit
@@ -44,6 +46,14 @@ CASES = {
     "flag-value": "--learning-rate -1",
     "flag-infinite": "--learning-rate inf",
     "flag-decay": "--adam-beta1 1",
+    "config-missing": "--config nowhere.yaml",
+    "config-unreadable": "--config {configs}/unreadable.yaml",
+    "config-key": "--config {configs}/key.yaml",
+    "config-value": "--config {configs}/value.yaml",
+    "config-switch": "--config {configs}/switch.yaml",
+    "config-nested": "--config {configs}/nested.yaml",
+    "config-section": "--config {configs}/section.yaml",
+    "config-section-word": "--config {configs}/word.yaml",
     "model-unknown": "--model SiT-XL/3",
     "vae-unknown": "--vae f16d23",
     "encoder-unknown": "--enc-type dinov2-vit-c",
@@ -80,6 +90,15 @@ CASES = {
     "weights-other": "--vae f4d4-small",
     "weights-checkpoint": "--vae-ckpt {joint_ckpt}",
     "statistics-missing": "--vae-ckpt {alone}",
+    "vae-folder-empty": "--vae-ckpt {vae_folder}",
+    "vae-folder-weightless": "--vae-ckpt {weightless}",
+    "vae-config-damaged": "--vae-ckpt {damaged_config}",
+    "vae-config-other": "--vae diffusers:{other_config} --vae-ckpt {vae}",
+    "vae-architecture": "--vae f4d4-tiny --vae-ckpt {other_architecture}",
+    "vae-not-diffusers": "--vae diffusers:{vae}",
+    "vae-hub-offline": "--vae-ckpt some/vae --offline",
+    "stats-untrained": "",
+    "stats-taken": "--vae-ckpt {vae} --output-dir {taken} --exp-name sdvae",
     "discriminator-other": "--disc-pretrained-ckpt README.md",
     "loss-missing": "--loss-cfg-path nowhere.yaml",
     "lpips-missing": "--lpips-vgg-ckpt nowhere.pt",
@@ -98,6 +117,7 @@ CASES = {
     "tokens-other-images": "--cached-tokens tokens --vae-latents-name other-images",
     "tokens-not-mirrored": "--cached-tokens tokens --vae-latents-name mirrored",
     "cache-arch-unknown": "--vae-arch f16d33",
+    "cache-weights-unnamed": "",
     "cache-weights-missing": "--vae-ckpt-path nowhere.pt",
     "cache-weights-other": "--vae-arch f4d4-small",
     "cache-statistics-missing": "--vae-ckpt-path {alone}",
@@ -111,6 +131,8 @@ CASES = {
     "cache-tokens-grid": "--enc-type dinov2-vit-s",
     "cache-tokens-space": "--tokens-name more",
     "cache-tokens-other-there": "--dtype int8",
+    "extract-nothing": "",
+    "extract-nameless": "--vae-ckpt {vae}",
     "extract-missing": "--repae-ckpt nowhere/0400000.pt",
     "extract-truncated": "--repae-ckpt {cut}",
     "extract-frozen": "--repae-ckpt {frozen_ckpt}",
@@ -194,6 +216,18 @@ def write_vaes(root: Path, places: dict) -> None:
     places["alone"] = shutil.copyfile(places["vae"], root / "alone.pt")
     places["cut"] = root / "cut.pt"
     places["cut"].write_bytes(places["vae"].read_bytes()[:5000])
+    diffusers = json.dumps(to_diffusers_config(VAE_CONFIGS["f8d4"], *statistics.values(), 32))
+    for name, config in {
+        "weightless": diffusers,
+        "damaged_config": diffusers[:99],
+        "other_config": '{"_class_name": "AutoencoderTiny"}',
+        "other_architecture": diffusers,
+    }.items():
+        places[name] = root / name
+        places[name].mkdir()
+        (places[name] / "config.json").write_text(config)
+        if name != "weightless":
+            shutil.copyfile(places["vae"], places[name] / "diffusion_pytorch_model.safetensors")
 
 
 def write_sets(root: Path, places: dict) -> None:
@@ -227,6 +261,22 @@ def write_sets(root: Path, places: dict) -> None:
     (places["sets"] / "bomb/0.png").write_bytes(bomb_png(100_000))
     np.savez_compressed(places["sets"] / "bomb.npz", arr_0=np.zeros((100, 32, 32, 3), np.uint8))
     (places["sets"] / "damaged/0.png").write_bytes((places["sets"] / "mixed/0.png").read_bytes()[:60])
+
+
+def write_configs(root: Path, places: dict) -> None:
+    """Files of flags, each with one mistake."""
+    places["configs"] = root / "configs"
+    places["configs"].mkdir()
+    for name, text in {
+        "unreadable": "batch_size: [",
+        "key": "batch_size: 4\nlerning-rate: 1",
+        "value": "train_repae: {learning_rate: much}",
+        "switch": "compile: 1",
+        "nested": "model: {name: SiT-XL/2}",
+        "section": "generate: {mode: sde}\nevaluate: {markdown: true}",
+        "word": "train_repae: SiT-XL/2",
+    }.items():
+        (places["configs"] / f"{name}.yaml").write_text(text)
 
 
 def edit_index(data: Path, edit: Callable[[dict], object]) -> None:
@@ -267,6 +317,7 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     found = {"vgg": vgg_weights, "root": root}
     write_data(root, found)
     write_sets(root, found)
+    write_configs(root, found)
     write_vaes(root, found)
     write_runs(root, found)
     cached = call("cache_latents.py", *good_flags("cache_latents.py", found))
@@ -306,6 +357,7 @@ def good_flags(script: str, places: dict) -> list:
             *("--enc-type", "efficientnet-lite0", "--tokens-name", "tokens", "--token-grid", 4),
             *("--data-dir", places["data"], "--output-dir", places["data"], "--num-workers", 0),
         ],
+        "train_vae.py": ["--stats-only", *TINY, *exp],
         "save_vae_weights.py": ["--repae-ckpt", places.get("joint_ckpt"), "--save-dir", places["root"] / "saved"],
         "evaluate.py": [
             *("--samples", places["sets"] / "good.npz", "--reference", places["sets"] / "good.npz"),
@@ -345,6 +397,10 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
         good = good[:2]
     if case == "evaluate-vae-data":
         good = good[4:]
+    if case == "cache-weights-unnamed":
+        good = good[:2] + good[4:]
+    if case.startswith("extract-n"):
+        good = good[2:]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places["empty"]))
     monkeypatch.setenv("TORCH_HOME", str(places["empty"]))
     before = contents(places["root"])

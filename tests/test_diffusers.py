@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import train_repae
 from dataset import open_images
 from errors import UserError
 from hub import serving
@@ -19,8 +20,10 @@ from models.diffusers_layout import (
     to_diffusers_config,
     to_diffusers_state,
 )
+from models.sit import SiT_models
 from scripts import call, equal, records
 from training.checkpoint import fingerprint, read_checkpoint, vae_files, write_atomically
+from training.networks import choose_patch
 from training.vae_weights import find_weights, known_statistics, latent_shape, load_vae, open_vae, write_diffusers
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
@@ -274,3 +277,27 @@ def test_statistics_alone(flux, tiny_data, tmp_path):
     code, said = call("train_vae.py", *flags, "--vae", "f4d4-tiny", "--vae-ckpt", flux)
     assert code == 2
     assert "config.json describes another architecture than f4d4-tiny; take --vae diffusers:" in said
+
+
+def test_a_name_of_diffusers_goes_before_a_files_weights(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("vae: f8d4\nvae_ckpt: file.pt\nexp_name: x\n")
+    for more, expected in (
+        ((), ("f8d4", "file.pt")),
+        (("--vae", "diffusers:a/b"), ("diffusers:a/b", "a/b")),
+        (("--vae", "diffusers:a/b", "--vae-ckpt", "own.pt"), ("diffusers:a/b", "own.pt")),
+        (("--vae-ckpt", "own.pt", "--vae", "diffusers:a/b"), ("diffusers:a/b", "own.pt")),
+    ):
+        args = train_repae.parse_args(["--config", str(file), *more])
+        assert (args.vae, args.vae_ckpt) == expected
+
+
+def test_a_model_without_a_patch_takes_it_from_the_vae():
+    for vae, patch in (("f8d4", 2), ("flux-f8d16", 2), ("f16d32", 1), ("f4d4-tiny", 4)):
+        args = train_repae.parse_args(["--exp-name", "x", "--model", "SiT-XL", "--vae", vae])
+        choose_patch(args, VAE_CONFIGS[vae])
+        assert args.model == f"SiT-XL/{patch}"
+        assert SiT_models[args.model].keywords["patch_size"] == patch
+    args.model = "SiT-B/8"
+    choose_patch(args, VAE_CONFIGS["f8d4"])
+    assert args.model == "SiT-B/8"

@@ -85,7 +85,7 @@ def test_batches_order_of_files_and_processes_do_not_matter(sets, first):
     for samples in ("a-png", "shuffled.npz", "compressed.npz"):
         flags = ("--samples", sets / samples, "--reference", sets / "b.npz", *LITE0, "--batch-size", 7)
         evaluated(*flags, "--output", sets / "other.json")
-        assert metrics_of(sets / "other.json") == pytest.approx(first, rel=1e-5, abs=1e-6)
+        assert metrics_of(sets / "other.json") == pytest.approx(first, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ class VAEName(argparse.Action):
         from training.vae_weights import DIFFUSERS
 
         setattr(namespace, self.dest, name)
-        if name.startswith(DIFFUSERS) and getattr(namespace, self.weights) == parser.get_default(self.weights):
+        if name.startswith(DIFFUSERS) and getattr(namespace, self.weights) in (None, parser.get_default(self.weights)):
             setattr(namespace, self.weights, name.removeprefix(DIFFUSERS))
 
 
@@ -497,5 +497,5 @@ def read_yaml(path: str, what: str) -> dict:
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{what}: not a readable YAML file ({type(error).__name__})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{what}: expected a mapping with a section `losses:`")
+        raise UserError(f"{what}: expected a mapping of keys to values")
     return config

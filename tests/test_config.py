@@ -1,0 +1,221 @@
+"""`--config`: what a file says of flags, and the published experiments of configs/presets/."""
+
+import argparse
+import importlib
+import json
+import re
+
+import pytest
+import yaml
+
+from errors import UserError
+from generate import set_name
+from published import FLAGS
+from scripts import LAST, ROOT, call, records
+from test_flags import PUBLISHED
+from training.config import SCRIPTS
+from training.experiment import Experiment
+
+PRESETS = sorted((ROOT / "configs/presets").glob("*.yaml"))
+REPAE = ("train_repae", "save_vae_weights", "generate", "evaluate")
+FROZEN = ("cache_latents", "train_ldm_only", "generate", "evaluate")
+SECTIONS = {
+    "repae-sdvae-xl2": REPAE,
+    "repae-invae-xl1": REPAE,
+    "repae-vavae-xl1": REPAE,
+    "sit-sdvae-xl2": FROZEN,
+    "repa-sdvae-xl2": FROZEN,
+    "repa-e2e-vavae-xl1": FROZEN,
+}
+JOINT_LINE = """--max-train-steps=400000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
+    --output-dir=exps --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/{patch}
+    --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae={arch}
+    --vae-ckpt=pretrained/{vae}/{vae}-{arch}.pt --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8
+    --disc-pretrained-ckpt=pretrained/{vae}/{vae}-{arch}-discriminator-ckpt.pt --vae-align-proj-coeff=1.5
+    --bn-momentum=0.1 --exp-name=sit-repae-{vae}"""
+SDVAE = "--model=SiT-XL/2 --vae=f8d4 --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --vae-latents-name=sdvae"
+# preset -> what its own differs by from the published command line of training on the E2E-VAVAE
+FROZEN_LINES = {
+    "repa-e2e-vavae-xl1": "--exp-name=sit-ldm-e2e-vavae",
+    "repa-sdvae-xl2": f"{SDVAE} --exp-name=sit-repa-sdvae",
+    "sit-sdvae-xl2": f"{SDVAE} --exp-name=sit-sdvae --max-train-steps=7000000 --enc-type=none --proj-coeff=0",
+}
+GUIDANCE = {
+    "repae-sdvae-xl2": (2.2, 0, 0.65),
+    "repae-invae-xl1": (1.8, 0, 0.825),
+    "repae-vavae-xl1": (1.9, 0, 0.825),
+    "sit-sdvae-xl2": (1.5, 0, 1),
+    "repa-sdvae-xl2": (1.8, 0, 0.7),
+    "repa-e2e-vavae-xl1": (2.5, 0, 0.75),
+}
+
+
+def parsed(script: str, *flags: object) -> dict:
+    """The flags of a script that a command line gives."""
+    return vars(importlib.import_module(script).parse_args([*map(str, flags)]))
+
+
+def preset(name: str, script: str, *flags: str) -> dict:
+    """The flags of a script that a preset gives, and `flags` after it."""
+    return parsed(script, "--config", ROOT / f"configs/presets/{name}.yaml", *flags)
+
+
+def from_file(tmp_path, text: str, *flags: object) -> dict:
+    """The flags of joint training that a file of this text gives, and `flags` after it."""
+    path = tmp_path / "flags.yaml"
+    path.write_text(text)
+    return parsed("train_repae", "--config", path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("vae", "arch", "patch"), [("sdvae", "f8d4", 2), ("invae", "f16d32", 1), ("vavae", "f16d32", 1)]
+)
+def test_joint_presets_are_the_published_command_line(vae, arch, patch):
+    line = JOINT_LINE.format(vae=vae, arch=arch, patch=patch)
+    assert preset(f"repae-{vae}-xl{patch}", "train_repae") == parsed("train_repae", *line.split())
+
+
+@pytest.mark.parametrize("name", FROZEN_LINES)
+def test_frozen_presets_are_the_published_command_line(name):
+    line = PUBLISHED["train_ldm_only.py"][0].split()
+    flags = preset(name, "train_ldm_only")
+    assert flags == parsed("train_ldm_only", *line, *FROZEN_LINES[name].split())
+    cached = preset(name, "cache_latents")
+    assert (cached["vae_arch"], cached["vae_ckpt_path"]) == (flags["vae"], flags["vae_ckpt"])
+    assert (cached["vae_latents_name"], cached["output_dir"]) == (flags["vae_latents_name"], flags["data_dir"])
+
+
+@pytest.mark.parametrize("name", GUIDANCE)
+def test_presets_sample_as_published_and_measure_that(name):
+    flags = preset(name, "generate")
+    assert (flags["mode"], flags["num_steps"], flags["num_fid_samples"], flags["heun"]) == ("sde", 250, 50000, False)
+    assert (flags["cfg_scale"], flags["guidance_low"], flags["guidance_high"]) == GUIDANCE[name]
+    trained = preset(name, SECTIONS[name][0] if name.startswith("repae") else "train_ldm_only")
+    assert str(flags["exp_path"]) == f"{trained['output_dir']}/{trained['exp_name']}"
+    assert (flags["train_steps"], flags["path_type"]) == (trained["max_train_steps"], trained["path_type"])
+    experiment = Experiment(trained["exp_name"], flags["train_steps"], trained, None, None)
+    samples = set_name(argparse.Namespace(**flags), experiment)
+    assert str(preset(name, "evaluate")["samples"]) == f"{flags['sample_dir']}/{samples}.npz"
+    if name.startswith("repae"):
+        checkpoint = flags["exp_path"] / f"checkpoints/{flags['train_steps']:07d}.pt"
+        assert preset(name, "save_vae_weights")["repae_ckpt"] == checkpoint
+
+
+def test_every_preset_has_the_sections_of_its_experiment_and_says_how_it_runs():
+    assert [path.stem for path in PRESETS] == sorted(SECTIONS)
+    for path in PRESETS:
+        text = path.read_text()
+        assert tuple(yaml.safe_load(text)) == SECTIONS[path.stem]
+        commands = re.findall(r"^#.* (\w+)\.py --config (\S+)$", text, re.MULTILINE)
+        assert commands == [(script, f"configs/presets/{path.name}") for script in SECTIONS[path.stem]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_its_own_section_and_the_flags_beside(script, tmp_path, monkeypatch, capsys):
+    required = {
+        "preprocessing": {"imagenet_path": "tree"},
+        "save_vae_weights": {"repae_ckpt": "joint.pt"},
+        "cache_latents": {"vae_ckpt_path": "vae.pt"},
+        "cache_tokens": {"enc_type": "mae-vit-l", "tokens_name": "mae"},
+        "generate": {"exp_path": "run"},
+        "evaluate": {"samples": "a.npz", "reference": "b.npz"},
+    }.get(script, {"exp_name": "run"})
+    path = tmp_path / "flags.yaml"
+    path.write_text(json.dumps({script: required, "generate" if script != "generate" else "evaluate": {"unseen": 1}}))
+    flags = [word for name, value in required.items() for word in (f"--{name.replace('_', '-')}", value)]
+    expected = parsed(script, *flags)
+    assert "config" not in expected
+    printed = capsys.readouterr().out
+    assert printed.startswith("flags from the command line: ") if script.startswith("train_") else printed == ""
+    assert parsed(script, "--config", path) == expected
+    assert capsys.readouterr().out.startswith(f"flags from {path}: ")
+
+
+def test_the_command_line_goes_before_the_section_and_that_before_what_is_beside_it(tmp_path):
+    text = "seed: 1\nepochs: 1\nnum-workers: 1\ntrain_repae: {seed: 2, epochs: 2, exp_name: file}"
+    flags = from_file(tmp_path, text, "--seed", 3)
+    assert [flags[name] for name in ("seed", "epochs", "num_workers", "exp_name")] == [3, 2, 1, "file"]
+    assert flags == parsed("train_repae", *["--seed", "3", "--epochs", "2", "--num-workers", "1", "--exp-name", "file"])
+
+
+def test_values_are_spelled_as_on_the_command_line(tmp_path):
+    text = """
+        exp_name: run
+        compile: false
+        qk-norm: true
+        mixed_precision: no  # which YAML takes for false
+        seed: -1
+        learning_rate: 1e-3
+        spatial_norm: 0.5
+        vae_ckpt: ~
+        enc_type: [dinov2-vit-b, mae-vit-l]
+        enc_ckpt: [dinov2-vit-b=README.md, mae-vit-l=README.md]
+        output_dir: ${exp_name}/here"""
+    line = """--exp-name run --no-compile --qk-norm --mixed-precision no --seed=-1 --learning-rate 0.001
+        --spatial-norm 0.5 --enc-type dinov2-vit-b,mae-vit-l --enc-ckpt dinov2-vit-b=README.md
+        --enc-ckpt mae-vit-l=README.md --output-dir run/here"""
+    assert from_file(tmp_path, text) == parsed("train_repae", *line.split())
+    replaced = from_file(tmp_path, text, "--enc-ckpt", "mae-vit-l=errors.py")
+    assert replaced["enc_ckpt"] == ["mae-vit-l=errors.py"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 4", "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("train_repa: {seed: 1}", "unknown key 'train_repa'; did you mean 'train_repae'?"),
+        ("train_repae: {vae_latents_name: x}", "unknown key 'vae_latents_name'; did you mean "),
+        ("config: other.yaml", "unknown key 'config'; did you mean "),
+        ("batch_size: many", "argument --batch-size: 'many' is no integer; see "),
+        ("seed: 1.5", "argument --seed: invalid int value: '1.5'; see "),
+        ("report_to: paper", "argument --report-to: invalid choice: 'paper' (choose from "),
+        ("enc_ckpt: [dinov2-vit-b=README.md, x]", "argument --enc-ckpt: 'x', expected NAME=PATH"),
+        ("fused_attn: 'yes'", "fused_attn is 'yes', expected true or false"),
+        ("- batch_size", "expected a mapping of keys to values"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        from_file(tmp_path, text, "--exp-name", "x")
+    assert str(error.value).startswith(f"--config {tmp_path}/flags.yaml: {message}")
+
+
+def test_mistakes_on_the_command_line_and_missing_flags_are_told_as_without_a_file(tmp_path):
+    for flags, message in (
+        ((), "the following arguments are required: --exp-name; see "),
+        (("--exp-name", "x", "--seed", "one"), "argument --seed: invalid int value: 'one'; see "),
+        (("--exp-name", "x", "--sed", "1"), "unrecognized arguments: --sed 1; see "),
+    ):
+        with pytest.raises(UserError) as error:
+            from_file(tmp_path, "batch_size: 8", *flags)
+        assert str(error.value).startswith(message)
+
+
+def test_what_was_resolved_is_printed_once_by_the_first_process(tmp_path, monkeypatch, capsys):
+    flags = from_file(tmp_path, "exp_name: x\nbatch_size: 8", "--batch-size", 4, "--no-compile")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "flags from the command line: batch_size=4  compile=False"
+    assert lines[1] == f"flags from {tmp_path}/flags.yaml: exp_name=x"
+    assert lines[2].startswith("defaults: output_dir=exps  ")
+    assert len(lines) < 25
+    assert max(map(len, lines)) <= 120
+    assert sorted(" ".join(lines).count(f" {name}=") for name in flags) == [1] * len(flags)
+    monkeypatch.setenv("RANK", "1")
+    from_file(tmp_path, "exp_name: x")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_published_args_json_is_a_config(tmp_path):
+    flags = from_file(tmp_path, json.dumps({**FLAGS, "vae_ckpt": None}), "--exp-name", "x")
+    assert flags == {**parsed("train_repae", "--exp-name", "x"), **FLAGS}
+
+
+@pytest.mark.slow
+def test_a_run_begun_by_flags_goes_on_by_its_args_json(whole_run):
+    path = whole_run / "args.json"
+    saved = path.read_text()
+    assert parsed("train_repae", "--config", path) == json.loads(saved)
+    code, stderr = call("train_repae.py", "--config", path)
+    assert code == 0, stderr
+    assert path.read_text() == saved
+    assert len(records(whole_run / "metrics.jsonl")) == LAST
