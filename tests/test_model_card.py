@@ -11,6 +11,8 @@ from PIL import Image
 import published
 import train_repae
 from errors import UserError
+from images import make_data
+from scripts import call
 from training.checkpoint import read_checkpoint
 from training.model_card import TEMPLATE, fill, training_command, vae_fingerprint, write_model_card
 
@@ -116,43 +118,52 @@ def test_log_pictures_and_the_best_are_those_up_to_the_checkpoint(run):
     assert "was at step 300000: eval_fid 12.35, of 100 samples" in text
 
 
-def test_results_of_evaluate_are_quoted_and_those_of_other_vaes_refused(run, tmp_path):
-    known = vae_fingerprint(run[1])
-    manifest = {
-        "experiment": "sit-ldm",
-        "train_steps": 7,
-        "model": "SiT-XL/1",
-        "mode": "sde",
-        "num_steps": 250,
-        "cfg_scale": 2.5,
-        "guidance_low": 0.0,
-        "guidance_high": 0.75,
-        "vae_fingerprint": known,
-    }
-    reconstruction = {"metrics": {"psnr": 22.8349}, "vae": {"fingerprint": known}, "images": {"count": 50000}}
-    samples = {
-        "metrics": {"fid": 1.67, "kid": 0.001},
-        "manifest": manifest,
-        "samples": {"count": 100},
-        "reference": {"path": "/x/imagenet.npz"},
-    }
-    files = []
-    for name, document in {"reconstruction": reconstruction, "samples": samples}.items():
-        files.append(tmp_path / f"{name}.json")
-        files[-1].write_text(json.dumps(document))
-    text = card(run, files)
-    assert "- reconstruction of 50000 images: psnr 22.83\n" in text
-    how = "of sit-ldm at step 7 (SiT-XL/1; sde, 250 steps, guidance 2.5 for t from 0 to 0.75)"
-    assert f"- 100 samples against imagenet.npz, {how}: fid 1.67, kid 0.001\n" in text
-    reconstruction["vae"]["fingerprint"] = "another"
-    files[0].write_text(json.dumps(reconstruction))
-    with pytest.raises(UserError, match="reconstruction.json: measured another VAE than this one"):
-        card(run, files)
-    files[0].write_text("[]")
-    with pytest.raises(UserError, match="reconstruction.json: not what evaluate.py writes"):
-        card(run, files)
+@pytest.fixture
+def results(run, tmp_path, vgg_weights) -> dict[str, Path]:
+    """What evaluate.py writes about the VAE and about samples of its run."""
+    samples = tmp_path / "samples/sit-repae_0400000_cfg1.5-0.0-1.0"
+    sampling = ("--exp-path", run[2].parent.parent, "--sample-dir", samples.parent, "--num-fid-samples", 4)
+    data = make_data(tmp_path / "images", per_class=2)
+    features = ("--features", "efficientnet-lite0", "--num-workers", 0)
+    vae = (
+        "--vae",
+        run[0] / "sdvae.pt",
+        "--vae-arch",
+        published.VAE,
+        "--data-dir",
+        data,
+        "--lpips-vgg-ckpt",
+        vgg_weights,
+    )
+    for script, *flags in (
+        ("generate.py", *sampling, "--num-steps", 2, "--no-png"),
+        ("evaluate.py", "--samples", f"{samples}.npz", "--reference", f"{samples}.npz", *features),
+        ("evaluate.py", *vae, *features),
+    ):
+        code, stderr = call(script, *flags)
+        assert code == 0, stderr
+    return {"samples": Path(f"{samples}.metrics.json"), "reconstruction": run[0] / "sdvae.metrics.json"}
+
+
+def test_results_of_evaluate_are_quoted_and_those_of_other_vaes_refused(run, results):
+    text = card(run, results.values())
+    values = {name: json.loads(file.read_text())["metrics"] for name, file in results.items()}
+    assert f"- reconstruction of 6 images: psnr {values['reconstruction']['psnr']:.4g}, ssim " in text
+    how = "of sit-repae at step 400000 (SiT-XXS/2; ode, 2 steps, guidance 1.5 for t from 0 to 1)"
+    fd = values["samples"]["fd_efficientnet_lite0"]
+    assert f"- 4 samples against sit-repae_0400000_cfg1.5-0.0-1.0.npz, {how}: fd_efficientnet_lite0 {fd:.4g}, " in text
+    for file in results.values():
+        good = file.read_text()
+        file.write_text(good.replace(vae_fingerprint(run[1]), "another"))
+        with pytest.raises(UserError, match=f"{file.name}: measured another VAE than this one"):
+            card(run, results.values())
+        file.write_text(good)
+    for content in ("[]", "{", '{"metrics": {}, "samples": null, "manifest": null, "reference": null}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match=f"{file.name}: not what evaluate.py writes"):
+            card(run, [file])
     with pytest.raises(UserError, match="nowhere.json: no such file"):
-        card(run, [tmp_path / "nowhere.json"])
+        card(run, [file.with_name("nowhere.json")])
 
 
 def test_what_a_checkpoint_of_ours_also_knows_stands_in_the_card(run):

@@ -233,7 +233,7 @@ def reconstruction(document: dict) -> tuple[str, str]:
 
 def samples(document: dict) -> tuple[str, str | None]:
     """Which samples were measured, and the fingerprint of the VAE that decoded them, if they say it."""
-    made, reference = document["manifest"] or {}, Path(document["reference"]["path"]).name
+    made, reference = (document["manifest"] or {}).get("samples", {}), Path(document["reference"]["path"]).name
     subject = f"{document['samples']['count']} samples against {reference}"
     if made:
         guided = made["cfg_scale"] > 1
