@@ -4,7 +4,7 @@
 
 writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt; with --format diffusers it
 writes config.json and diffusion_pytorch_model.safetensors, which diffusers' AutoencoderKL.from_pretrained loads. Either
-way a model card, README.md, says what the VAE is. The statistics are those of the averaged transformer's batch
+way a model card, README.md, says what the VAE is and how it was made, with pictures of the run. The statistics are those of the averaged transformer's batch
 normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
 
 Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone.
@@ -32,6 +32,7 @@ from training.checkpoint import (
     write_new,
 )
 from training.config import parse_flags
+from training.model_card import write_model_card
 from training.vae_weights import known_statistics, load_vae, open_vae, write_diffusers
 
 
@@ -55,6 +56,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--format", default="pt", choices=("pt", "diffusers"), help="this project's three files, or diffusers' folder"
     )
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results of evaluate.py for the model card, of this VAE or of its samples; may be repeated",
+    )
     cli.add_offline_flag(parser)
     args = parse_flags(parser, argv, "save_vae_weights")
     if (args.repae_ckpt is None) == (args.vae_ckpt is None):
@@ -64,13 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def extract(path: Path) -> Extracted:
-    """The tuned VAE in a joint checkpoint, ours or published.
+def extract(checkpoint: dict, path: Path) -> Extracted:
+    """The tuned VAE in a joint checkpoint, ours or published, that was read from `path`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, of a run without a VAE, or its weights do not fit its `--vae`.
+        UserError: the checkpoint is of a run without a VAE, or its weights do not fit its `--vae`.
     """
-    checkpoint = read_checkpoint(path)
     if missing := [key for key in ("vae", "discriminator", "ema") if not isinstance(checkpoint.get(key), dict)]:
         raise UserError(f"{path}: no {', '.join(missing)} inside; expected a checkpoint of train_repae.py")
     flags = training_flags(checkpoint, path)
@@ -135,8 +143,14 @@ def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
 def main() -> None:
     """Extract, or convert, and write."""
     args = parse_args()
-    found = convert(args) if args.repae_ckpt is None else extract(args.repae_ckpt)
-    for file in save(found, args.save_dir / args.vae_name, args.vae_name, args.format):
+    folder, name, path = args.save_dir / args.vae_name, args.vae_name, args.repae_ckpt
+    if path is None:
+        files = save(convert(args), folder, name, args.format)
+    else:
+        checkpoint = read_checkpoint(path)
+        files = save(extract(checkpoint, path), folder, name, args.format)
+        files += write_model_card(folder, name, checkpoint, path, args.metrics)
+    for file in files:
         print(f"wrote {file}")
 
 

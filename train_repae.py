@@ -96,8 +96,8 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     return detached(metrics)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def command_line() -> Parser:
+    """All flags."""
     parser = Parser(__doc__)
     cli.add_run_flags(parser)
     cli.add_data_flags(parser)
@@ -106,7 +106,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_transformer_flags(parser, default_model="SiT-XL/2")
     cli.add_joint_flags(parser)
     cli.add_optimisation_flags(parser)
-    return parse_flags(parser, argv, "train_repae")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    return parse_flags(command_line(), argv, "train_repae")
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:

@@ -66,7 +66,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="do not train: measure the latents of a trained VAE, and write its weights and their statistics",
     )
-    return parse_flags(parser, argv, "train_vae")
+    args = parse_flags(parser, argv, "train_vae")
+    if args.dry_run and args.stats_only:
+        parser.error("--dry-run is about training, which --stats-only does not do; leave one of them out")
+    return args
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[VAENets, TrainingState]:

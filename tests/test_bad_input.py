@@ -1,4 +1,4 @@
-"""The table of docs/errors.md, row by row: each mistake gives its one line and exit code 2, and spoils nothing."""
+"""The table of docs/troubleshooting.md, row by row: each mistake gives its one line and exit 2, and spoils nothing."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TABLE = {
     row[0]: (row[1], row[3].strip("`"))
     for row in (
         [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in (ROOT / "docs/errors.md").read_text(encoding="utf8").splitlines()
+        for line in (ROOT / "docs/troubleshooting.md").read_text(encoding="utf8").splitlines()
         if line.startswith("| ") and not line.startswith("| case")
     )
 }

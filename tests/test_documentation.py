@@ -1,19 +1,32 @@
 """Documentation that can be checked: tests that it names, files that it links to, flags that it mentions."""
 
+import ast
 import importlib
+import math
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dataset import open_images
+from errors import UserError
+from preprocessing import read_labels
 from scripts import ROOT
+from training.watch import Watch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents", "cache_tokens"),
-    *("generate", "evaluate"),
+    *("generate", "evaluate", "save_vae_weights"),
 )
-OTHERS_FLAGS = {"nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"}
+# of launchers, SLURM, argparse, pytest and benchmarks
+OTHERS_FLAGS = {
+    *("nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"),
+    *("local_addr", "requeue", "help", "device", "tables"),
+}
 
 
 def test_every_test_that_the_reliability_page_names_is_there():
@@ -32,17 +45,117 @@ def test_every_promise_has_a_test():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf8")):
+    for target, heading in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf8")):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in headings(there), f"{page.name} links to {target}#{heading}"
 
 
-def test_flags_that_the_reliability_page_mentions_exist():
-    known = set()
-    for script in SCRIPTS:
-        source = Path(importlib.import_module(script).__file__).read_text(encoding="utf8")
-        known |= set(re.findall(r'"--([a-z0-9-]+)"', source))
-    known |= set(re.findall(r'"--([a-z0-9-]+)"', (ROOT / "training/cli.py").read_text(encoding="utf8")))
-    for page in ("reliability.md", "many-machines.md"):
-        for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", (ROOT / "docs" / page).read_text(encoding="utf8")):
-            assert flag in known | OTHERS_FLAGS | {"verify", "requeue", "local_addr"}, f"{page} mentions --{flag}"
+def headings(page: Path) -> set[str]:
+    """What links call the headings of a page."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_that_the_pages_mention_exist(page):
+    known = set(OTHERS_FLAGS)
+    for source in (*ROOT.glob("*.py"), ROOT / "training/cli.py", ROOT / "training/config.py"):
+        known |= set(re.findall(r'"--([a-z0-9-]+)"', source.read_text(encoding="utf8")))
+    for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", page.read_text(encoding="utf8")):
+        assert flag in known or flag.removeprefix("no-") in known, f"{page.name} mentions --{flag}"
+
+
+def text_of(node: ast.AST) -> str:
+    """What an expression of string literals says, with … for what is put into it."""
+    if isinstance(node, ast.Constant):
+        return {str: str, bytes: bytes.decode}.get(type(node.value), lambda _: "…")(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return text_of(node.body) if isinstance(node, ast.IfExp) else "…"
+
+
+def texts(node: ast.AST) -> Iterator[str]:
+    """Every text below a node, whole: not the parts of a formatted one."""
+    if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
+        yield text_of(node)
+    if not isinstance(node, ast.JoinedStr):
+        for child in ast.iter_child_nodes(node):
+            yield from texts(child)
+
+
+def said_by_the_source() -> Iterator[str]:
+    """Every text in the source, and what the watch over numbers puts together from several."""
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        if "tests" not in file.parts:
+            yield from texts(ast.parse(file.read_text(encoding="utf8")))
+    yield Watch(scaled=False).reason_to_stop([{"step": 7, "vae_loss": math.nan}])
+
+
+def as_pattern(message: str) -> re.Pattern:
+    """What finds a message of the page in a text: … stands for anything."""
+    return re.compile(".+".join(map(re.escape, message.split("…"))))
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_source_has():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf8").split("## Mistakes in the input")[0]
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", page)
+    assert len(quoted) > 25
+    said = [text.replace("\n", " ") for text in said_by_the_source()]
+    for message in quoted:
+        assert any(map(as_pattern(message).search, said)), f"nothing says: {message}"
+
+
+def test_every_warning_of_the_source_is_on_the_troubleshooting_page():
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf8")
+    explained = re.findall(r"\*\*`(warning: [^`]+)`\*\*", page)
+    warnings = {text for text in said_by_the_source() if text.startswith("warning: ")}
+    assert warnings
+    for warning in warnings:
+        # one that says nothing itself, "warning: …: …", is as good as any
+        found = any(as_pattern(message).search(warning) or as_pattern(warning).search(message) for message in explained)
+        assert found, f"not explained: {warning}"
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """The words of every command in the fenced blocks of a page."""
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL):
+        text = ""
+        for line in block.replace("\\\n", "").splitlines():
+            text += line + "\n"
+            try:
+                words = shlex.split(text, comments=True)
+            except ValueError:  # a quotation goes on in the next line
+                continue
+            text = ""
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_scripts_take_the_command_lines_of_the_pages(page):
+    for words in command_lines(page):
+        script = next((word for word in words if word.removesuffix(".py") in SCRIPTS), None)
+        if words[0] not in ("python", "accelerate", "torchrun") or script is None or "..." in words:
+            continue
+        try:
+            importlib.import_module(script.removesuffix(".py")).parse_args(words[words.index(script) + 1 :])
+        except UserError as error:
+            pytest.fail(f"{page.name}: {shlex.join(words)}: {error}")
+
+
+def test_the_programs_on_the_page_about_own_data_do_what_it_says(tiny_data, tmp_path, monkeypatch):
+    labels, reference = (words[2] for words in command_lines(ROOT / "docs/own-data.md") if words[1] == "-c")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "labels.csv").write_text("a/1.png,3\nb.png,0\n")
+    exec(labels, {})
+    assert read_labels(tmp_path / "birds/dataset.json") == {"a/1.png": 3, "b.png": 0}
+    (tmp_path / "data").symlink_to(tiny_data)
+    exec(reference, {})
+    pixels, images = np.load(tmp_path / "reference.npz")["arr_0"], open_images(tiny_data)
+    assert pixels.dtype == np.uint8 and pixels.shape == (18, 32, 32, 3)
+    assert np.array_equal(pixels[5], images[5][0].permute(1, 2, 0).numpy())

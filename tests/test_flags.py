@@ -204,7 +204,7 @@ def test_defaults_of_caching_extraction_and_sampling():
     assert vars(tokens) == {**CACHE_TOKENS, **names}
     assert vars(generate.parse_args(["--exp-path", "run"])) == {**GENERATE, "exp_path": Path("run")}
     expected = {"repae_ckpt": Path(path), "vae_name": "e2e-vae", "save_dir": Path("exps")}
-    expected |= {"vae": None, "vae_ckpt": None, "format": "pt", "offline": False}
+    expected |= {"vae": None, "vae_ckpt": None, "format": "pt", "offline": False, "metrics": []}
     assert vars(save_vae_weights.parse_args(["--repae-ckpt", path])) == expected
 
 

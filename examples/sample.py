@@ -1,0 +1,50 @@
+"""Sample a trained run from Python: the transformer's average and its VAE, as generate.py has them.
+
+    python -m examples.sample exps/sit-repae samples.png --classes 207 360 387 974
+
+writes one picture, a column a class. A run on a frozen VAE that has moved takes --vae-ckpt FILE. Sample i is a function
+of (seed, i): the same as sample i of generate.py with the same settings.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from errors import run_script
+from training.experiment import load_experiment
+from training.previews import grid
+from training.sampling import Sampling, sample_pixels
+
+
+def main() -> None:
+    """Load, sample, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder, with checkpoints/ and args.json")
+    parser.add_argument("output", type=Path, help="the picture")
+    parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
+    parser.add_argument("--classes", type=int, nargs="+", default=[207, 360, 387, 974], help="a column each")
+    parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: 4)")
+    parser.add_argument("--num-steps", type=int, default=50, help="Euler steps (default: 50)")
+    parser.add_argument("--cfg-scale", type=float, default=2.5, help="1: no guidance (default: 2.5)")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = load_experiment(args.run, step=None, vae_ckpt=args.vae_ckpt)  # the latest checkpoint
+    sampling = Sampling(
+        path_type=run.flags["path_type"],
+        num_steps=args.num_steps,
+        cfg_scale=args.cfg_scale,
+        guidance_high=0.75,
+        classes=tuple(args.classes),
+    )
+    indices = list(range(args.rows * len(args.classes)))
+    pixels = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
+    picture = grid(pixels, columns=len(args.classes)).permute(1, 2, 0)
+    Image.fromarray(picture.numpy()).save(args.output)
+    print(f"{len(indices)} samples of {run.name} after {run.step} steps: {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)
