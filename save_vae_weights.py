@@ -4,8 +4,9 @@
 
 writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt; with --format diffusers it
 writes config.json and diffusion_pytorch_model.safetensors, which diffusers' AutoencoderKL.from_pretrained loads. Either
-way a model card, README.md, says what the VAE is and how it was made, with pictures of the run. The statistics are those of the averaged transformer's batch
-normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
+way a model card, README.md, says what the VAE is and how it was made, with pictures of the run. The statistics are
+those of the averaged transformer's batch normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al.,
+arXiv 2504.10483).
 
 Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone.
 """
