@@ -21,6 +21,7 @@ from training.checkpoint import read_checkpoint
 from training.diffusion import TransformerNets
 from training.dry_run import checkpoints_to_come
 from training.estimates import amount, count_step
+from training.vae_weights import open_vae
 
 LATENT = (4, 8, 8)
 
@@ -127,7 +128,8 @@ def test_a_joint_runs_report_is_what_is_on_the_disk_and_nothing_is_written(capsy
     assert number(found["a checkpoint"]) == pytest.approx(checkpoint.stat().st_size, rel=0.02)
     content = read_checkpoint(checkpoint)
     args = train_repae.parse_args([*map(str, flags), "--exp-name", "x"])
-    sit = train_repae.build(args, OneProcess())[0].sit
+    source = open_vae(args.vae, args.vae_ckpt, offline=True)
+    sit = train_repae.build(args, OneProcess(), source)[0].sit
     buffers = {name for name, _ in sit.named_buffers()}
     count = sum(value.numel() for name, value in content["model"].items() if name not in buffers)
     vae = sum(value.numel() for value in content["vae"].values())

@@ -21,7 +21,7 @@ from training.checkpoint import read_checkpoint, vae_files
 from training.diffusion import TransformerNets
 from training.ema import copy_for_ema
 from training.fine_tuning import LABEL_TABLE, resample_positions, start_from_trained
-from training.networks import latent_shape
+from training.vae_weights import latent_shape, open_vae
 
 
 def own_sit(**options) -> SiT:
@@ -55,7 +55,7 @@ def test_frozen_vae_training_starts_from_it_too(tmp_path):
         checkpoints=checkpoints, print=print, prepare=lambda module: module, device=torch.device("cpu")
     )
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets, _ = train_ldm_only.build(args, run, statistics)
+    nets, _ = train_ldm_only.build(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
     for sit in (nets.sit, nets.ema):
         assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
 
@@ -154,8 +154,8 @@ def test_a_weight_that_is_missing_is_named(tmp_path):
 
 
 def test_published_rows_at_512_px():
-    assert latent_shape("f8d4", 512) == (4, 64, 64)
-    assert latent_shape("f16d32", 512) == (32, 32, 32)
+    for name, expected in (("f8d4", (4, 64, 64)), ("f16d32", (32, 32, 32))):
+        assert latent_shape(open_vae(name, None, offline=True), 512) == expected
     for model, channels, side in (("SiT-XL/2", 4, 64), ("SiT-XL/1", 32, 32)):
         with torch.device("meta"):
             sit = SiT_models[model](input_size=side, in_channels=channels)

@@ -26,7 +26,7 @@ from train_repae import repae_step
 from training.checkpoint import read_checkpoint
 from training.distributed import frozen_call
 from training.estimates import Meter, count_step
-from training.networks import latent_shape
+from training.vae_weights import open_vae
 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
@@ -172,9 +172,10 @@ def joint_step_peak(count: int, on: bool, vae: str, sit: str) -> int:
     """Bytes at the peak of a joint step on `count` images of 256 px, without parameters and their gradients."""
     with torch.device("meta"):
         nets = build_nets(vae, sit)
-        example, _ = build_batch(vae, 256, images=1)
+        example, draws = build_batch(vae, 256, images=1)
+    latent = tuple(draws.noise.shape[1:])
     with checkpointing(on):
-        return count_step(repae_step, nets, CONFIG, example, count, latent_shape(vae, 256), "bf16").activations
+        return count_step(repae_step, nets, CONFIG, example, count, latent, "bf16").activations
 
 
 @pytest.mark.slow
@@ -194,10 +195,10 @@ def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
     flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
         --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
     joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
-    nets = train_repae.build(joint, OneProcess())[0]
+    nets = train_repae.build(joint, OneProcess(), open_vae(joint.vae, joint.vae_ckpt, offline=True))[0]
     networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in STATISTICS.values())
-    frozen = train_ldm_only.build(train_ldm_only.parse_args(flags.split()), OneProcess(), statistics)[0].sit
+    frozen = train_ldm_only.build(train_ldm_only.parse_args(flags.split()), OneProcess(), (4, 8, 8), statistics)[0].sit
     assert [network.recompute for network in (*networks, frozen)] == [on] * 5
 
 

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.numerics import GlobalBatchNorm2d
 from scripts import LAST, assert_same_run, call, records, run
-from training.checkpoint import read_checkpoint, read_latent_statistics
+from training.checkpoint import read_checkpoint
 from training.metrics_log import MetricsLog
+from training.vae_weights import read_latent_statistics
 from training.watch import normaliser_drift
 
 
