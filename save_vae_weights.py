@@ -8,7 +8,8 @@ way a model card, README.md, says what the VAE is and how it was made, with pict
 those of the averaged transformer's batch normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al.,
 arXiv 2504.10483).
 
-Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone.
+Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone, and
+there is no card.
 """
 
 import argparse

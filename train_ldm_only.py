@@ -9,7 +9,6 @@ same command run again continues from the last checkpoint.
 """
 
 import argparse
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -159,7 +158,7 @@ def main() -> None:
         "data": data.image_fingerprint,
         "latents": data.fingerprint,
         "vae": vae_fingerprint,
-        "architecture": asdict(source.config),
+        "architecture": source.config.described(),
         "encoders": cached or encoder_fingerprints(args, nets.encoders),
         **({"tokens": [part.fingerprint for part in tokens]} if tokens else {}),
     }

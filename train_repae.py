@@ -163,7 +163,7 @@ def main() -> None:
     choose_patch(args, source.config)
     nets, state = build(args, run, source)
     encoders = encoder_fingerprints(args, nets.encoders)
-    architecture = asdict(source.config)
+    architecture = source.config.described()
     identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders, "architecture": architecture}
     run.begin(state, identity, gan_start=first_gan_step(loss))
     warn_of_untrained_discriminator(args, run, loss)

@@ -136,7 +136,7 @@ def main() -> None:
         run.end()
         return
     nets, state = build(args, run, source)
-    identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": asdict(source.config)}
+    identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": source.config.described()}
     run.begin(state, identity, gan_start=first_gan_step(loss))
     autocast = autocast_factory(run.device, args.mixed_precision)
     cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)

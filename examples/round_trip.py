@@ -17,7 +17,12 @@ from torch import Tensor
 
 
 def latent_statistics(config) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (1,C,1,1) each, by which the latents of a VAE with this config are normalised."""
+    """Mean and standard deviation, (1,C,1,1) each, by which the latents of a VAE with this config are normalised.
+
+    A VAE that was not tuned, like SD's or FLUX's, has one scaling and shift factor for all channels.
+    """
+    if config.latents_mean is None:
+        return torch.tensor(config.shift_factor or 0.0), 1 / torch.tensor(config.scaling_factor)
     mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
     return mean, std / config.scaling_factor
 
@@ -25,6 +30,8 @@ def latent_statistics(config) -> tuple[Tensor, Tensor]:
 def open_picture(path: str, multiple: int) -> Tensor:
     """A picture as an image (1,3,H,W) with range [-1, 1], its sides cut to multiples of `multiple`."""
     picture = Image.open(path).convert("RGB")
+    if min(picture.size) < multiple:
+        raise SystemExit(f"error: {path} is {picture.width}x{picture.height} pixels, expected at least {multiple}")
     picture = picture.crop((0, 0, picture.width // multiple * multiple, picture.height // multiple * multiple))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from errors import run_script
+from errors import UserError, run_script
 from training.experiment import load_experiment
 from training.previews import grid
 from training.sampling import Sampling, sample_pixels
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder, with checkpoints/ and args.json")
     parser.add_argument("output", type=Path, help="the picture")
     parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
-    parser.add_argument("--classes", type=int, nargs="+", default=[207, 360, 387, 974], help="a column each")
+    parser.add_argument("--classes", type=int, nargs="+", help="a column each (default: eight from all over)")
     parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: 4)")
     parser.add_argument("--num-steps", type=int, default=50, help="Euler steps (default: 50)")
     parser.add_argument("--cfg-scale", type=float, default=2.5, help="1: no guidance (default: 2.5)")
@@ -32,16 +32,20 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = load_experiment(args.run, step=None, vae_ckpt=args.vae_ckpt)  # the latest checkpoint
+    known = run.sit.num_classes
+    classes = args.classes or sorted({i * known // 8 for i in range(8)})
+    if not set(classes) <= set(range(known)):
+        raise UserError(f"--classes {classes}: the run has classes 0 to {known - 1}")
     sampling = Sampling(
         path_type=run.flags["path_type"],
         num_steps=args.num_steps,
         cfg_scale=args.cfg_scale,
         guidance_high=0.75,
-        classes=tuple(args.classes),
+        classes=tuple(classes),
     )
-    indices = list(range(args.rows * len(args.classes)))
+    indices = list(range(args.rows * len(classes)))
     pixels = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
-    picture = grid(pixels, columns=len(args.classes)).permute(1, 2, 0)
+    picture = grid(pixels, columns=len(classes)).permute(1, 2, 0)
     Image.fromarray(picture.numpy()).save(args.output)
     print(f"{len(indices)} samples of {run.name} after {run.step} steps: {args.output}")
 

@@ -3,7 +3,7 @@
 State-dict keys are those of the CompVis AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ class VAEConfig:
     def downsampling(self) -> int:
         """How many times smaller than the image a side of the latent is."""
         return 2 ** (len(self.widths) - 1)
+
+    def described(self) -> dict:
+        """The architecture as plain data, from which VAEConfig(**described) is equal to this one."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
 
 F8 = (128, 256, 512, 512)

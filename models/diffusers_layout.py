@@ -78,7 +78,7 @@ def from_diffusers_config(found: dict) -> VAEConfig:
     """
     # what diffusers takes where config.json is silent
     defaults = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
-    config = {**defaults, "scaling_factor": 0.18215, **found}
+    config = {**defaults, "scaling_factor": 0.18215, **{k: value for k, value in found.items() if value is not None}}
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"describes a {kind}, expected an AutoencoderKL")
     expected = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
@@ -94,6 +94,8 @@ def from_diffusers_config(found: dict) -> VAEConfig:
     ):
         if len(kinds) != len(widths) or not set(kinds) <= set(known):
             raise ValueError(f"blocks are {', '.join(kinds)}, expected {len(widths)} of {' or '.join(known)}")
+    if any(width % config["norm_num_groups"] for width in widths):
+        raise ValueError(f"norm_num_groups {config['norm_num_groups']} does not divide all of {widths}")
     attention = tuple(level for level, kind in enumerate(down) if kind.startswith("Attn"))
     if attention != tuple(level for level, kind in enumerate(reversed(up)) if kind.startswith("Attn")):
         raise ValueError("encoder and decoder have attention at different levels")

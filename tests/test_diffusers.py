@@ -24,7 +24,15 @@ from models.sit import SiT_models
 from scripts import call, equal, records
 from training.checkpoint import fingerprint, read_checkpoint, vae_files, write_atomically
 from training.networks import choose_patch
-from training.vae_weights import find_weights, known_statistics, latent_shape, load_vae, open_vae, write_diffusers
+from training.vae_weights import (
+    find_weights,
+    has_statistics,
+    known_statistics,
+    latent_shape,
+    load_vae,
+    open_vae,
+    write_diffusers,
+)
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
 FLUX = {
@@ -144,6 +152,25 @@ def test_published_normalisers(tmp_path, flux, capsys):
     assert "published scaling factor 0.3611 and shift 0.1159" in capsys.readouterr().out
 
 
+def test_what_was_trained_since_is_not_normalised_by_the_published_factors(flux, tmp_path):
+    """A tuned VAE whose statistics were left behind."""
+    config = open_vae(f"diffusers:{flux}", flux, offline=True).config
+    write_atomically(AutoencoderKL(config).state_dict(), tmp_path / "tuned.pt")
+    for name in (f"diffusers:{flux}", "flux-f8d16", "sd35-f8d16"):
+        source = open_vae(name, str(tmp_path / "tuned.pt"), offline=True)
+        assert not has_statistics(source)
+        with pytest.raises(UserError, match="tuned-latents-stats.pt: no such file"):
+            known_statistics(source)
+
+
+def test_an_architecture_is_the_same_by_any_name(flux):
+    """Runs remember it, without the factors that were published with some weights."""
+    described = VAE_CONFIGS["flux-f8d16"].described()
+    assert described == VAE_CONFIGS["sd35-f8d16"].described()
+    assert VAEConfig(**described) == VAE_CONFIGS["flux-f8d16"]
+    assert "scaling_factor" not in described
+
+
 def test_rows_of_flux_and_sd35():
     with torch.device("meta"):
         vae = build_vae("flux-f8d16")
@@ -185,6 +212,7 @@ def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"_class_name": "AutoencoderTiny"}, "describes a AutoencoderTiny, expected an AutoencoderKL"),
+        ({"norm_num_groups": 5}, "norm_num_groups 5 does not divide all of"),
         ({"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu'"),
         ({"in_channels": 4}, "in_channels is 4, expected 3"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "expected 4 of UpDecoderBlock2D or AttnUpDecoderBlock2D"),
@@ -228,6 +256,13 @@ def test_a_vae_of_fluxs_layout_is_tuned_and_exported_again(tuned, flux, tmp_path
     running = checkpoint["ema"]["bn.running_mean"], checkpoint["ema"]["bn.running_var"].sqrt()
     torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), running[0])
     torch.testing.assert_close(torch.tensor(theirs.config.latents_std), running[1])
+    # the card's commands are for the folder that it lies in
+    card = (tmp_path / "tuned/README.md").read_text()
+    assert "python cache_latents.py --vae-arch diffusers:tuned --vae-ckpt-path tuned --vae-latents-name tuned" in card
+    (tmp_path / "tuned/README.md").write_text(card.replace("**FILL IN.**", "MIT."))
+    assert call("save_vae_weights.py", *extraction)[0] == 0
+    assert "MIT." in (tmp_path / "tuned/README.md").read_text()
+    assert "**FILL IN.**" in (tmp_path / "tuned/README.new.md").read_text()
     # the other form holds the same, and is made of the first one as well
     flags = ("--vae", f"diffusers:{tmp_path / 'tuned'}", "--vae-name", "again", "--save-dir", tmp_path)
     assert call("save_vae_weights.py", *flags) == (0, "")

@@ -92,7 +92,7 @@ def test_batches_order_of_files_and_processes_do_not_matter(sets, first):
 def test_two_processes_measure_what_one_does(sets, first):
     flags = ("--samples", sets / "a-png", "--reference", sets / "b.npz", *LITE0[:2], "--num-workers", 1)
     run("evaluate.py", *flags, "--output", sets / "two.json", "--batch-size", 3, launcher=torchrun(2))
-    assert metrics_of(sets / "two.json") == pytest.approx(first, rel=1e-5, abs=1e-6)
+    assert metrics_of(sets / "two.json") == pytest.approx(first, rel=1e-4, abs=1e-6)
     assert json.loads((sets / "two.json").read_text())["processes"] == 2
 
 

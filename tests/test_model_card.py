@@ -50,6 +50,7 @@ def test_a_published_checkpoint_alone_gives_a_card_of_what_is_known(run):
     assert vae_fingerprint(checkpoint) in text
     assert "library_name: pytorch\n" in text
     assert "**FILL IN.**" in text and "# license: FILL IN" in text
+    assert "--vae f4d4-tiny --vae-ckpt sdvae/sdvae.pt" in text
     for absent in ("diffusers", "## Metrics", "Means of", "## Pictures", "images seen", "| time |", "lowest", "$"):
         assert absent not in text, absent
 
@@ -62,11 +63,11 @@ def test_the_card_says_how_what_is_there_is_loaded(run):
     assert "library_name: diffusers\n" in text
     assert 'AutoencoderKL.from_pretrained("sdvae")' in text
     assert "`sdvae-latents-stats.pt` holds" in text and "config.json holds latents_mean" in text
-    assert "--vae f4d4-tiny --vae-ckpt sdvae.pt" in text
+    assert "--vae diffusers:sdvae --vae-ckpt sdvae " in text
     for path in folder.glob("*.pt"):
         path.unlink()
     text = card(run)
-    assert "--vae f4d4-tiny --vae-ckpt sdvae " in text
+    assert "--vae diffusers:sdvae --vae-ckpt sdvae " in text
     assert "sdvae-latents-stats.pt" not in text and "sdvae-discriminator-ckpt.pt" not in text
 
 

@@ -180,7 +180,9 @@ def checkpoints_to_come(run: Run, last: int) -> tuple[int, int]:
 def log_bytes(run: Run, last: int, nets, cost: Cost) -> int:
     """Bytes of the lines of metrics.jsonl that are to come."""
     health = [name for key, value in vars(nets).items() if key.startswith("opt_") for name in value.health(key[4:])]
-    record = {"step": last, **dict.fromkeys([*cost.metrics, *health, "images_per_second"], 0.12345678901234567)}
+    drift = ["bn_mean_drift", "bn_std_drift"] if "bn_start" in run.state.tensors else []
+    names = [*cost.metrics, *health, *drift, "images_per_second"]
+    record = {"step": last, **dict.fromkeys(names, 0.12345678901234567)}
     return len(json.dumps(record) + "\n") * (last - run.step)
 
 

@@ -30,6 +30,7 @@ from training.metrics_log import is_record
 from training.vae_weights import CONFIG, DIFFUSERS, DIFFUSERS_FILES
 
 TEMPLATE = Path(__file__).parent.parent / "configs/model_card.md"
+TO_FILL_IN = "**FILL IN.**"  # stands in the template until somebody has read the card
 LOGGED_STEPS = 100
 LOGGED = (
     *("psnr", "reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "vae_align_loss"),
@@ -57,6 +58,8 @@ NOT_REPEATED = {"resume_step", "wandb_history_path"}
 def write_model_card(folder: Path, name: str, checkpoint: dict, path: Path, metrics: list[Path]) -> list[Path]:
     """Write README.md, and the run's newest pictures, beside the VAE `name` that lies in `folder`; returns their paths.
 
+    A card whose licence has been filled in stays, and the new one becomes README.new.md.
+
     Args:
         folder: holds the VAE's .pt files, diffusers' files, or both.
         checkpoint: the joint checkpoint that it was taken from.
@@ -77,7 +80,7 @@ def write_model_card(folder: Path, name: str, checkpoint: dict, path: Path, metr
         "command": training_command({"exp_name": run.name, **flags}) if flags else None,
         "measured": "\n".join(measured(file, vae_fingerprint(checkpoint)) for file in metrics),
         **logged(run / "metrics.jsonl", step),
-        "best": best(path.parent),
+        "best": best(path.parent, step),
         "reproducing": reproducing(checkpoint, path, run.name, step),
     }
     written = []
@@ -86,8 +89,11 @@ def write_model_card(folder: Path, name: str, checkpoint: dict, path: Path, metr
             facts |= {kind: f"{kind}.png", f"{kind}_step": int(picture.stem)}
             copy_file(picture, folder / f"{kind}.png")
             written.append(folder / f"{kind}.png")
-    replace_text(folder / "README.md", fill(TEMPLATE.read_text(encoding="utf8"), facts))
-    return [folder / "README.md", *written]
+    card, text = folder / "README.md", fill(TEMPLATE.read_text(encoding="utf8"), facts)
+    if card.exists() and TO_FILL_IN not in card.read_text(encoding="utf8"):  # somebody has worked on it
+        card = folder / "README.new.md"
+    replace_text(card, text)
+    return [card, *written]
 
 
 def fill(template: str, facts: dict) -> str:
@@ -125,12 +131,13 @@ def uses(folder: Path, name: str, flags: dict) -> dict[str, str]:
             "(z - latents_mean)·scaling_factor/latents_std."
         )
     if (arch := flags.get("vae")) is not None:
-        weights = files.weights.name if files.weights.is_file() else name
-        arch = f"{DIFFUSERS}{name}" if str(arch).startswith(DIFFUSERS) else arch
-        facts["project_commands"] = (
-            f"python cache_latents.py --vae-arch {arch} --vae-ckpt-path {weights} --vae-latents-name {name}\n"
-            f"accelerate launch train_ldm_only.py --vae {arch} --vae-ckpt {weights} --vae-latents-name {name} ..."
-        )
+        is_row = not str(arch).startswith(DIFFUSERS)
+        arch, weights = (f"{DIFFUSERS}{name}", name) if is_diffusers else (arch, f"{name}/{files.weights.name}")
+        if is_row or is_diffusers:  # else the architecture is nowhere here
+            facts["project_commands"] = (
+                f"python cache_latents.py --vae-arch {arch} --vae-ckpt-path {weights} --vae-latents-name {name}\n"
+                f"accelerate launch train_ldm_only.py --vae {arch} --vae-ckpt {weights} --vae-latents-name {name} ..."
+            )
     if files.discriminator.is_file():
         facts["discriminator"] = files.discriminator.name
     return {**facts, "normaliser": " ".join(conventions)}
@@ -140,7 +147,8 @@ def architecture(flags: dict, state: dict[str, Tensor]) -> dict[str, str]:
     """Name, size and shapes of the VAE with this state dict."""
     halvings = len({key.split(".")[2] for key in state if re.match(r"encoder\.down\.\d+\.downsample\.", key)})
     channels, parameters = state["decoder.conv_in.weight"].shape[1], sum(value.numel() for value in state.values())
-    named = f"`{flags['vae']}`: an" if "vae" in flags else "An"
+    is_row = not str(flags.get("vae", DIFFUSERS)).startswith(DIFFUSERS)
+    named = f"`{flags['vae']}`: an" if is_row else "An"
     return {
         "channels": str(channels),
         "architecture": f"{named} AutoencoderKL of {parameters:,} parameters; an image (3,H,W) with range [-1, 1] has "
@@ -258,10 +266,10 @@ def logged(log: Path, step: int) -> dict[str, str]:
     return {"logged": table(rows), "logged_steps": str(len(last))} if rows else {}
 
 
-def best(checkpoints: Path) -> str | None:
-    """The lowest distance that training measured, and where."""
+def best(checkpoints: Path, step: int) -> str | None:
+    """The lowest distance that training measured, and where, unless that was after `step`."""
     note = read_note(checkpoints / "best.json")
-    if not note.get("values"):
+    if not note.get("values") or note["step"] > step:
         return None
     values = ", ".join(f"{name} {value:.4g}" for name, value in note["values"].items())
     return (

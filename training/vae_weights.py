@@ -91,7 +91,8 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
                     raise UserError(f"VAE weights {folder}: none of {', '.join(DIFFUSERS_FILES)} beside {CONFIG}")
                 return files[0], read_config(folder / CONFIG)
         raise UserError(f"VAE weights {path}: a folder without diffusers' {CONFIG}{neighbours(path / CONFIG)}")
-    if path.is_file() or path.suffix in WEIGHT_SUFFIXES or not REPOSITORY.fullmatch(text):
+    is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
+    if path.is_file() or is_path:
         config = path.with_name(CONFIG)
         return path, read_config(config) if path.name in DIFFUSERS_FILES and config.is_file() else None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
@@ -215,15 +216,27 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
 
 def has_statistics(source: VAESource) -> bool:
     """Whether anything is known of the latents of a VAE with weights."""
-    beside = vae_files(source.weights).statistics.is_file()
-    return beside or source.published is not None or source.config.scaling_factor is not None
+    return vae_files(source.weights).statistics.is_file() or published_factors(source) is not None
+
+
+def published_factors(source: VAESource) -> VAEConfig | None:
+    """What has the published scaling and shift factor of a VAE's weights, if those are known.
+
+    That is the config.json that came with the weights; or the row of the architecture, unless the weights are a .pt
+    file, as this project writes them: those were trained since.
+    """
+    if source.published is not None:
+        return read_architecture(source.published, str(source.weights))
+    row = VAE_CONFIGS.get(source.name)
+    is_own = source.weights.suffix == ".pt"
+    return None if row is None or row.scaling_factor is None or is_own else row
 
 
 def known_statistics(source: VAESource, say: Callable[[str], None] = print) -> tuple[Tensor, Tensor]:
     """latents_scale and latents_bias, (1,C,1,1) float32 each, as far as they are known of a VAE.
 
-    That is the file beside its weights; else latents_mean and latents_std of diffusers' config.json; else the scaling
-    and shift factor that is published for the weights or for the architecture. `say` is told if it is not the first.
+    That is the file beside its weights; else latents_mean and latents_std of diffusers' config.json; else the published
+    scaling and shift factor. `say` is told if it is not the first.
 
     Raises:
         UserError: none is known, or one does not fit the latents.
@@ -235,12 +248,14 @@ def known_statistics(source: VAESource, say: Callable[[str], None] = print) -> t
     published = source.published or {}
     if published.get("latents_mean") is not None and published.get("latents_std") is not None:
         say(f"latent statistics of {source.weights}: latents_mean and latents_std in {CONFIG}")
-        mean, std = (torch.tensor(published[key], dtype=torch.float64) for key in ("latents_mean", "latents_std"))
+        try:
+            mean, std = (torch.tensor(published[key], dtype=torch.float64) for key in ("latents_mean", "latents_std"))
+        except (TypeError, ValueError):
+            mean = std = torch.empty(0)
         if mean.numel() != channels or std.numel() != channels or not (std > 0).all():
-            raise UserError(f"{source.weights}: latents_mean and latents_std in {CONFIG} are not {channels} values")
+            raise UserError(f"{source.weights}: latents_mean and latents_std in {CONFIG} are not {channels} numbers")
         return (1 / std).float().reshape(1, channels, 1, 1), mean.float().reshape(1, channels, 1, 1)
-    factors = read_architecture(source.published, str(source.weights)) if source.published else source.config
-    if not has_statistics(source):
+    if (factors := published_factors(source)) is None:
         raise UserError(
             f"latent statistics {beside}: no such file; train_vae.py --stats-only measures them and writes both files"
         )
