@@ -36,6 +36,7 @@ from training.networks import (
     transformer_draws,
     transformer_step_options,
     use_tf32,
+    warn_of_untrained_discriminator,
 )
 from training.overlap import beside
 from training.previews import evenly_spaced, reconstruction_grid, sample_grid
@@ -140,15 +141,6 @@ def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.dev
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         **transformer_step_options(args, device),
     )
-
-
-def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
-    """Say so where a new run tunes its VAE against a discriminator that has not learnt anything yet."""
-    if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
-        run.print(
-            "warning: the VAE is tuned against an untrained discriminator from the start; better give "
-            "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
-        )
 
 
 def main() -> None:

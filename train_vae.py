@@ -34,7 +34,13 @@ from training.checkpoint import TrainingState, fingerprint, read_checkpoint, vae
 from training.config import parse_flags
 from training.distributed import unwrap
 from training.dry_run import dry_run
-from training.networks import build_vae_nets, check_data, load_discriminator, use_tf32
+from training.networks import (
+    build_vae_nets,
+    check_data,
+    load_discriminator,
+    use_tf32,
+    warn_of_untrained_discriminator,
+)
 from training.precision import autocast_factory
 from training.previews import evenly_spaced, reconstruction_grid
 from training.randomness import Draws, step_draws
@@ -116,6 +122,8 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
     vae = load_vae(source).eval().requires_grad_(False)
     discriminator = load_discriminator(args.disc_pretrained_ckpt) if args.disc_pretrained_ckpt else None
     there = run.directory / f"{args.exp_name}.pt"
+    if vae_files(there).statistics.is_file():
+        run.print(f"warning: statistics of an earlier time are replaced: {vae_files(there).statistics}")
     if there.exists() and fingerprint(read_checkpoint(there)) != fingerprint(vae.state_dict()):
         raise UserError(f"{there} holds another VAE; delete it, or choose another --exp-name")
     write_vae(args, run, vae.to(run.device), discriminator, data)
@@ -138,6 +146,8 @@ def main() -> None:
     nets, state = build(args, run, source)
     identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": source.config.described()}
     run.begin(state, identity, gan_start=first_gan_step(loss))
+    if source.weights is not None:
+        warn_of_untrained_discriminator(args, run, loss)
     autocast = autocast_factory(run.device, args.mixed_precision)
     cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
     shown = evenly_spaced(data, 32)

@@ -283,7 +283,7 @@ def test_what_was_tuned_is_sampled_cached_and_trained_on(tuned, flux, tmp_path, 
     assert json.loads((tmp_path / "flux/index.json").read_text())["shape"] == [16, 4, 4]
 
 
-def test_statistics_alone(flux, tiny_data, tmp_path):
+def test_statistics_alone(flux, tiny_data, tmp_path, capsys):
     flags = ("--stats-only", "--vae", f"diffusers:{flux}", "--exp-name", "flux", "--output-dir", tmp_path)
     flags = (
         *flags,
@@ -299,6 +299,7 @@ def test_statistics_alone(flux, tiny_data, tmp_path):
         0,
     )
     assert call("train_vae.py", *flags)[0] == 0
+    assert "statistics of an earlier time" not in capsys.readouterr().err
     files = vae_files(tmp_path / "flux/flux.pt")
     assert [path.is_file() for path in files] == [True, True, False]
     source = open_vae(f"diffusers:{flux}", str(files.weights), offline=True)

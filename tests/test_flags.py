@@ -18,7 +18,7 @@ from errors import UserError
 from loss.vae_loss import VAELossConfig
 from training import cli
 from training.checkpoint import vae_files, write_atomically
-from training.networks import transformer_draws
+from training.networks import transformer_draws, warn_of_untrained_discriminator
 from training.randomness import Rows, step_draws
 from training.vae_weights import open_vae
 
@@ -293,7 +293,7 @@ def test_flags_reach_the_step(built):
 def test_an_untrained_discriminator_is_warned_of(flags, step, factor, warned):
     args, said = train_repae.parse_args(["--exp-name", "x", *flags.split()]), []
     run = argparse.Namespace(step=step, print=said.append)
-    train_repae.warn_of_untrained_discriminator(args, run, VAELossConfig(discriminator_factor=factor))
+    warn_of_untrained_discriminator(args, run, VAELossConfig(discriminator_factor=factor))
     assert bool(said) == warned
     assert all(line.startswith("warning: ") and "--disc-warmup-steps" in line for line in said)
 

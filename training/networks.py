@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from downloads import download, is_offline
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
+from loss.vae_loss import VAELossConfig
 from models.autoencoder import VAEConfig
 from models.discriminator import SMALLEST_IMAGE, PatchDiscriminator
 from models.encoders import encoder_specs
@@ -188,6 +189,15 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
         opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
         lecam=torch.zeros(2, device=run.device),
     )
+
+
+def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
+    """Say so where a new run tunes its VAE against a discriminator that has not learnt anything yet."""
+    if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
+        run.print(
+            "warning: the VAE is tuned against an untrained discriminator from the start; better give "
+            "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
+        )
 
 
 def compile_in_place(modules: Iterable[nn.Module], args: argparse.Namespace, device: torch.device) -> None:
