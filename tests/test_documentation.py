@@ -137,6 +137,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_scripts_take_the_command_lines_of_the_pages(page):
+    taken = 0
     for words in command_lines(page):
         script = next((word for word in words if word.removesuffix(".py") in SCRIPTS), None)
         if words[0] not in ("python", "accelerate", "torchrun") or script is None or "..." in words:
@@ -145,6 +146,8 @@ def test_the_scripts_take_the_command_lines_of_the_pages(page):
             importlib.import_module(script.removesuffix(".py")).parse_args(words[words.index(script) + 1 :])
         except UserError as error:
             pytest.fail(f"{page.name}: {shlex.join(words)}: {error}")
+        taken += 1
+    assert taken >= {"README.md": 15, "own-data.md": 10}.get(page.name, 0)
 
 
 def test_the_programs_on_the_page_about_own_data_do_what_it_says(tiny_data, tmp_path, monkeypatch):
