@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from dataset import LATENT_FORMAT, LATENTS, cache_directory, open_images
-from downloads import is_offline
 from errors import Parser, run_script
+from flags.config import parse_flags
+from flags.groups import add_caching_flags, add_offline_flag, add_vae_name
+from flags.types import VAE_WEIGHTS
 from models.autoencoder import AutoencoderKL, pixels_to_image
-from training.checkpoint import fingerprint
-from training.cli import VAE_WEIGHTS, add_caching_flags, add_offline_flag, add_vae_name
-from training.config import parse_flags
+from training.build import compile_in_place, use_tf32
 from training.distributed import process_state
-from training.networks import compile_in_place, use_tf32
-from training.shard_caching import Cache, cache_images, check_name, describe_cache
-from training.vae_weights import VAESource, known_statistics, latent_shape, load_vae, open_vae
+from training.latent_caching import Cache, cache_images, check_name, describe_cache
+from weights.checkpoint_io import fingerprint
+from weights.downloads import is_offline
+from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae
 
 DTYPES = ("float16", "float32")
 
@@ -90,9 +91,9 @@ def main() -> None:
         directory=cache_directory(args.output_dir, args.vae_latents_name),
         kind=LATENTS,
         index=index,
-        origin="vae_fingerprint",
-        others="another VAE, other images, --dtype or --mirrored; delete it, or choose another --vae-latents-name",
-        instead="use --dtype float32, or another VAE",
+        source_key="vae_fingerprint",
+        conflict_hint="another VAE, images, --dtype or --mirrored; delete it, or choose another --vae-latents-name",
+        overflow_hint="use --dtype float32, or another VAE",
     )
     cache_images(cache, images, lambda pixels: (encode(vae, pixels),), args, state)
 

@@ -1,7 +1,7 @@
-"""Preprocessed images, cached latents and cached tokens of encoders, as training reads them.
+"""Preprocessed images and cached latents, as training reads them.
 
-Images are shards written by preprocessing.py (196 kB an image at 256 px), latents and tokens shards of the same rows
-written by cache_latents.py and cache_tokens.py. The reference's HDF5 files are read where they lie instead
+Images are shards written by preprocessing.py (196 kB an image at 256 px), latents shards of the same rows
+written by cache_latents.py. The reference's HDF5 files are read where they lie instead
 (reference_hdf5.py). All are map-style datasets that any number of workers may use.
 
     python dataset.py --verify data
@@ -14,18 +14,28 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
-from shards import DTYPES, SUFFIX, Layout, ShardFacts, Shards, damage, examine, open_shard, own_layout, read_index
+from storage.shards import (
+    DTYPES,
+    SUFFIX,
+    Layout,
+    ShardFacts,
+    Shards,
+    damage,
+    examine,
+    open_shard,
+    own_layout,
+    read_index,
+)
 
 IMAGE_FORMAT = "repae-images/1"
 LATENT_FORMAT = "repae-latents/1"
-TOKEN_FORMAT = "repae-tokens/1"
 
 
 def images_directory(data_dir: str | Path) -> Path:
@@ -38,7 +48,7 @@ def cache_directory(data_dir: str | Path, name: str) -> Path:
     return Path(data_dir) / name
 
 
-class Kind(NamedTuple):
+class ShardFormat(NamedTuple):
     """What folders of images, of latents and of tokens differ in."""
 
     format: str
@@ -69,16 +79,6 @@ def latent_layout(index: dict) -> Layout:
     return {"moments": moments, **({"mirrored": moments} if index["mirrored"] else {})}
 
 
-def token_layout(index: dict) -> Layout:
-    """What the shards of tokens hold, by their index: tokens, with scales if they are int8, then the mirrored ones."""
-    tokens = (DTYPES.get(index["dtype"], index["dtype"]), tuple(index["shape"]))
-    scaled, scales = index["dtype"] == "int8", ("F32", (index["shape"][0],))
-    layout = {"tokens": tokens, **({"scales": scales} if scaled else {})}
-    if index["mirrored"]:
-        layout |= {"mirrored": tokens, **({"mirrored_scales": scales} if scaled else {})}
-    return layout
-
-
 def image_fingerprint(digests: list[str]) -> str:
     """The fingerprint of images, from the digests of their shards."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -91,14 +91,14 @@ def cache_fingerprint(index: dict) -> str:
 
 
 COMMON_FIELDS = {"num_classes": int, "classes": object, "fingerprint": str}
-IMAGES = Kind(
+IMAGES = ShardFormat(
     IMAGE_FORMAT,
     {**COMMON_FIELDS, "resolution": int},
     image_layout,
     lambda index, digests: image_fingerprint(digests),
     lambda folder: f"run preprocessing.py with --output-path {folder.parent} to the end",
 )
-LATENTS = Kind(
+LATENTS = ShardFormat(
     LATENT_FORMAT,
     {
         **COMMON_FIELDS,
@@ -113,22 +113,7 @@ LATENTS = Kind(
     lambda index, digests: cache_fingerprint(index),
     lambda folder: f"run cache_latents.py with --vae-latents-name {folder.name} to the end",
 )
-TOKENS = Kind(
-    TOKEN_FORMAT,
-    {
-        **COMMON_FIELDS,
-        "shape": (int, int),
-        "dtype": str,
-        "mirrored": bool,
-        "image_fingerprint": str,
-        "encoder": str,
-        "encoder_fingerprint": str,
-    },
-    token_layout,
-    lambda index, digests: cache_fingerprint(index),
-    lambda folder: f"run cache_tokens.py with --tokens-name {folder.name} to the end",
-)
-KINDS = {kind.format: kind for kind in (IMAGES, LATENTS, TOKENS)}
+KINDS = {kind.format: kind for kind in (IMAGES, LATENTS)}
 
 
 class ImageDataset:
@@ -207,59 +192,6 @@ class LatentDataset:
         return pixels.flip(-1) if mirror else pixels, label, moments.float()
 
 
-class TokenDataset:
-    """Map-style dataset of a frozen encoder's tokens of every image, as they are stored: (tokens (T,D) float16,) or
-    (tokens (T,D) int8, scales (T,) float32), which training.cached_tokens.unpack_tokens widens.
-
-    Where the mirrored images' tokens were cached too, there are twice as many rows, as for latents.
-
-    Attributes:
-        source, fingerprint: as for images.
-        shape: (T, D).
-        mirrored: whether the mirrored images' are there.
-        encoder: its name in --enc-type.
-        encoder_fingerprint: the hash of its weights.
-        image_fingerprint: of the images that were encoded.
-
-    Args:
-        data_dir: the `--output-dir` of cache_tokens.py.
-        name: its `--tokens-name`.
-
-    Raises:
-        UserError: no index or a damaged one, or a shard that is missing, cut short or not what the index says; when it
-            is read, a row that is not what was written.
-    """
-
-    def __init__(self, data_dir: str | Path, name: str):
-        self.source = cache_directory(data_dir, name)
-        index, self.shards = TOKENS.open(self.source)
-        self.fingerprint, self.image_fingerprint = index["fingerprint"], index["image_fingerprint"]
-        self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
-        self.encoder, self.encoder_fingerprint = index["encoder"], index["encoder_fingerprint"]
-        names = list(TOKENS.layout(index))
-        self.parts = [names[: len(names) // 2], names[len(names) // 2 :]] if self.mirrored else [names]
-
-    def __len__(self) -> int:
-        return len(self.shards) * len(self.parts)
-
-    def __getitem__(self, i: int) -> tuple:
-        mirror, row = divmod(i, len(self.shards))
-        return self.shards.row(row, *self.parts[mirror])[:-1]
-
-
-class LatentsWithTokens:
-    """Map-style dataset of (pixels, label, moments) of `latents` and, as a fourth, a tuple of the rows of `tokens`."""
-
-    def __init__(self, latents, tokens: Sequence[TokenDataset]):
-        self.latents, self.tokens, self.num_classes = latents, tokens, latents.num_classes
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, i: int) -> tuple:
-        return (*self.latents[i], tuple(tokens[i] for tokens in self.tokens))
-
-
 def open_images(data_dir: str | Path, resolution: int | None = None):
     """The images in a data directory: shards, or else the reference's images.h5.
 
@@ -308,23 +240,6 @@ def open_latents(data_dir: str | Path, name: str, images=None):
     return latents
 
 
-def open_tokens(data_dir: str | Path, name: str, latents) -> TokenDataset:
-    """The cached tokens called `name` in a data directory, of the images that `latents`, from `open_latents`, are of.
-
-    Raises:
-        UserError: there are none, they are of other images, or the latents do not say which images they are of.
-    """
-    tokens = TokenDataset(data_dir, name)
-    if latents.image_fingerprint is None:
-        raise UserError(
-            f"{latents.source} does not say which images it is of, so that they might not be those of {tokens.source}; "
-            "cache latents with cache_latents.py"
-        )
-    if latents.image_fingerprint != tokens.image_fingerprint:
-        raise UserError(f"{tokens.source} holds tokens of other images than {latents.source}; cache them again")
-    return tokens
-
-
 def shard_folders(directory: Path) -> list[Path]:
     """`directory` and the folders below it that hold an index or shards, sorted; links are followed, never in a circle.
 
@@ -343,7 +258,7 @@ def shard_folders(directory: Path) -> list[Path]:
     return found
 
 
-def kind_of(folder: Path) -> Kind:
+def kind_of(folder: Path) -> ShardFormat:
     """What a folder is of: by its index, or else by its name and what its first whole shard holds."""
     try:
         form = json.loads((folder / "index.json").read_text(encoding="utf8"))["format"]
@@ -353,12 +268,12 @@ def kind_of(folder: Path) -> Kind:
         return KINDS[form]
     if folder.name == "images":
         return IMAGES
-    shards = (open_shard(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
-    held = next((set(shard.keys()) for shard in shards if shard is not None), set())
-    return TOKENS if "tokens" in held else LATENTS
+    return LATENTS
 
 
-def verify_shard(path: Path, kind: Kind, index: dict | None, rows: int | None) -> tuple[ShardFacts | None, str | None]:
+def verify_shard(
+    path: Path, kind: ShardFormat, index: dict | None, rows: int | None
+) -> tuple[ShardFacts | None, str | None]:
     """What reading a shard gives, and what is wrong with it, with what to do.
 
     Args:
@@ -425,7 +340,7 @@ def other_plans(shards: dict[str, ShardFacts]) -> list[str]:
     return [name for name, plan in plans.items() if plan != common[0][0]]
 
 
-def index_difference(kind: Kind, index: dict, shards: list[ShardFacts]) -> str | None:
+def index_difference(kind: ShardFormat, index: dict, shards: list[ShardFacts]) -> str | None:
     """What an index says of all its shards, whole ones of one plan, and they do not, in words, or None."""
     rows = sum(shard.rows for shard in shards)
     if index.get("images", rows) != rows:

@@ -25,24 +25,35 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset import open_images
-from downloads import is_offline
 from errors import Parser, UserError, run_script
-from files import replace_text
-from image_sets import describe, open_image_set
-from metrics.features import see
+from flags import groups, types
+from flags.config import parse_flags
+from metrics.features import FeatureNetwork, extract_features
 from metrics.images import WINDOW, psnr, ssim
-from metrics.statistics import METRICS, OF_FEATURES, ONLY_INCEPTION, SetStatistics, compare
+from metrics.statistics import (
+    METRICS,
+    OF_FEATURES,
+    ONLY_INCEPTION,
+    ReadOptions,
+    Reference,
+    SetStatistics,
+    batches,
+    compare,
+    open_reference,
+    save_statistics,
+    statistics_of,
+)
 from models.autoencoder import image_to_pixels, pixels_to_image
-from sample_files import MANIFEST_FORMAT
-from training import cli
-from training.autoencoding import LatentMoments
-from training.checkpoint import fingerprint
-from training.config import parse_flags
+from storage.files import replace_text
+from storage.image_sets import describe, open_image_set
+from storage.sample_files import MANIFEST_FORMAT
+from training.build import use_tf32
 from training.distributed import process_state
-from training.feature_networks import FeatureNetwork, load_feature_networks
-from training.image_statistics import Reading, Reference, batches, open_reference, save_statistics, statistics_of
-from training.networks import load_lpips, use_tf32
-from training.vae_weights import VAESource, has_statistics, known_statistics, load_vae, open_vae
+from training.vae_step import LatentMoments
+from weights.checkpoint_io import fingerprint
+from weights.downloads import is_offline
+from weights.features import load_feature_networks, load_lpips
+from weights.vae import VAESource, has_statistics, known_statistics, load_vae, open_vae
 
 FEW = 2048  # images below which Inception's covariance is singular
 
@@ -59,11 +70,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--metrics", type=metric_list, help=f"which, joined by commas, of {', '.join(METRICS)} (default: all there are)"
     )
     group.add_argument("--save-stats", type=Path, help="keep the reference's statistics in this npz")
-    cli.add_reconstruction_flags(parser)
-    cli.add_feature_flags(parser)
+    groups.add_reconstruction_flags(parser)
+    groups.add_feature_flags(parser)
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.POSITIVE, default=64, help="of each process (default: %(default)s)")
-    group.add_argument("--num-workers", type=cli.COUNT, default=4, help="reading processes of each (default: 4)")
+    group.add_argument("--batch-size", type=types.POSITIVE, default=64, help="of each process (default: %(default)s)")
+    group.add_argument("--num-workers", type=types.COUNT, default=4, help="reading processes of each (default: 4)")
     group.add_argument("--output", type=Path, help="the JSON file (default: beside samples or VAE, .metrics.json)")
     group.add_argument("--markdown", action="store_true", help="print the results as rows of a table")
     args = parse_flags(parser, argv, "evaluate")
@@ -98,11 +109,11 @@ def check_places(args: argparse.Namespace) -> None:
 
 def metric_list(text: str) -> list[str]:
     """An argparse type: names of metrics, joined by commas."""
-    check = cli.one_of("metric", METRICS)
+    check = types.one_of("metric", METRICS)
     return [check(name) for name in text.split(",")]
 
 
-def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[str], say) -> list[str]:
+def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[str], log) -> list[str]:
     """The metrics to compute: those that were asked for, or all that features and reference allow.
 
     Raises:
@@ -119,11 +130,11 @@ def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[
     if needy := [metric for metric in args.metrics or () if metric in lacking]:
         raise UserError(f"--reference {reference.path}: no images, nor the statistics that {needy[0]} needs")
     if lacking and args.samples is not None and not args.metrics:
-        say(f"{reference.path} has no images: no {', '.join(sorted(lacking))}")
+        log(f"{reference.path} has no images: no {', '.join(sorted(lacking))}")
     return [metric for metric in args.metrics or METRICS if metric in possible - lacking]
 
 
-def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], say) -> None:
+def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], log) -> None:
     """Raise a UserError if samples and reference cannot be compared; warn where there are few."""
     if samples is not None and reference.images is not None and reference.images.size != samples.size:
         sizes = f"--samples are of {describe(samples.size)}, but --reference of {describe(reference.images.size)}"
@@ -134,29 +145,29 @@ def check_images(samples: Dataset | None, reference: Reference, wanted: list[str
         counts["--reference"] = len(reference.images)
     for what, count in counts.items():
         if count is not None:
-            warn_of_few(what, count, say)
+            warn_of_few(what, count, log)
             if count < least:
                 raise UserError(f"{what} holds {count} images, but {', '.join(wanted)} need {least}")
 
 
-def warn_of_few(what: str, count: int, say) -> None:
+def warn_of_few(what: str, count: int, log) -> None:
     """Say so if Fréchet distances of so few images mean little."""
     if count < FEW:
-        say(f"warning: {what} holds {count} images, fewer than {FEW}: Inception's covariance is singular, FID biased")
+        log(f"warning: {what} holds {count} images, fewer than {FEW}: Inception's covariance is singular, FID biased")
 
 
 def evaluate_samples(args: argparse.Namespace, state) -> dict:
     """All metrics of --samples against --reference, and what they depend on."""
-    say = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
+    log = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
     names = args.features.split(",")
     reference = open_reference(args.reference)
     samples = None if args.samples is None else open_image_set(args.samples, "--samples")
-    wanted = check_wanted(args, reference, names, say)
-    check_images(samples, reference, wanted, say)
+    wanted = check_wanted(args, reference, names, log)
+    check_images(samples, reference, wanted, log)
     networks = load_feature_networks(names, args, state.device)
     reference.check_networks(networks, state.device)
     keep = bool(OF_FEATURES & set(wanted)) and samples is not None
-    reading = Reading(args.batch_size, args.num_workers, state)
+    reading = ReadOptions(args.batch_size, args.num_workers, state)
     values, kept, weights = {}, {}, dict(reference.weights)
     for network in networks:
         stored, features = reference.moments.get(network.name, {}), None
@@ -220,15 +231,15 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
     )
     sums = torch.zeros(3, dtype=torch.float64, device=state.device)
     latents = LatentMoments(vae.config.z_channels, state.device)
-    for indices, pixels in batches(data, "reconstructing", Reading(args.batch_size, args.num_workers, state)):
+    for indices, pixels in batches(data, "reconstructing", ReadOptions(args.batch_size, args.num_workers, state)):
         posterior = vae.encode(pixels_to_image(pixels))
         recon = image_to_pixels(vae.decode(posterior.mean))
         latents.update(posterior)
         distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).double()
         sums += torch.stack([psnr(pixels, recon).sum(), ssim(pixels, recon).sum(), distance.sum()])
         for network, original, reconstructed in zip(networks, originals, recons, strict=True):
-            original.update(indices, see(network.module, pixels))
-            reconstructed.update(indices, see(network.module, recon))
+            original.update(indices, extract_features(network.module, pixels))
+            reconstructed.update(indices, extract_features(network.module, recon))
     if state.num_processes > 1:
         dist.all_reduce(sums)
     values = dict(zip(("psnr", "ssim", "lpips"), (sums / len(data)).tolist(), strict=True))

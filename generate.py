@@ -20,21 +20,21 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from downloads import is_offline
+from diffusion.previews import COLUMNS, grid
+from diffusion.sampling import Sampling, cast_weights, sample_pixels
+from diffusion.transport import PATH_TYPES, TIME_CONVENTION
 from errors import Parser, UserError, run_script
-from files import locked, require_space, writing_behind, written_whole
-from sample_files import SampleFiles
-from training.checkpoint import fingerprint
-from training.cli import COUNT, POSITIVE, VAE_WEIGHTS, add_offline_flag, number
-from training.config import parse_flags
+from flags.config import parse_flags
+from flags.groups import add_offline_flag
+from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
+from models.numerics import AUTOCAST_DTYPES, to_host
+from storage.files import locked, require_space, writing_behind, written_whole
+from storage.sample_files import SampleFiles
+from training.build import compile_in_place, use_tf32
 from training.distributed import process_state
-from training.experiment import Experiment, load_experiment
-from training.networks import compile_in_place, use_tf32
-from training.overlap import to_host
-from training.precision import AUTOCAST_DTYPES
-from training.previews import COLUMNS, grid
-from training.sampling import Sampling, cast_weights, sample_pixels
-from transport import PATH_TYPES, TIME_CONVENTION
+from weights.checkpoint_io import fingerprint
+from weights.downloads import is_offline
+from weights.trained_run import Experiment, load_experiment
 
 GRID_SAMPLES = 64
 COMPILE_FROM = 1000
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--heun", action=BooleanOptionalAction, default=False, help="second-order steps, --mode ode only"
     )
-    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: what its flags say)")
+    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: what its flags log)")
     group.add_argument("--cfg-scale", type=number(float, at_least=1), default=1.5, help="1: no guidance (default: 1.5)")
     group.add_argument("--guidance-low", type=number(float, at_least=0), default=0.0, help="guide from t (default: 0)")
     group.add_argument("--guidance-high", type=number(float, at_least=0), default=1.0, help="up to t (default: 1)")
@@ -115,7 +115,7 @@ def check_labels(args: argparse.Namespace, experiment: Experiment) -> None:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
 
 
-def trained_path(path_type: str | None, experiment: Experiment) -> str:
+def trained_path_type(path_type: str | None, experiment: Experiment) -> str:
     """The interpolant that the experiment was trained with; a UserError if --path-type names another."""
     trained = experiment.flags["path_type"]
     if path_type not in (None, trained):
@@ -233,7 +233,7 @@ def main() -> None:
     state = process_state()
     experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args))
     check_labels(args, experiment)
-    args.path_type = trained_path(args.path_type, experiment)
+    args.path_type = trained_path_type(args.path_type, experiment)
     samples = describe(args, experiment)
     files = SampleFiles(args.sample_dir, set_name(args, experiment), samples, args.png, args.npz)
     files.check()

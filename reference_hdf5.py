@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from image_files import opened_image, refuse_more_than_memory
+from storage.photographs import opened_image, refuse_more_than_memory
 
 LABELS = "dataset.json"
 ROWS_A_SHARD = 512

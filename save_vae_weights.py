@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from downloads import is_offline
 from errors import Parser, UserError, run_script
+from flags import groups
+from flags.config import parse_flags
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
 from models.discriminator import PatchDiscriminator
-from training import cli
-from training.checkpoint import (
+from weights.checkpoint_io import (
     check_weights,
     ema_latent_statistics,
     read_checkpoint,
@@ -33,9 +33,9 @@ from training.checkpoint import (
     vae_files,
     write_new,
 )
-from training.config import parse_flags
-from training.model_card import write_model_card
-from training.vae_weights import known_statistics, load_vae, open_vae, write_diffusers
+from weights.downloads import is_offline
+from weights.model_card import write_model_card
+from weights.vae import known_statistics, load_vae, open_vae, write_diffusers
 
 
 class Extracted(NamedTuple):
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--repae-ckpt", type=Path, help="a checkpoint of train_repae.py")
-    cli.add_vae_flags(parser, vae=None, vae_ckpt=None)
+    groups.add_vae_flags(parser, vae=None, vae_ckpt=None)
     parser.add_argument("--vae-name", default="e2e-vae", help="name of folder and files (default: %(default)s)")
     parser.add_argument("--save-dir", type=Path, default=Path("exps"), help="where the folder goes (default: exps)")
     parser.add_argument(
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="results of evaluate.py for the model card, of this VAE or of its samples; may be repeated",
     )
-    cli.add_offline_flag(parser)
+    groups.add_offline_flag(parser)
     args = parse_flags(parser, argv, "save_vae_weights")
     if (args.repae_ckpt is None) == (args.vae_ckpt is None):
         parser.error("one of these is required: --repae-ckpt, or --vae NAME --vae-ckpt PATH, or --vae diffusers:PATH")

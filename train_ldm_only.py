@@ -4,8 +4,7 @@
         --vae-latents-name e2e-vae --model SiT-XL/1
 
 This is the transformer's part of the joint step (REPA, Yu et al., arXiv 2410.06940), on samples of cached posteriors
-(cache_latents.py), normalised by the VAE's statistics; what it aligns to may be cached as well (cache_tokens.py). The
-same command run again continues from the last checkpoint.
+(cache_latents.py), normalised by the VAE's statistics. The same command run again continues from the last checkpoint.
 """
 
 import argparse
@@ -13,27 +12,12 @@ import argparse
 import torch
 from torch import Tensor
 
-from dataset import LatentsWithTokens, open_images, open_latents
-from downloads import is_offline
+from dataset import open_images, open_latents
+from diffusion.previews import sample_grid
 from errors import Parser, UserError, run_script
-from training import cli
-from training.autoencoding import detached
-from training.cached_tokens import open_cached_tokens
-from training.checkpoint import TrainingState, fingerprint, same_statistics
-from training.config import parse_flags
-from training.diffusion import (
-    TransformerNets,
-    TransformerStepConfig,
-    alignment_targets,
-    encoder_tokens,
-    update_transformer,
-)
-from training.distributed import unwrap
-from training.dry_run import dry_run
-from training.encoder_weights import encoder_fingerprints
-from training.evaluation import build_evaluation
-from training.fine_tuning import start_from_trained
-from training.networks import (
+from flags import groups
+from flags.config import parse_flags
+from training.build import (
     build_transformer_nets,
     check_data,
     choose_patch,
@@ -41,10 +25,23 @@ from training.networks import (
     transformer_step_options,
     use_tf32,
 )
-from training.previews import sample_grid
+from training.distributed import unwrap
+from training.dry_run import dry_run
+from training.evaluation import build_evaluation
+from training.loop import Batch, Run
 from training.randomness import Draws
-from training.run import Batch, Run
-from training.vae_weights import VAESource, known_statistics, latent_shape, load_vae, open_vae
+from training.state import TrainingState
+from training.transformer_step import (
+    TransformerNets,
+    TransformerStepConfig,
+    encoder_tokens,
+    update_transformer,
+)
+from training.vae_step import detached
+from weights.checkpoint_io import fingerprint, same_statistics
+from weights.downloads import is_offline
+from weights.encoders import encoder_fingerprints
+from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae
 
 
 def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: TransformerStepConfig) -> dict[str, Tensor | None]:
@@ -52,8 +49,8 @@ def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: Transformer
 
     As `repae_step`, `draws` holds every random number, so the step is deterministic.
     """
-    # 1. The frozen encoders' tokens of the images, cached or computed.
-    zs = alignment_targets(batch.tokens, cfg) if batch.tokens else encoder_tokens(nets.encoders, batch.pixels, cfg)
+    # 1. The frozen encoders' tokens of the images.
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. A sample of the cached posterior, normalised by the VAE's statistics, which stay as they are.
     mean, std = batch.moments.to(draws.posterior.dtype).chunk(2, dim=1)
@@ -66,12 +63,12 @@ def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: Transformer
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_vae_flags(parser, vae="f16d32", vae_ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
-    cli.add_latent_flags(parser)
-    cli.add_transformer_flags(parser, default_model="SiT-XL/1")
-    cli.add_optimisation_flags(parser)
+    groups.add_run_flags(parser)
+    groups.add_data_flags(parser)
+    groups.add_vae_flags(parser, vae="f16d32", vae_ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
+    groups.add_latent_flags(parser)
+    groups.add_transformer_flags(parser, default_model="SiT-XL/1")
+    groups.add_optimisation_flags(parser)
     return parse_flags(parser, argv, "train_ldm_only")
 
 
@@ -81,8 +78,7 @@ def open_data(args: argparse.Namespace, source: VAESource):
     Raises:
         UserError: they are missing, too few, of another size, or have more classes than the transformer.
     """
-    needed = args.enc_type != "none" and args.cached_tokens is None
-    images = open_images(args.data_dir, args.resolution) if needed else None
+    images = open_images(args.data_dir, args.resolution) if args.enc_type != "none" else None
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
     check_data(latents, args)
     if latents.shape != (shape := latent_shape(source, args.resolution)):
@@ -134,7 +130,6 @@ def build(
     """Everything that trains, on this process's device, as the flags say."""
     torch.manual_seed(args.seed)
     nets = build_transformer_nets(args, run, latent, statistics)
-    start_from_trained(nets, args, run)
     state = TrainingState({"model": nets.sit, "ema": nets.ema}, {"opt": nets.opt_sit}, tensors={})
     return nets, state
 
@@ -147,34 +142,30 @@ def main() -> None:
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
     choose_patch(args, source.config)
     data = open_data(args, source)
-    tokens = open_cached_tokens(args, data)
     statistics = known_statistics(source, run.print)
     vae = load_vae(source).eval().requires_grad_(False)
     vae_fingerprint = fingerprint(vae.state_dict())
     check_vae(data, vae_fingerprint, statistics, args, run)
     nets, state = build(args, run, data.shape, statistics)
-    cached = {part.encoder: part.encoder_fingerprint for part in tokens}
     identity = {
         "data": data.image_fingerprint,
         "latents": data.fingerprint,
         "vae": vae_fingerprint,
         "architecture": source.config.described(),
-        "encoders": cached or encoder_fingerprints(args, nets.encoders),
-        **({"tokens": [part.fingerprint for part in tokens]} if tokens else {}),
+        "encoders": encoder_fingerprints(args, nets.encoders),
     }
     run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     vae.to(run.device)
     evaluation = build_evaluation(args, run, evaluation_images(args))
-    examples = LatentsWithTokens(data, tokens) if tokens else data
     if args.dry_run:
-        dry_run(run, examples, ldm_step, nets, cfg, frozen={"VAE": vae})
+        dry_run(run, data, ldm_step, nets, cfg, frozen={"VAE": vae})
         return
 
-    for step, batch in run.steps(examples):
+    for step, batch in run.steps(data):
         draws = transformer_draws(args, data.shape, step, batch.rows).to(run.device)
         metrics = ldm_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_sit.health("sit")})
+        run.log({**metrics, **nets.opt_sit.scaler_metrics("sit")})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, vae, args.seed, cfg.autocast))
         if evaluation is not None and run.due(args.eval_steps):

@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 
 from dataset import open_images
-from downloads import is_offline
+from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
+from diffusion.transport import interpolate
 from errors import Parser, run_script
+from flags import config, groups
+from flags.config import parse_flags
 from loss.alignment import alignment_loss
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.autoencoder import pixels_to_image
-from training import cli
-from training.autoencoding import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
-from training.checkpoint import TrainingState
-from training.config import parse_flags
-from training.diffusion import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
-from training.distributed import frozen_call, unwrap
-from training.dry_run import dry_run
-from training.encoder_weights import encoder_fingerprints
-from training.evaluation import build_evaluation
-from training.fine_tuning import start_from_trained
-from training.networks import (
+from training.build import (
     build_transformer_nets,
     build_vae_nets,
     check_data,
@@ -38,13 +31,18 @@ from training.networks import (
     use_tf32,
     warn_of_untrained_discriminator,
 )
-from training.overlap import beside
-from training.previews import evenly_spaced, reconstruction_grid, sample_grid
+from training.distributed import frozen_call, unwrap
+from training.dry_run import dry_run
+from training.evaluation import build_evaluation
+from training.log import normaliser_drift
+from training.loop import Batch, Run
 from training.randomness import Draws
-from training.run import Batch, Run
-from training.vae_weights import VAESource, known_statistics, latent_shape, open_vae
-from training.watch import normaliser_drift
-from transport import interpolate
+from training.state import TrainingState
+from training.transformer_step import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
+from training.vae_step import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
+from weights.downloads import is_offline
+from weights.encoders import encoder_fingerprints
+from weights.vae import VAESource, known_statistics, latent_shape, open_vae
 
 
 @dataclass
@@ -69,8 +67,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     image = pixels_to_image(batch.pixels).to(draws.noise.dtype)
 
     # 1. The frozen encoders' tokens are what representations align to.
-    #    They are not needed before 3, so a GPU may compute them beside 2.
-    encoding = beside(lambda: encoder_tokens(nets.encoders, batch.pixels, cfg), image.device)
+    zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. The VAE's posterior, a sample z of it, and the reconstruction.
     with cfg.autocast():
@@ -79,13 +76,13 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by
     #    the running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
-    if zs := encoding():
+    if zs:
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
         with cfg.autocast():
             _, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=sit.encoder_depth)
         metrics["vae_align_loss"] = alignment_loss(tokens, zs)
         vae_loss = vae_loss + cfg.vae_align_proj_coeff * metrics["vae_align_loss"]
-    metrics |= {"vae_loss": vae_loss, "grad_norm_vae": nets.opt_vae.update(vae_loss)}
+    metrics |= {"vae_loss": vae_loss, "grad_norm_vae": nets.opt_vae.backward_and_step(vae_loss)}
 
     # 4. Discriminator update on the image and the detached reconstruction.
     metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
@@ -100,13 +97,13 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
 def command_line() -> Parser:
     """All flags."""
     parser = Parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_data_flags(parser)
-    cli.add_vae_flags(parser, vae="f8d4", vae_ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
-    cli.add_vae_loss_flags(parser)
-    cli.add_transformer_flags(parser, default_model="SiT-XL/2")
-    cli.add_joint_flags(parser)
-    cli.add_optimisation_flags(parser)
+    groups.add_run_flags(parser)
+    groups.add_data_flags(parser)
+    groups.add_vae_flags(parser, vae="f8d4", vae_ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
+    groups.add_vae_loss_flags(parser)
+    groups.add_transformer_flags(parser, default_model="SiT-XL/2")
+    groups.add_joint_flags(parser)
+    groups.add_optimisation_flags(parser)
     return parser
 
 
@@ -123,7 +120,6 @@ def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointN
     statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent, statistics)
     nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
-    start_from_trained(nets, args, run)
     bn = unwrap(nets.sit).bn
     state = TrainingState(
         networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
@@ -149,7 +145,7 @@ def main() -> None:
     use_tf32(args.allow_tf32)
     data = open_images(args.data_dir, args.resolution)
     check_data(data, args)
-    loss = cli.load_loss_config(args.loss_cfg_path)
+    loss = config.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
     choose_patch(args, source.config)
@@ -170,7 +166,11 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = transformer_draws(args, latent, step, batch.rows).to(run.device)
         metrics = repae_step(nets, batch, draws, cfg)
-        health = nets.opt_sit.health("sit") | nets.opt_vae.health("vae") | nets.opt_disc.health("disc")
+        health = (
+            nets.opt_sit.scaler_metrics("sit")
+            | nets.opt_vae.scaler_metrics("vae")
+            | nets.opt_disc.scaler_metrics("disc")
+        )
         run.log({**metrics, **health, **normaliser_drift(unwrap(nets.sit).bn, state.tensors["bn_start"])})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))

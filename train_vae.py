@@ -17,35 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from dataset import open_images
-from downloads import is_offline
+from diffusion.previews import evenly_spaced, reconstruction_grid
 from errors import Parser, UserError, run_script
+from flags import config, groups
+from flags.config import parse_flags
 from loss.vae_loss import first_gan_step
 from models.autoencoder import AutoencoderKL, pixels_to_image
-from training import cli
-from training.autoencoding import (
-    VAENets,
-    VAEStepConfig,
-    detached,
-    latent_statistics,
-    update_discriminator,
-    vae_objective,
-)
-from training.checkpoint import TrainingState, fingerprint, read_checkpoint, vae_files, write_atomically
-from training.config import parse_flags
+from models.numerics import autocast_factory
+from training.build import build_vae_nets, check_data, use_tf32, warn_of_untrained_discriminator
 from training.distributed import unwrap
 from training.dry_run import dry_run
-from training.networks import (
-    build_vae_nets,
-    check_data,
-    load_discriminator,
-    use_tf32,
-    warn_of_untrained_discriminator,
-)
-from training.precision import autocast_factory
-from training.previews import evenly_spaced, reconstruction_grid
+from training.loop import Batch, Run
 from training.randomness import Draws, step_draws
-from training.run import Batch, Run
-from training.vae_weights import VAESource, latent_shape, load_vae, open_vae
+from training.state import TrainingState
+from training.vae_step import VAENets, VAEStepConfig, detached, latent_statistics, update_discriminator, vae_objective
+from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically
+from weights.downloads import is_offline
+from weights.vae import VAESource, latent_shape, load_discriminator, load_vae, open_vae
 
 
 def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> dict[str, Tensor | None]:
@@ -54,7 +42,7 @@ def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> d
     with cfg.autocast():
         posterior, _, recon = nets.vae(image, draws.posterior)
     loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
-    metrics |= {"vae_loss": loss, "grad_norm_vae": nets.opt_vae.update(loss)}
+    metrics |= {"vae_loss": loss, "grad_norm_vae": nets.opt_vae.backward_and_step(loss)}
     metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
     return detached(metrics)
 
@@ -62,11 +50,11 @@ def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> d
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    cli.add_run_flags(parser, max_train_steps=100000)
-    cli.add_data_flags(parser)
-    cli.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
-    cli.add_vae_loss_flags(parser)
-    cli.add_optimisation_flags(parser)
+    groups.add_run_flags(parser, max_train_steps=100000)
+    groups.add_data_flags(parser)
+    groups.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
+    groups.add_vae_loss_flags(parser)
+    groups.add_optimisation_flags(parser)
     parser.add_argument(
         "--stats-only",
         action="store_true",
@@ -135,7 +123,7 @@ def main() -> None:
     use_tf32(args.allow_tf32)
     data = open_images(args.data_dir, args.resolution)
     check_data(data, args)
-    loss = cli.load_loss_config(args.loss_cfg_path)
+    loss = config.load_loss_config(args.loss_cfg_path)
     run = Run(args)
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
     latent = latent_shape(source, args.resolution)
@@ -158,7 +146,7 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)
         metrics = vae_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_vae.health("vae"), **nets.opt_disc.health("disc")})
+        run.log({**metrics, **nets.opt_vae.scaler_metrics("vae"), **nets.opt_disc.scaler_metrics("disc")})
         if run.due(args.sampling_steps) and run.is_main:
             run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
 

@@ -27,10 +27,10 @@ from benchmarks.stages import (
 )
 from benchmarks.workspace import CPU, GPU, TINY, Setting, make_workspace
 from errors import Parser, UserError, run_script
-from files import replace_text
-from training.cli import COUNT, WEIGHT
-from training.networks import use_tf32
-from training.precision import AUTOCAST_DTYPES
+from flags.types import COUNT, WEIGHT
+from models.numerics import AUTOCAST_DTYPES
+from storage.files import replace_text
+from training.build import use_tf32
 
 COLUMNS = (
     "stage",

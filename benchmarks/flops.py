@@ -26,14 +26,13 @@ from models.encoders import Encoder, encoder_specs
 from models.sit import SiT_models
 from train_ldm_only import ldm_step
 from train_repae import JointNets, JointStepConfig, repae_step
-from training.autoencoding import update_discriminator
-from training.diffusion import TransformerNets, encoder_tokens, update_transformer
 from training.distributed import frozen_call
-from training.ema import copy_for_ema
 from training.estimates import BackwardOnly, trained_parameters
+from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.run import Batch
-from training.vae_weights import latent_shape, open_vae
+from training.transformer_step import TransformerNets, copy_for_ema, encoder_tokens, update_transformer
+from training.vae_step import update_discriminator
+from weights.vae import latent_shape, open_vae
 
 IMAGES = 2  # that are counted at a time
 SAMPLING_STEPS = 250

@@ -29,13 +29,13 @@ from benchmarks.flops import stage_flops
 from benchmarks.measure import matrix_peak
 from benchmarks.workspace import GPU, TINY, Setting, make_workspace, training_flags
 from errors import Parser, UserError, run_script
-from files import replace_text, require_space
+from storage.files import replace_text, require_space
 
 ROOT = Path(__file__).parents[1]
 FALLING = ("vae_loss", "denoising_loss", "proj_loss")  # the discriminator's may rise: it has an adversary
 # steps; none but CHECKPOINT is saved at, so that the second start has something to do again
 WARM_UP, CHECKPOINT, LAST = 3, 20, 30
-PATIENCE = 600  # seconds for one run
+COLLECTIVE_TIMEOUT = 600  # seconds for one run
 CHECKPOINT_BYTES = 13e9  # of a full-size run
 COMPARED = 5  # steps at either end whose mean losses are compared
 TOLERANCE = {"cpu": 0.0, "cuda": 0.05}  # relative, of a loss after a restart; on GPUs the order of sums differs
@@ -97,9 +97,11 @@ def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[
     line = [sys.executable, "-m", "benchmarks.watched_training", str(facts), str(WARM_UP), str(LAST), *flags]
     environment = {**os.environ, **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
     try:
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+        done = subprocess.run(
+            line, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=COLLECTIVE_TIMEOUT
+        )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{case.name}: training is not done after {PATIENCE} s") from None
+        raise UserError(f"{case.name}: training is not done after {COLLECTIVE_TIMEOUT} s") from None
     if done.returncode != -signal.SIGKILL or not facts.is_file():
         raise UserError(f"{case.name}: training ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     log = (folder / "exps" / name / "metrics.jsonl").read_text().splitlines()

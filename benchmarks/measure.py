@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.precision import AUTOCAST_DTYPES
+from models.numerics import AUTOCAST_DTYPES
 
 LEAST_RUNS = 3
 MOST_RUNS = 50

@@ -32,13 +32,13 @@ from dataset import IMAGE_FORMAT, IMAGES, ImageDataset, images_directory
 from errors import Parser, run_script
 from models.numerics import GlobalBatchNorm2d
 from preprocessing import SHARD_IMAGES
-from shards import read_index, shard_name, write_shard
+from storage.shards import read_index, shard_name, write_shard
 from train_repae import JointNets, repae_step
-from training.checkpoint import TrainingState
-from training.distributed import differing_tensor, highest, host_group, mean_over_processes, unwrap
+from training.distributed import all_reduce_max, differing_tensor, host_group, mean_over_processes, unwrap
 from training.estimates import SUSTAINED, amount, checkpoint_bytes, seconds, trained_parameters
-from training.precision import Optimizer
+from training.optimizer import Optimizer
 from training.randomness import BatchOrder
+from training.state import TrainingState
 
 IMAGES_A_GPU = 32
 GPUS = (1, 8, 64, 512)
@@ -53,7 +53,7 @@ READ_AT_ONCE = 256
 TINY = {"vae": "f4d4-tiny", "model": "SiT-XXS/2", "enc_type": "efficientnet-lite0", "resolution": 32}
 
 
-class Kind(NamedTuple):
+class ShardFormat(NamedTuple):
     """A kind of run: its networks' rows in the registries, and whether the VAE trains with the transformer."""
 
     name: str
@@ -67,9 +67,9 @@ class Kind(NamedTuple):
 
 
 KINDS = (
-    Kind("joint, f8d4, SiT-XL/2", "f8d4", "SiT-XL/2", joint=True),
-    Kind("joint, f16d32, SiT-XL/1", "f16d32", "SiT-XL/1", joint=True),
-    Kind("frozen, f16d32, SiT-XL/1", "f16d32", "SiT-XL/1", joint=False),
+    ShardFormat("joint, f8d4, SiT-XL/2", "f8d4", "SiT-XL/2", joint=True),
+    ShardFormat("joint, f16d32, SiT-XL/1", "f16d32", "SiT-XL/1", joint=True),
+    ShardFormat("frozen, f16d32, SiT-XL/1", "f16d32", "SiT-XL/1", joint=False),
 )
 
 
@@ -245,7 +245,7 @@ def tiny_nets() -> tuple[JointNets, TrainingState]:
 def counted_step(rank: int, world: int, folder: str) -> None:
     """One process's joint step, and what a run exchanges beside it; the bytes of each go to `folder`."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, as training/run.py does
+    warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, as training/loop.py does
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     nets, state = tiny_nets()
     for name in ("vae", "discriminator", "sit"):
@@ -269,7 +269,7 @@ def counted_step(rank: int, world: int, folder: str) -> None:
         part = "step"
         metrics = repae_step(nets, batch, draws, CONFIG)
         part = "agreement"
-        highest([0, 0], hosts)
+        all_reduce_max([0, 0], hosts)
         part = "metrics"
         mean_over_processes(torch.stack([value.float() for value in metrics.values()])[None])
         part = "comparison"

@@ -16,26 +16,24 @@ import train_repae
 from benchmarks.workspace import Setting, training_flags
 from cache_latents import encode
 from dataset import open_images
-from files import writing_behind
+from diffusion.sampling import Sampling, cast_weights, decode_pixels, sample_pixels
+from diffusion.transport import diffusion_loss, interpolate
+from flags import config
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
+from models.numerics import to_device
 from models.sit import SiT
 from preprocessing import preprocess
-from sample_files import SampleFiles
+from storage.files import writing_behind
+from storage.sample_files import SampleFiles
 from train_ldm_only import ldm_step
-from training import cli
-from training.diffusion import encoder_tokens
+from training.build import compile_in_place, transformer_draws
 from training.distributed import frozen_call
-from training.ema import update_ema
-from training.networks import compile_in_place, transformer_draws
-from training.overlap import to_device
-from training.precision import Optimizer
-from training.previews import decode_pixels
+from training.loop import Batch, Run
+from training.optimizer import Optimizer
 from training.randomness import Draws, Rows
-from training.run import Batch, Run
-from training.sampling import Sampling, cast_weights, sample_pixels
-from training.vae_weights import latent_shape, open_vae
-from transport import diffusion_loss, interpolate
+from training.transformer_step import encoder_tokens, update_ema
+from weights.vae import latent_shape, open_vae
 
 READ, READ_AT_ONCE = 4096, 32  # images of a call, and of a batch
 GUIDANCE_SCALE = 2.0
@@ -59,7 +57,7 @@ class Networks(NamedTuple):
 
 
 def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]:
-    """Reading as training reads, and preprocessing; neither needs a network."""
+    """ReadOptions as training reads, and preprocessing; neither needs a network."""
     data = open_images(folder / "data")
 
     def read(workers: int) -> None:
@@ -88,7 +86,7 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     sampled = copy.deepcopy(nets.ema)
     cast_weights(sampled, setting.precision)
     compile_in_place(sampled.blocks, args, run.device)
-    cfg = train_repae.step_config(args, cli.load_loss_config(args.loss_cfg_path), run.device)
+    cfg = train_repae.step_config(args, config.load_loss_config(args.loss_cfg_path), run.device)
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
     rows = Rows(0, setting.batch)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import train_repae
-import training.networks
+import training.build
 from errors import run_script
-from training.run import LOG_INTERVAL
+from training.loop import LOG_INTERVAL
 
 OWN = Path(__file__).parents[1]
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -118,7 +118,7 @@ def main() -> None:
     facts, warm_up, last, *flags = sys.argv[1:]
     sys.argv = ["train_repae.py", *flags]
     if not torch.cuda.is_available():
-        training.networks.compile_in_place = compile_eagerly
+        training.build.compile_in_place = compile_eagerly
     train_repae.repae_step = Watched(train_repae.repae_step, Path(facts), int(warm_up), int(last))
     train_repae.main()
 

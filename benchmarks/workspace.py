@@ -14,7 +14,7 @@ from loss.lpips import LPIPS
 from models.autoencoder import build_vae
 from models.encoders import ENCODERS
 from preprocessing import preprocess
-from training.checkpoint import vae_files, write_atomically
+from weights.checkpoint_io import vae_files, write_atomically
 
 PHOTO = (500, 375)  # pixels, the commonest size in ImageNet
 CLASSES = 10

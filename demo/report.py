@@ -17,11 +17,11 @@ from torch import Tensor
 from dataset import open_images
 from demo.pictures import PANELS, RUNS, draw_overview, latent_colors, read_metrics, reconstruct, strip, themed_svg
 from demo.run import SAMPLES_A_CLASS
-from files import replace_text
 from metrics.images import psnr
 from models.autoencoder import pixels_to_image
-from training.networks import load_lpips
-from training.vae_weights import load_vae, open_vae
+from storage.files import replace_text
+from weights.features import load_lpips
+from weights.vae import load_vae, open_vae
 
 VAE = "f4d4-small"
 SHOWN, A_ROW = 20, 10

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from files import replace_text  # noqa: E402
+from storage.files import replace_text
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("exps/demo")

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import open_images  # noqa: E402
 from demo.run import COMPARED  # noqa: E402
-from sample_files import write_npz  # noqa: E402
+from storage.sample_files import write_npz
 
 
 def main() -> None:

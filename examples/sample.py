@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from diffusion.previews import grid
+from diffusion.sampling import Sampling, sample_pixels
 from errors import UserError, run_script
-from training.experiment import load_experiment
-from training.previews import grid
-from training.sampling import Sampling, sample_pixels
+from weights.trained_run import load_experiment
 
 
 def main() -> None:

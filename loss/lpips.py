@@ -6,8 +6,7 @@ State-dict keys are those of the taming-transformers layout, which the published
 import torch
 from torch import Tensor, nn
 
-from models.numerics import channels_last, float32_or_wider
-from models.recompute import call
+from models.numerics import channels_last, checkpointed_call, float32_or_wider
 
 # torchvision VGG16 `features` indices of each slice; a slice ends in relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 SLICES = (range(4), range(4, 9), range(9, 16), range(16, 23), range(23, 30))
@@ -49,7 +48,7 @@ class VGG16Features(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
         for block in self.children():
-            x = call(block, x, recompute=self.recompute)
+            x = checkpointed_call(block, x, recompute=self.recompute)
             features.append(x)
         return features
 

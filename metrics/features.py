@@ -26,7 +26,7 @@ class Features(NamedTuple):
     probabilities: Tensor | None = None  # (B,1008): Inception's, for the Inception Score
 
 
-def see(network: nn.Module, pixels: Tensor) -> Features:
+def extract_features(network: nn.Module, pixels: Tensor) -> Features:
     """What a network of this module sees in uint8 pixels (B,3,H,W), B > 0; on CPUs a few images at a time."""
     if pixels.device.type != "cpu":
         return network(pixels)
@@ -103,3 +103,12 @@ def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:
             resized = F.interpolate(pixels.float(), shape, mode="bicubic", align_corners=False, antialias=True)
             pixels = resized.round().clamp(0, 255).to(torch.uint8)
     return pixels
+
+
+class FeatureNetwork(NamedTuple):
+    """A network of metrics/features.py, by the name that --features takes, and the file of its weights."""
+
+    name: str
+    module: nn.Module
+    weights: Path
+    sha256: str

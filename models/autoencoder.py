@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.numerics import channels_last, float32_or_wider
-from models.recompute import call
+from models.numerics import channels_last, checkpointed_call, float32_or_wider
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -157,9 +156,9 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, recompute: bool) -> Tensor:
         for i, block in enumerate(self.block):
-            x = call(block, x, recompute=recompute)
+            x = checkpointed_call(block, x, recompute=recompute)
             if self.attn:
-                x = call(self.attn[i], x, recompute=recompute)
+                x = checkpointed_call(self.attn[i], x, recompute=recompute)
         return x
 
 
@@ -199,10 +198,10 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x, self.recompute)
             if hasattr(level, "downsample"):
-                x = call(level.downsample, x, recompute=self.recompute)
+                x = checkpointed_call(level.downsample, x, recompute=self.recompute)
         for module in self.mid.values():
-            x = call(module, x, recompute=self.recompute)
-        return call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
+            x = checkpointed_call(module, x, recompute=self.recompute)
+        return checkpointed_call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
 
 
 class Decoder(nn.Module):
@@ -230,12 +229,12 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for module in self.mid.values():
-            x = call(module, x, recompute=self.recompute)
+            x = checkpointed_call(module, x, recompute=self.recompute)
         for level in reversed(self.up):
             x = level(x, self.recompute)
             if hasattr(level, "upsample"):
-                x = call(level.upsample, x, recompute=self.recompute)
-        return call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
+                x = checkpointed_call(level.upsample, x, recompute=self.recompute)
+        return checkpointed_call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
 
 
 class AutoencoderKL(nn.Module):

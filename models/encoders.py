@@ -3,7 +3,7 @@
 Every encoder takes uint8 pixels (B,3,R,R) and gives tokens (B, grid², embed_dim), row by row; preprocessing is inside.
 Each is one row of `ENCODERS`, so that width and grid are known before any weights are there. Networks are timm's, and
 so is the conversion of weights: a row's `convert` only brings a project's own checkpoint into a form that timm's filter
-of that network knows. Where weights come from is training/encoder_weights.py's matter.
+of that network knows. Where weights come from is weights/encoders.py's matter.
 """
 
 import functools

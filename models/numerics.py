@@ -1,9 +1,18 @@
-"""Numerics the networks and losses share: working precision, and batch statistics over every process."""
+"""Numerics that networks and losses share: precision, batch statistics over every process, recomputation, copies
+between host and device.
+"""
 
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 
 def float32_or_wider(x: Tensor) -> Tensor:
@@ -90,3 +99,49 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """Normalise `x` (B,C,H,W) by the running statistics and leave them as they are, whatever the module's mode."""
         wide = float32_or_wider(x)
         return F.batch_norm(wide, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def checkpointed_call(module: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+    """`module(*inputs)`; with `recompute`, and where gradients are taken, only `inputs` are kept for the backward pass.
+
+    The module is then run twice, so it must draw no random numbers and update no buffer. Gradients are the same.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return module(*inputs)
+    # by the backward pass, the module's own parameters may be back in place of those it was called with
+    parameters = dict(module.named_parameters())
+
+    def run(*inputs: Tensor) -> Tensor:
+        return functional_call(module, parameters, inputs)
+
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
+    """A function giving a fresh autocast context for `mixed_precision` (no, fp16, bf16).
+
+    One context a pass: autocast caches the cast weights, and a cast cached without gradients would serve a later pass
+    that needs them.
+    """
+    dtype = AUTOCAST_DTYPES[mixed_precision]
+    return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Host tensors on `device`; the host does not wait for copies to a GPU."""
+    pin = device.type == "cuda"
+    return tuple((tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin) for tensor in tensors)
+
+
+def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
+    """`tensor` as an array on the host, and what waits, in any thread, until its values have arrived there."""
+    if tensor.device.type != "cuda":
+        return tensor.contiguous().numpy(), lambda: None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor.contiguous(), non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)
+    arrived.record()
+    return host.numpy(), arrived.synchronize

@@ -5,7 +5,7 @@ Architecture: DiT (Peebles & Xie, arXiv 2212.09748) as used by SiT (Ma et al., 2
 keys are those of the published checkpoints.
 
 The forward pass is the raw network: its input is already normalised and already noised, and dropped labels are already
-replaced by the null label. `transport.py` makes such inputs, and the training step applies `sit.bn`.
+replaced by the null label. `diffusion/transport.py` makes such inputs, and the training step applies `sit.bn`.
 """
 
 import math
@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.numerics import GlobalBatchNorm2d
-from models.recompute import call
+from models.numerics import GlobalBatchNorm2d, checkpointed_call
 
 # size: (depth, width, heads). S to XL are the published ones; XXS and XS are for images of 32 and 64 pixels.
 SIT_SIZES = {
@@ -248,7 +247,7 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for number, block in enumerate(self.blocks[:depth], start=1):
-            x = call(block, x, c, recompute=self.recompute)
+            x = checkpointed_call(block, x, c, recompute=self.recompute)
             if project and number == self.encoder_depth:
                 tokens = [projector(x) for projector in self.projectors]
         if depth is not None:

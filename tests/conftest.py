@@ -32,7 +32,7 @@ def default_device(request):
 def vgg_weights(tmp_path_factory) -> Path:
     """VGG16's real convolutions in torchvision's keys, converted as the demo does."""
     from demo.convert_lpips import convert, packaged_weights
-    from training.checkpoint import write_atomically
+    from weights.checkpoint_io import write_atomically
 
     path = tmp_path_factory.mktemp("lpips") / "vgg16.pt"
     write_atomically(convert(packaged_weights()), path)
@@ -62,7 +62,7 @@ def tiny_vae(tmp_path_factory, tiny_data, vgg_weights) -> tuple[Path, Path]:
 def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
     """Flags of a tiny joint run into a folder of its own, without its name and length."""
     from scripts import TINY, TINY_SIT
-    from training.checkpoint import vae_files
+    from weights.checkpoint_io import vae_files
 
     output = tmp_path_factory.mktemp("joint")
     paths = ("--output-dir", output, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)

@@ -12,11 +12,11 @@ from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from train_repae import JointNets, JointStepConfig
-from training.ema import copy_for_ema
-from training.networks import compile_in_place
-from training.precision import Optimizer
+from training.build import compile_in_place
+from training.loop import Batch
+from training.optimizer import Optimizer
 from training.randomness import Draws, Rows
-from training.run import Batch
+from training.transformer_step import copy_for_ema
 
 CONFIG = JointStepConfig(loss=VAELossConfig(), autocast=contextlib.nullcontext)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from errors import run_script
-from training.checkpoint import read_checkpoint
+from weights.checkpoint_io import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}

@@ -14,17 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import files
-import image_files
 import preprocessing
 import published
 from images import make_data
 from models.autoencoder import VAE_CONFIGS
-from models.diffusers_layout import to_diffusers_config
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command
+from storage import files, photographs
 from test_files import bomb_png
 from test_generate import flip_a_bit
-from training.checkpoint import vae_files
+from weights.checkpoint_io import vae_files
+from weights.diffusers_layout import to_diffusers_config
 
 TABLE = {
     row[0]: (row[1], row[3].strip("`"))
@@ -395,7 +394,7 @@ def test_bad_input_is_one_clear_line(places, case, monkeypatch):
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path: full)
     good = good_flags(script, places)
     if case == "evaluate-npz-bomb":
-        monkeypatch.setattr(image_files, "memory_bytes", lambda: 300_000)
+        monkeypatch.setattr(photographs, "memory_bytes", lambda: 300_000)
     if case == "flag-missing":
         good.remove("--exp-name")
         good.remove("bad")

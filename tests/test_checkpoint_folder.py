@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from errors import UserError
-from training.checkpoint import latest_checkpoint, read_checkpoint
-from training.checkpoint_folder import CheckpointFolder
+from training.state import CheckpointFolder
+from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
 
 @pytest.fixture

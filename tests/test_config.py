@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from errors import UserError
+from flags.config import SCRIPTS
 from generate import set_name
 from published import FLAGS
 from scripts import LAST, ROOT, call, records
 from test_flags import PUBLISHED
-from training.config import SCRIPTS
-from training.experiment import Experiment
+from weights.trained_run import Experiment
 
 PRESETS = sorted((ROOT / "configs/presets").glob("*.yaml"))
 REPAE = ("train_repae", "save_vae_weights", "generate", "evaluate")

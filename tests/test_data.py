@@ -23,10 +23,10 @@ from errors import UserError
 from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
 from scripts import call
-from shards import Shards, read_into, shard_name, write_shard
+from storage.shards import Shards, read_into, shard_name, write_shard
 from test_files import bomb_png, shard_arrays, without_checksums
 from train_ldm_only import check_vae
-from training.checkpoint import fingerprint
+from weights.checkpoint_io import fingerprint
 
 
 def cache(data, vae, *flags, name="latents", code=0) -> str:
@@ -423,7 +423,9 @@ def test_rows_of_several_tensors_take_one_opening(tmp_path, monkeypatch):
     layout = {"a": ("I8", (6,)), "b": ("F32", (3,))}
     found = Shards(tmp_path, {"num_classes": 2, "shards": [{"file": "s", "images": 2}]}, layout, "help")
     opened = []
-    monkeypatch.setattr("shards.read_into", lambda path, targets: opened.append(path) or read_into(path, targets))
+    monkeypatch.setattr(
+        "storage.shards.read_into", lambda path, targets: opened.append(path) or read_into(path, targets)
+    )
     b, a, label = found.row(1, "b", "a")
     assert (b.tolist(), a.tolist(), label, len(opened)) == ([1, 1, 1], [6, 7, 8, 9, 10, 11], 1, 1)
     with open(tmp_path / "s", "r+b") as file:

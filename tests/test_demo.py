@@ -16,8 +16,8 @@ from demo.report import duration, write_report
 from images import make_tree
 from models.autoencoder import build_vae
 from preprocessing import preprocess
-from sample_files import write_npz
-from training.checkpoint import write_atomically
+from storage.sample_files import write_npz
+from weights.checkpoint_io import write_atomically
 
 CLASSES = ("ape", "bee", "cat")
 

@@ -13,18 +13,18 @@ from dataset import open_images
 from errors import UserError
 from hub import serving
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig, build_vae, pixels_to_image
-from models.diffusers_layout import (
+from models.sit import SiT_models
+from scripts import call, equal, records
+from training.build import choose_patch
+from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically
+from weights.diffusers_layout import (
     EARLIER_NAMES,
     from_diffusers_config,
     from_diffusers_state,
     to_diffusers_config,
     to_diffusers_state,
 )
-from models.sit import SiT_models
-from scripts import call, equal, records
-from training.checkpoint import fingerprint, read_checkpoint, vae_files, write_atomically
-from training.networks import choose_patch
-from training.vae_weights import (
+from weights.vae import (
     find_weights,
     has_statistics,
     known_statistics,

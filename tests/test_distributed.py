@@ -20,10 +20,10 @@ from models.numerics import GlobalBatchNorm2d, global_moments
 from test_joint_step import small_batch, small_nets
 from train_ldm_only import ldm_step
 from train_repae import JointNets, repae_step
-from training.autoencoding import latent_statistics
 from training.distributed import frozen_call, gradient_sync, unwrap
+from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.run import Batch
+from training.vae_step import latent_statistics
 
 STEPS = 3
 WITH_LECAM = replace(CONFIG, loss=VAELossConfig(lecam_regularization_weight=0.5))

@@ -13,9 +13,9 @@ import pytest
 
 from dataset import open_images
 from errors import UserError
-from preprocessing import read_labels
 from scripts import ROOT
-from training.watch import Watch
+from storage.photographs import read_labels
+from training.log import Watch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (
@@ -61,7 +61,7 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_that_the_pages_mention_exist(page):
     known = set(OTHERS_FLAGS)
-    for source in (*ROOT.glob("*.py"), ROOT / "training/cli.py", ROOT / "training/config.py"):
+    for source in (*ROOT.glob("*.py"), ROOT / "flags/groups.py", ROOT / "flags/config.py"):
         known |= set(re.findall(r'"--([a-z0-9-]+)"', source.read_text(encoding="utf8")))
     for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", page.read_text(encoding="utf8")):
         assert flag in known or flag.removeprefix("no-") in known, f"{page.name} mentions --{flag}"

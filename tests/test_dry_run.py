@@ -16,12 +16,12 @@ from test_flags import OneProcess
 from train_ldm_only import ldm_step
 from train_repae import repae_step
 from train_vae import vae_step
-from training.autoencoding import VAENets
-from training.checkpoint import read_checkpoint
-from training.diffusion import TransformerNets
 from training.dry_run import checkpoints_to_come
 from training.estimates import amount, count_step
-from training.vae_weights import open_vae
+from training.transformer_step import TransformerNets
+from training.vae_step import VAENets
+from weights.checkpoint_io import read_checkpoint
+from weights.vae import open_vae
 
 LATENT = (4, 8, 8)
 

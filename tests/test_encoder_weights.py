@@ -17,20 +17,15 @@ from torch import nn
 
 import hub
 import train_ldm_only
-from downloads import is_offline
 from errors import UserError
 from models.encoders import ENCODERS, Encoder, encoder_spec
 from originals import original, tiny_encoder
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command, torchrun
-from training.checkpoint import read_checkpoint
-from training.encoder_weights import (
-    encoder_fingerprints,
-    load_encoder_weights,
-    load_encoders,
-    weights_file,
-)
-from training.metrics_log import MetricsLog
-from training.networks import build_transformer_nets
+from training.build import build_transformer_nets
+from training.log import MetricsLog
+from weights.checkpoint_io import read_checkpoint
+from weights.downloads import is_offline
+from weights.encoders import encoder_fingerprints, load_encoder_weights, load_encoders, weights_file
 
 CPU = torch.device("cpu")
 TIMM = "timm:test_vit.r160_in1k"  # 0.4 M parameters
@@ -431,7 +426,7 @@ def test_offline_wandb_keeps_its_files(tmp_path, monkeypatch):
     )
     for offline in (False, True):
         args = argparse.Namespace(report_to="wandb", exp_name="x", offline=offline)
-        MetricsLog(accelerator, args, tmp_path, say=print).open(step=0)
+        MetricsLog(accelerator, args, tmp_path, log=print).open(step=0)
         assert opened.get("mode") == ("offline" if offline else None)
 
 

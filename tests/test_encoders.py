@@ -20,8 +20,8 @@ from models.encoders import ENCODERS, Encoder, encoder_spec, encoder_specs, resa
 from models.sit import SiT_models
 from originals import original, sincos, tiny_encoder, tiny_spec
 from train_repae import repae_step
-from training.diffusion import encoder_tokens
-from training.encoder_weights import load_encoder_weights, packaged_file
+from training.transformer_step import encoder_tokens
+from weights.encoders import load_encoder_weights, packaged_file
 
 GOLDEN = {
     "dinov2-vit-s": "dinov2_reg0_tokens",

@@ -13,17 +13,17 @@ from PIL import Image
 
 import published
 from dataset import open_images
-from image_sets import open_image_set
 from images import make_data, photo
-from metrics.features import Inception, dinov2_positions, see
+from metrics.features import Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run, torchrun
-from training.checkpoint import TrainingState, read_checkpoint
-from training.feature_networks import load_encoder, load_inception
-from training.networks import load_lpips
-from training.run import Run
-from training.vae_weights import load_vae, open_vae
+from storage.image_sets import open_image_set
+from training.loop import Run
+from training.state import TrainingState
+from weights.checkpoint_io import read_checkpoint
+from weights.features import load_encoder, load_inception, load_lpips
+from weights.vae import load_vae, open_vae
 
 LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0)
 FD = "fd_efficientnet_lite0"
@@ -199,7 +199,7 @@ def test_inception_is_torch_fidelitys_own_path(inception_weights, sets):
     )
     pixels = torch.tensor(pictures(4, 5)).permute(0, 3, 1, 2)
     pool, logits = theirs(pixels)
-    seen = see(ours, pixels)
+    seen = extract_features(ours, pixels)
     torch.testing.assert_close(seen.pool, pool)
     torch.testing.assert_close(seen.probabilities, logits.softmax(1))
     # the spatial features, layer by layer: the first seven channels of mixed_6/conv, flattened channel-last
@@ -426,4 +426,4 @@ def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
     assert torch.equal(network.encoder.network.pos_embed, expected)
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     whole = network.encoder.network.forward_features(network.encoder.preprocess(pixels))
-    torch.testing.assert_close(see(network, pixels).pool, whole[:, 0])  # the class token
+    torch.testing.assert_close(extract_features(network, pixels).pool, whole[:, 0])  # the class token

@@ -25,12 +25,12 @@ import preprocessing
 import published
 from dataset import open_images
 from errors import UserError
-from image_sets import map_member
 from images import make_data, make_tree
-from sample_files import read_png
 from scripts import ROOT, TINY, TINY_SIT, call, records, run
+from storage.image_sets import map_member
+from storage.sample_files import read_png
 from test_generate import flip_a_bit
-from training.checkpoint import vae_files
+from weights.checkpoint_io import vae_files
 
 NOBODY = 65534
 OUT = "out"  # below the places of `work`, what scripts write to

@@ -17,11 +17,10 @@ from images import make_data
 from models.encoders import Encoder, encoder_spec
 from models.sit import SiT, SiT_models
 from scripts import TINY, TINY_SIT, call, records
-from training.checkpoint import read_checkpoint, vae_files
-from training.diffusion import TransformerNets
-from training.ema import copy_for_ema
-from training.fine_tuning import LABEL_TABLE, resample_positions, start_from_trained
-from training.vae_weights import latent_shape, open_vae
+from training.transformer_step import TransformerNets, copy_for_ema
+from weights.checkpoint_io import read_checkpoint, vae_files
+from weights.trained_run import LABEL_TABLE, resample_positions, start_from_trained
+from weights.vae import latent_shape, open_vae
 
 
 def own_sit(**options) -> SiT:

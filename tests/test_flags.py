@@ -4,23 +4,23 @@ import argparse
 import importlib
 from pathlib import Path
 
+import cache_tokens
 import pytest
 import torch
 
 import cache_latents
-import cache_tokens
 import generate
 import save_vae_weights
 import train_ldm_only
 import train_repae
 import train_vae
 from errors import UserError
+from flags import config
 from loss.vae_loss import VAELossConfig
-from training import cli
-from training.checkpoint import vae_files, write_atomically
-from training.networks import transformer_draws, warn_of_untrained_discriminator
+from training.build import transformer_draws, warn_of_untrained_discriminator
 from training.randomness import Rows, step_draws
-from training.vae_weights import open_vae
+from weights.checkpoint_io import vae_files, write_atomically
+from weights.vae import open_vae
 
 COMMON = {
     "output_dir": "exps",
@@ -323,11 +323,11 @@ def test_flags_reach_the_draws(built):
 def test_loss_yaml_errors(tmp_path, text, message):
     (tmp_path / "loss.yaml").write_text(text)
     with pytest.raises(UserError, match="--loss-cfg-path .*loss.yaml") as error:
-        cli.load_loss_config(str(tmp_path / "loss.yaml"))
+        config.load_loss_config(str(tmp_path / "loss.yaml"))
     assert message in str(error.value)
 
 
 def test_loss_yaml_values_are_read(tmp_path):
     (tmp_path / "loss.yaml").write_text("losses: {kl_weight: 1, discriminator_start: 5, lecam_ema_decay: 0.9}")
-    cfg = cli.load_loss_config(str(tmp_path / "loss.yaml"))
+    cfg = config.load_loss_config(str(tmp_path / "loss.yaml"))
     assert cfg == VAELossConfig(kl_weight=1.0, discriminator_start=5, lecam_ema_decay=0.9)

@@ -15,19 +15,26 @@ from PIL import Image
 
 import generate
 import published
+from diffusion.samplers import Guidance, sample_ode
+from diffusion.sampling import (
+    DECODE_BATCH,
+    Sampling,
+    cast_weights,
+    decode_pixels,
+    generator_for,
+    sample_label,
+    sample_pixels,
+    sampling_noise,
+)
 from errors import UserError
-from files import WAITING
 from models.autoencoder import image_to_pixels
+from models.numerics import AUTOCAST_DTYPES
 from models.sit import SiT_models
-from sample_files import SampleFiles, read_npz
-from samplers import Guidance, sample_ode
 from scripts import call
-from training.checkpoint import fingerprint
-from training.experiment import REFERENCE_DEFAULTS, load_experiment, load_transformer
-from training.precision import AUTOCAST_DTYPES
-from training.previews import DECODE_BATCH, decode_pixels
-from training.randomness import generator_for
-from training.sampling import Sampling, cast_weights, sample_label, sample_pixels, sampling_noise
+from storage.files import WAITING
+from storage.sample_files import SampleFiles, read_npz
+from weights.checkpoint_io import fingerprint
+from weights.trained_run import REFERENCE_DEFAULTS, load_experiment, load_transformer
 
 STEP = published.STEP
 SHAPE = (4, 8, 8)
@@ -248,7 +255,7 @@ def test_what_is_there_in_one_form_is_not_sampled_again_for_another(runs, tmp_pa
 
 
 def test_the_npz_is_made_of_raw_parts_and_no_png_is_read(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("sample_files.read_png", None)
+    monkeypatch.setattr("storage.sample_files.read_png", None)
     path = sample(runs / "joint", tmp_path, "--pproc-batch-size", 3)
     assert not path.with_name(path.name + ".parts").exists()
     whole = pixels_of(path)
@@ -338,7 +345,7 @@ def test_interrupted_sampling_leaves_undone_what_is_not_begun(runs, tmp_path, mo
 
     flags = ("--exp-path", runs / "joint", "--sample-dir", tmp_path, "--num-fid-samples", 3, "--pproc-batch-size", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("files.WRITERS", 1)
+        patch.setattr("storage.files.WRITERS", 1)
         patch.setattr(generate, "sample_pixels", interrupted)
         patch.setattr(SampleFiles, "_write_part", slowly)
         assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 130

@@ -8,6 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diffusion.samplers import Guidance, sample_ode, sample_sde
+from diffusion.transport import diffusion_loss, interpolate
+from flags.config import load_loss_config
 from golden_weights import GOLDEN, assert_close, fill, golden
 from joint_golden import golden_lpips
 from loss.alignment import alignment_loss
@@ -16,10 +19,7 @@ from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_l
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SIT_SIZES, SiT, SiT_models
-from preprocessing import center_crop
-from samplers import Guidance, sample_ode, sample_sde
-from training.cli import load_loss_config
-from transport import diffusion_loss, interpolate
+from storage.photographs import center_crop
 
 KEYS = json.loads((GOLDEN / "state_dicts.json").read_text())
 PATHS = ("linear", "cosine")

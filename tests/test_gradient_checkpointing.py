@@ -23,10 +23,10 @@ from test_flags import OneProcess
 from test_joint_step import gradients_of, small_batch, small_nets, step_once, with_cfg
 from train_ldm_only import ldm_step
 from train_repae import repae_step
-from training.checkpoint import read_checkpoint
 from training.distributed import frozen_call
 from training.estimates import Meter, count_step
-from training.vae_weights import open_vae
+from weights.checkpoint_io import read_checkpoint
+from weights.vae import open_vae
 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
+from diffusion.transport import diffusion_loss, interpolate
 from golden_weights import assert_close, golden
 from joint_golden import CONFIG, golden_nets, golden_steps
 from loss.alignment import alignment_loss
 from train_repae import JointNets, repae_step
+from training.loop import Batch
 from training.randomness import Draws, Rows, step_draws
-from training.run import Batch
-from transport import diffusion_loss, interpolate
 
 METRICS = (
     *("grad_norm_vae", "reconstruction_loss", "perceptual_loss", "kl_loss", "weighted_gan_loss", "vae_align_loss"),

@@ -12,7 +12,7 @@ import scripts
 from images import make_data
 from killer import Killer
 from scripts import LAST, TINY, TINY_SIT, assert_same_run
-from training.checkpoint import numbered_checkpoints
+from weights.checkpoint_io import numbered_checkpoints
 
 pytestmark = pytest.mark.slow
 # a checkpoint after every step, of which one is kept beside the last

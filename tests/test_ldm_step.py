@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import published
+from diffusion.transport import interpolate
 from models.autoencoder import pixels_to_image
 from train_ldm_only import ldm_step
-from training.diffusion import TransformerNets, TransformerStepConfig
-from training.ema import copy_for_ema
-from training.precision import Optimizer
+from training.loop import Batch
+from training.optimizer import Optimizer
 from training.randomness import Draws, Rows
-from training.run import Batch
-from transport import interpolate
+from training.transformer_step import TransformerNets, TransformerStepConfig, copy_for_ema
 
 CPU = torch.device("cpu")
 CONFIG = TransformerStepConfig(autocast=contextlib.nullcontext, ema_decay=0.5)

@@ -11,7 +11,7 @@ from demo.convert_lpips import NumpyUnpickler, convert, packaged_weights
 from errors import UserError
 from images import photo
 from loss.lpips import unit
-from training.networks import load_lpips
+from weights.features import load_lpips
 
 
 def photographs(count: int, side: int = 64) -> torch.Tensor:

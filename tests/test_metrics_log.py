@@ -14,10 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.numerics import GlobalBatchNorm2d
 from scripts import LAST, assert_same_run, call, records, run
-from training.checkpoint import read_checkpoint
-from training.metrics_log import MetricsLog
-from training.vae_weights import read_latent_statistics
-from training.watch import normaliser_drift
+from training.log import MetricsLog, normaliser_drift
+from weights.checkpoint_io import read_checkpoint
+from weights.vae import read_latent_statistics
 
 
 class Accelerator:
@@ -174,7 +173,7 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, ca
 def test_an_empty_identity_of_wandb_is_made_anew(tmp_path):
     args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
     (tmp_path / "wandb-id.txt").write_text("")
-    MetricsLog(accelerator := Accelerator(["wandb"]), args, tmp_path, say=print).open(step=0)
+    MetricsLog(accelerator := Accelerator(["wandb"]), args, tmp_path, log=print).open(step=0)
     assert len(accelerator.options["id"]) == 8
     assert (tmp_path / "wandb-id.txt").read_text() == accelerator.options["id"]
 

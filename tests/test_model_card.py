@@ -13,8 +13,8 @@ import train_repae
 from errors import UserError
 from images import make_data
 from scripts import call
-from training.checkpoint import read_checkpoint
-from training.model_card import TEMPLATE, fill, training_command, vae_fingerprint, write_model_card
+from weights.checkpoint_io import read_checkpoint
+from weights.model_card import TEMPLATE, fill, training_command, vae_fingerprint, write_model_card
 
 FLAGS = (
     *("--exp-name", "my run", "--data-dir", "/data/o'clock", "--vae", "f4d4-tiny", "--vae-ckpt", "sd/sd.pt"),

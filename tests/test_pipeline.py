@@ -17,8 +17,8 @@ from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, call, interrupt, records, run, torchrun
-from training.checkpoint import load_weights, read_checkpoint, vae_files
-from training.vae_weights import read_latent_statistics
+from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
+from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
 

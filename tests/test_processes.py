@@ -18,9 +18,9 @@ from errors import UserError, explain_runtime_error, lost_process
 from scripts import ACCELERATE, ENVIRONMENT, LAST, ROOT, assert_same_run, command, equal, records, run, torchrun
 from test_distributed import in_two_processes
 from training import distributed
-from training.checkpoint import read_checkpoint
-from training.distributed import differing_tensor, highest, host_group, on_first_process
-from training.identity import refuse_other_processes
+from training.distributed import all_reduce_max, differing_tensor, host_group, on_first_process
+from training.resume_checks import refuse_other_processes
+from weights.checkpoint_io import read_checkpoint
 
 STEPS = 12
 PER_STEP = ("--checkpointing-minutes", 1e-6, "--keep-last", 2, "--max-train-steps", STEPS)
@@ -31,12 +31,12 @@ LOSSES, WEIGHTS = 2e-3, 5e-4
 
 def agree(rank: int, world: int) -> list:
     group = host_group()
-    return [*highest([rank, 5 - rank], group), on_first_process(lambda: f"rank {rank}", group)]
+    return [*all_reduce_max([rank, 5 - rank], group), on_first_process(lambda: f"rank {rank}", group)]
 
 
 def test_processes_agree_on_the_highest_of_each_and_on_what_the_first_says(tmp_path):
     assert in_two_processes(agree, tmp_path) == [[1, 5, "rank 0"]] * 2
-    assert highest([3, 4], None) == [3, 4]
+    assert all_reduce_max([3, 4], None) == [3, 4]
 
 
 def refusals(rank: int, world: int) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_single_bit_that_differs_is_found(tmp_path):
 
 
 def wait_for_the_dead(rank: int, world: int, hang: bool) -> str | None:
-    distributed.PATIENCE = timedelta(seconds=4)  # also to form the group, on a busy machine
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=4)  # also to form the group, on a busy machine
     group = host_group()
     if rank == 1:
         if not hang:
@@ -96,7 +96,7 @@ def wait_for_the_dead(rank: int, world: int, hang: bool) -> str | None:
         time.sleep(9)
         return None
     try:
-        highest([0], group)
+        all_reduce_max([0], group)
     except RuntimeError as error:
         said = lost_process(error)
     # the other one is not there to take part, and gloo's threads, which wait for it, would abort an ordinary exit

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-DIFFUSION = "training/diffusion.py"
+DIFFUSION = "training/transformer_step.py"
 NOISE = "interpolate(cfg.path_type, z_norm, draws.noise, draws.t)"
 
 SABOTAGES = {
@@ -32,12 +32,12 @@ SABOTAGES = {
         "same_t_and_noise",
     ),
     "EMA without buffers": (
-        *("training/ema.py", "value.is_floating_point()]", 'value.is_floating_point() and "running" not in key]'),
+        *(DIFFUSION, "value.is_floating_point()]", 'value.is_floating_point() and "running" not in key]'),
         "ema_averages",
     ),
     "EMA left out": (DIFFUSION, "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
     "sign of the alignment loss": ("loss/alignment.py", "return -torch", "return torch", "shuffled_tokens"),
-    "clip omitted": ("training/precision.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
+    "clip omitted": ("training/optimizer.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
     "alignment gradient into the transformer": (
         *("train_repae.py", "frozen_call(sit, x_t", "sit(x_t"),
         "does_not_reach_the_transformer",
@@ -58,11 +58,11 @@ SABOTAGES = {
         "never_reaches_the_vae",
     ),
     "generator gradient into the discriminator": (
-        *("training/autoencoding.py", "frozen_call(nets.discriminator, recon)", "nets.discriminator(recon)"),
+        *("training/vae_step.py", "frozen_call(nets.discriminator, recon)", "nets.discriminator(recon)"),
         "discriminator_gets_no_gradient",
     ),
     "discriminator in eval mode for the generator": (
-        *("training/autoencoding.py", "= frozen_call(nets.discriminator, recon)"),
+        *("training/vae_step.py", "= frozen_call(nets.discriminator, recon)"),
         "= frozen_call(nets.discriminator.eval(), recon)",
         "discriminators_statistics",
     ),

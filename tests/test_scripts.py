@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 import scripts
-from files import locked
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from scripts import ACCELERATE, LAST, TINY, assert_same_run, call, interrupt, records, run, torchrun
-from training.checkpoint import load_weights, read_checkpoint, vae_files, write_atomically
+from storage.files import locked
 from training.randomness import DRAWS
+from weights.checkpoint_io import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
 JOINT_METRICS = (

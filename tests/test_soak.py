@@ -9,7 +9,7 @@ import pytest
 
 from images import make_data
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, command, records
-from training.checkpoint import vae_files
+from weights.checkpoint_io import vae_files
 
 pytestmark = pytest.mark.slow
 STEPS, WARM = 800, 150

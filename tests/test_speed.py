@@ -14,10 +14,11 @@ from benchmarks.watched_training import READS
 from joint_golden import CONFIG
 from models.autoencoder import build_vae, pixels_to_image
 from models.discriminator import PatchDiscriminator
+from models.numerics import autocast_factory
 from scripts import ROOT
 from test_joint_step import small_batch, small_nets
 from train_repae import repae_step
-from training.precision import Optimizer, autocast_factory
+from training.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(

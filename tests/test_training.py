@@ -13,14 +13,20 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion import previews
+from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError, run_script
 from joint_golden import golden_nets
-from models.numerics import GlobalBatchNorm2d
+from models.numerics import GlobalBatchNorm2d, autocast_factory
 from models.sit import SiT_models
-from training import previews
-from training.autoencoding import latent_statistics
-from training.checkpoint import (
-    TrainingState,
+from training.log import finite_or_null, truncate_log
+from training.optimizer import Optimizer
+from training.randomness import BatchOrder, Rows, shuffled, step_draws
+from training.resume_checks import refuse_changed_flags
+from training.state import TrainingState
+from training.transformer_step import copy_for_ema, update_ema
+from training.vae_step import latent_statistics
+from weights.checkpoint_io import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
@@ -28,13 +34,7 @@ from training.checkpoint import (
     vae_files,
     write_atomically,
 )
-from training.ema import copy_for_ema, update_ema
-from training.identity import refuse_changed_flags
-from training.metrics_log import finite_or_null, truncate_log
-from training.precision import Optimizer, autocast_factory
-from training.previews import reconstruction_grid, sample_grid
-from training.randomness import BatchOrder, Rows, shuffled, step_draws
-from training.vae_weights import read_latent_statistics
+from weights.vae import read_latent_statistics
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from samplers import Guidance, sample_ode, sample_sde
-from transport import coefficients, interpolate, sample_time, score_from_velocity
+from diffusion.samplers import Guidance, sample_ode, sample_sde
+from diffusion.transport import coefficients, interpolate, sample_time, score_from_velocity
 
 PATHS = ("linear", "cosine")
 

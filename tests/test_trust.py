@@ -16,7 +16,7 @@ from torch import nn
 import published
 from images import make_data
 from scripts import ROOT, TINY, TINY_SIT, call
-from training.checkpoint import vae_files
+from weights.checkpoint_io import vae_files
 
 
 class Executed:

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from loss.vae_loss import VAELossConfig, first_gan_step
 from scripts import ROOT, call, records
-from training.checkpoint import read_checkpoint, write_atomically
-from training.watch import COLLAPSED, SKIPPED, VANISHED, Watch
+from training.log import COLLAPSED, SKIPPED, VANISHED, Watch
+from weights.checkpoint_io import read_checkpoint, write_atomically
 
 GOOD = {"denoising_loss": 0.5, "grad_norm_sit": 1.0, "grad_norm_vae": 1.0, "grad_norm_disc": 1.0}
 
@@ -134,7 +134,7 @@ def test_a_discriminator_without_gradients_stops_the_run(joint, tmp_path, monkey
 
 @pytest.mark.slow
 def test_half_precision_whose_gradients_always_overflow_stops(joint, monkeypatch):
-    monkeypatch.setattr("training.watch.SKIPPED", 3)
+    monkeypatch.setattr("training.log.SKIPPED", 3)
     output, flags = joint
     names = ("--exp-name", "overflows", "--num-workers", 0, "--mixed-precision", "fp16", "--max-train-steps", 4)
     code, said = call("train_repae.py", *flags, *names, "--batch-size", 2, "--proj-coeff", 1e30)

@@ -20,7 +20,9 @@ from models.numerics import distributed_world_size
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-PATIENCE = timedelta(minutes=30)  # the first process samples pictures and writes checkpoints while the others wait
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=30
+)  # the first process samples pictures and writes checkpoints while the others wait
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,34 +56,6 @@ def frozen_call(module: nn.Module, *args, **kwargs):
     return functional_call(module, constants, args, kwargs)
 
 
-def first_on_each_machine(action: Callable[[], T]) -> T:
-    """`action` on the first process of each machine, and then on its others, which find what the first one fetched.
-
-    What `action` returns on this process. All wait for as long as the first ones need.
-
-    Raises:
-        UserError: on every process, if it was raised on one.
-    """
-    from accelerate import PartialState
-
-    state = PartialState()
-    if state.num_processes == 1:
-        return action()
-    result = failure = None
-    if state.is_local_main_process:
-        try:
-            result = action()
-        except UserError as error:
-            failure = str(error)
-    failures = [None] * state.num_processes
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    dist.all_gather_object(failures, failure, group=patient)
-    dist.destroy_process_group(patient)
-    for failure in filter(None, failures):
-        raise UserError(failure)
-    return result if state.is_local_main_process else action()
-
-
 def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """What `action` returns on the first process (plain data), on every process.
 
@@ -107,10 +81,10 @@ def host_group() -> dist.ProcessGroup | None:
 
     It notices at once when a process is gone, where NCCL would wait for its own limit.
     """
-    return dist.new_group(backend="gloo", timeout=PATIENCE) if distributed_world_size() > 1 else None
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if distributed_world_size() > 1 else None
 
 
-def highest(values: list[int], group: dist.ProcessGroup | None) -> list[int]:
+def all_reduce_max(values: list[int], group: dist.ProcessGroup | None) -> list[int]:
     """The maximum of each value over the processes of a `host_group`."""
     if group is None:
         return values

@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from files import free_space
+from diffusion.previews import PADDING, SAMPLES
 from models.encoders import encoder_specs
-from training.autoencoding import VAENets
-from training.checkpoint import BEST_CHECKPOINT, checkpoint_path
-from training.diffusion import TransformerNets
+from storage.files import free_space
 from training.distributed import unwrap
 from training.estimates import (
     MOMENTS,
@@ -26,9 +24,11 @@ from training.estimates import (
     seconds,
     trained_parameters,
 )
-from training.previews import PADDING, SAMPLES
+from training.loop import Batch, Run
 from training.randomness import Rows
-from training.run import Batch, Run
+from training.transformer_step import TransformerNets
+from training.vae_step import VAENets
+from weights.checkpoint_io import BEST_CHECKPOINT, checkpoint_path
 
 TRAINED = {"vae": "VAE", "discriminator": "discriminator", "sit": "transformer"}
 FROZEN = {"ema": "average", "lpips": "LPIPS"}

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from models.numerics import autocast_factory
 from training.distributed import unwrap
-from training.precision import autocast_factory
+from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.run import Batch
 
 SUSTAINED = 200e12  # operations a second of a GPU, assumed
 MOMENTS = 8  # bytes of a parameter in an optimiser: two in float32
@@ -76,7 +76,7 @@ class BackwardOnly:
     def __init__(self, then: Callable[[], object] = lambda: None):
         self.then = then
 
-    def update(self, loss: Tensor) -> None:
+    def backward_and_step(self, loss: Tensor) -> None:
         """Backward."""
         loss.backward()
         self.then()

@@ -8,16 +8,15 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from diffusion.sampling import Sampling, sample_pixels
 from errors import UserError
-from metrics.features import see
-from metrics.statistics import SetStatistics, compare, metric_name
+from metrics.features import extract_features
+from metrics.statistics import ReadOptions, SetStatistics, compare, metric_name, open_reference, statistics_of
 from models.autoencoder import AutoencoderKL
+from models.numerics import autocast_factory
 from models.sit import SiT
-from training.feature_networks import check_feature_names, load_feature_networks
-from training.image_statistics import Reading, open_reference, statistics_of
-from training.precision import autocast_factory
-from training.run import Run
-from training.sampling import Sampling, sample_pixels
+from training.loop import Run
+from weights.features import check_feature_names, load_feature_networks
 
 REFERENCE_IMAGES = 50000  # of the training images, at most
 
@@ -67,7 +66,7 @@ class Evaluation:
             images = Subset(images, [i * len(images) // REFERENCE_IMAGES for i in range(REFERENCE_IMAGES)])
         if args.dry_run:
             return stored
-        reading = Reading(self.batch_size, args.num_workers, run.accelerator.state)
+        reading = ReadOptions(self.batch_size, args.num_workers, run.accelerator.state)
         return {
             network.name: stored.get(network.name)
             or statistics_of(images, "reference", network, False, reading).moments(network.name)
@@ -83,7 +82,7 @@ class Evaluation:
         for part in tqdm(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
             pixels = sample_pixels(ema, vae, part, self.sampling)
             for network, statistics in zip(self.networks, seen, strict=True):
-                statistics.update(torch.tensor(part), see(network.module, pixels))
+                statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         distances = {}
         for network, statistics in zip(self.networks, seen, strict=True):
             statistics.over_processes()

@@ -4,7 +4,6 @@ A process draws and orders its own rows only, the same ones whoever draws them: 
 processes, no process does work or holds memory for the rows of others, and resuming needs no random state.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from training.overlap import to_device
-from transport import sample_time
+from diffusion.sampling import hashed
+from diffusion.transport import sample_time
+from models.numerics import to_device
 
 DRAWS = "philox, feistel/1"  # what a run's random numbers and order of images are; another where they change
 ROUNDS = 6  # of the network that permutes an epoch, each of two halves
@@ -39,16 +39,6 @@ class Draws(NamedTuple):
     def to(self, device: torch.device) -> "Draws":
         """All tensors on `device`; on a GPU the copies do not make the host wait."""
         return Draws(*to_device(self, device))
-
-
-def hashed(seed: int, stream: str, index: int) -> bytes:
-    """32 bytes for step, epoch or sample `index` of a named stream."""
-    return hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
-
-
-def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for sample `index` of a named stream: equal arguments give equal numbers."""
-    return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
 
 
 def philox(seed: int, stream: str, index: int, row: int = 0) -> np.random.Philox:

@@ -1,0 +1,58 @@
+"""Pictures that training writes as it goes: samples of the averaged transformer, and reconstructions."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from diffusion.samplers import Guidance, sample_ode
+from diffusion.sampling import decode_pixels, generator_for
+from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
+from models.sit import SiT
+
+Autocast = Callable[[], AbstractContextManager]
+SAMPLES, STEPS, GUIDANCE_SCALE = 64, 50, 4.0
+COLUMNS = 8
+PADDING = 2  # pixels between tiles
+
+
+def evenly_spaced(data, count: int) -> Tensor:
+    """uint8 pixels (count,3,R,R) from all over `data`, which lies sorted by class: always the same images."""
+    count = min(count, len(data))
+    return torch.stack([data[i * len(data) // count][0] for i in range(count)])
+
+
+def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
+    """Tile uint8 pixels (N,3,R,R) into one picture (3,H,W), `columns` to a row."""
+    from torchvision.utils import make_grid
+
+    return make_grid(pixels.cpu(), nrow=columns, padding=PADDING, pad_value=255)
+
+
+@torch.no_grad()
+def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
+    """Rows of originals, each above the row of their reconstructions from the posterior mean; (3,H,W) uint8."""
+    device = next(vae.parameters()).device
+    rows = []
+    for originals in pixels.split(COLUMNS):
+        with autocast():
+            recon = vae.decode(vae.encode(pixels_to_image(originals.to(device))).mean)
+        rows += [originals, image_to_pixels(recon).cpu()]
+    return grid(torch.cat(rows))
+
+
+@torch.no_grad()
+def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nullcontext) -> Tensor:
+    """64 samples over all classes: Euler, 50 steps, guidance 4 on [0, 1], the same noise every time; (3,H,W) uint8.
+
+    `autocast` gives the contexts of training's precision, which is good enough for a look.
+    """
+    device = next(vae.parameters()).device
+    shape = (SAMPLES, ema.in_channels, ema.input_size, ema.input_size)
+    noise = torch.randn(shape, generator=generator_for(seed, "preview", 0)).to(device)
+    labels = torch.arange(SAMPLES, device=device) * ema.num_classes // SAMPLES
+    guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
+    with autocast():
+        z_norm = sample_ode(lambda x, t, y: ema(x, t, y, project=False)[0], noise, labels, STEPS, guidance)
+        return grid(decode_pixels(vae, ema.denormalise(z_norm.float())))

@@ -1,0 +1,133 @@
+"""Samples of a trained transformer and its VAE as functions of (seed, index): for generate.py, and for evaluation."""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.samplers import Guidance, sample_ode, sample_sde
+from models.autoencoder import AutoencoderKL, image_to_pixels
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, to_device
+from models.sit import SiT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Everything that decides sample i beside the networks; by default 50 Euler steps without guidance."""
+
+    seed: int = 0
+    mode: str = "ode"
+    num_steps: int = 50
+    heun: bool = False
+    path_type: str = "linear"
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    labels: str = "random"
+    classes: tuple[int, ...] | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, device: torch.device) -> "Sampling":
+        """What generate.py's flags say."""
+        return cls(
+            seed=args.global_seed,
+            mode=args.mode,
+            num_steps=args.num_steps,
+            heun=args.heun,
+            path_type=args.path_type,
+            cfg_scale=args.cfg_scale,
+            guidance_low=args.guidance_low,
+            guidance_high=args.guidance_high,
+            labels=args.labels,
+            classes=tuple(args.classes) if args.classes else None,
+            autocast=autocast_factory(device, args.mixed_precision),
+        )
+
+
+def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:
+    """The label of sample `index`."""
+    if sampling.classes:
+        return sampling.classes[index % len(sampling.classes)]
+    if sampling.labels == "balanced":
+        return index % num_classes
+    return int(torch.randint(num_classes, (), generator=generator_for(sampling.seed, "label", index)))
+
+
+def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Endless N(0,1) draws (B,C,h,w) for samples `indices`: first the starting noise, then that of every SDE step."""
+    generators = [generator_for(seed, "sample", index) for index in indices]
+    while True:
+        noise = torch.empty(len(indices), *shape)
+        for row, generator in zip(noise, generators, strict=True):
+            row.normal_(generator=generator)
+        yield noise
+
+
+def cast_weights(network: nn.Module, mixed_precision: str) -> None:
+    """Cast the weights that autocast would cast at every call, once and for all; no result changes.
+
+    Autocast keeps what it has cast only where gradients are taken.
+    """
+    if (dtype := AUTOCAST_DTYPES[mixed_precision]) is not None:
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+
+
+@torch.no_grad()
+def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> Tensor:
+    """The samples with these indices, (B,3,R,R) uint8 on the networks' device.
+
+    On a GPU the host runs ahead: nothing here waits for the device.
+    """
+    device = next(sit.parameters()).device
+    noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
+    labels = torch.tensor([sample_label(sampling, sit.num_classes, index) for index in indices])
+    (labels,) = to_device([labels], device)
+    guidance = None
+    if sampling.cfg_scale > 1:
+        guidance = Guidance(sampling.cfg_scale, sit.null_label, sampling.guidance_low, sampling.guidance_high)
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with sampling.autocast():
+            return sit(x, t, y, project=False)[0]
+
+    def draw() -> Tensor:
+        return to_device([next(noise)], device)[0]
+
+    if sampling.mode == "ode":
+        z_norm = sample_ode(velocity, draw(), labels, sampling.num_steps, guidance, sampling.heun)
+    else:
+        z_norm = sample_sde(
+            velocity, draw(), labels, sampling.num_steps, sampling.path_type, lambda _: draw(), guidance
+        )
+    with sampling.autocast():
+        return decode_pixels(vae, sit.denormalise(z_norm).float())
+
+
+def hashed(seed: int, stream: str, index: int) -> bytes:
+    """32 bytes for step, epoch or sample `index` of a named stream."""
+    return hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+
+
+def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator for sample `index` of a named stream: equal arguments give equal numbers."""
+    return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
+
+
+DECODE_BATCH = 16
+
+
+@torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts, whose size bounds the memory.
+
+    Parts are as equal as can be: compiled code sees one or two shapes for an N.
+    """
+    parts = z.tensor_split(-(-len(z) // DECODE_BATCH))
+    return torch.cat([image_to_pixels(vae.decode(part)) for part in parts])

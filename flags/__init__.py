@@ -1,0 +1,1 @@
+"""Command-line flags: types, groups and --config."""

@@ -1,0 +1,129 @@
+"""Command-line flags of the training scripts, in groups that a script composes. argparse is the only schema.
+
+Names and defaults are the reference's, so that its command lines and args.json files keep their meaning.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from errors import UserError, unknown_name
+
+
+def one_of(what: str, known: Iterable[str]):
+    """An argparse type that takes the names of a table and, for any other, names the nearest."""
+    known = list(known)
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise argparse.ArgumentTypeError(unknown_name(what, name, known))
+        return name
+
+    return check
+
+
+def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
+    """An argparse type: a finite int or float within bounds."""
+
+    def check(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'integer' if kind is int else 'number'}") from None
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"{text} is too small, expected at least {at_least}")
+        if value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is too small, expected more than {above}")
+        if not value < below:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is too large, expected less than {below}")
+        return value
+
+    return check
+
+
+def model(name: str) -> str:
+    """An argparse type: a row of the transformers, or one without its patch size, which the VAE then decides."""
+    from models.sit import SIT_SIZES, SiT_models
+
+    return one_of("model", [*SiT_models, *SIT_SIZES])(name)
+
+
+def vae(name: str) -> str:
+    """An argparse type: a row of the VAEs, or diffusers:PATH_OR_ID."""
+    from models.autoencoder import VAE_CONFIGS
+    from weights.vae import DIFFUSERS
+
+    if name.startswith(DIFFUSERS) and name != DIFFUSERS:
+        return name
+    return one_of("VAE", VAE_CONFIGS)(name)
+
+
+class VAEName(argparse.Action):
+    """Store the name of a VAE; one of diffusers has its weights with it, unless another flag names others."""
+
+    def __init__(self, *args, weights: str, **options):
+        super().__init__(*args, type=vae, metavar="NAME", **options)
+        self.weights = weights
+
+    def __call__(self, parser, namespace, name, option_string=None):
+        from weights.vae import DIFFUSERS
+
+        setattr(namespace, self.dest, name)
+        if name.startswith(DIFFUSERS) and getattr(namespace, self.weights) in (None, parser.get_default(self.weights)):
+            setattr(namespace, self.weights, name.removeprefix(DIFFUSERS))
+
+
+def checked(text: str, check: Callable[[str], object]) -> str:
+    """`text`, if `check` has nothing against it; argparse's error, if it raises a UserError."""
+    try:
+        check(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def enc_type(text: str) -> str:
+    """An argparse type: names of encoders, joined by commas, or none."""
+    from models.encoders import encoder_specs
+
+    return checked(text, encoder_specs)
+
+
+def features(text: str) -> str:
+    """An argparse type: inception and encoders, joined by commas."""
+    from weights.features import check_feature_names
+
+    return checked(text, check_feature_names)
+
+
+def enc_ckpt(text: str) -> str:
+    """An argparse type: NAME=PATH, where PATH is a file or hf-hub:REPOSITORY[@REVISION]."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    from weights.encoders import HUB_PREFIX
+
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PATH")
+    if path.startswith(HUB_PREFIX):
+        repository, at, revision = path.removeprefix(HUB_PREFIX).partition("@")
+        try:
+            validate_repo_id(repository)
+        except HFValidationError:
+            repository = ""
+        if not repository or bool(at) != bool(revision):
+            raise argparse.ArgumentTypeError(f"{path!r}, expected {HUB_PREFIX}REPOSITORY[@REVISION]")
+    elif not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")
+    return text
+
+
+VAE_WEIGHTS = "weights: a file with its statistics beside, a folder of diffusers, or ORGANISATION/NAME on the hub"
+POSITIVE = number(int, at_least=1)
+COUNT = number(int, at_least=0)
+RATE = number(float, above=0)
+WEIGHT = number(float, at_least=0)
+DECAY = number(float, at_least=0, below=1)
+PROBABILITY = number(float, at_least=0, below=1 + 1e-9)

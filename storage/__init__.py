@@ -1,0 +1,1 @@
+"""Bytes on disk: atomic files, shards, photographs, sets of images."""

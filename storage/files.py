@@ -1,0 +1,167 @@
+"""Files written whole or not at all, behind what makes their content, and folders that one process at a time may write
+to.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from errors import UserError
+
+BUFFER = 1 << 22  # bytes: the many small tensors of a checkpoint reach the disk in few writes
+WRITERS = 4  # threads: Pillow lets others run while it encodes, and every file waits for the disk
+WAITING = 2  # batches that may be made and not yet written: what bounds the memory they take
+Action = Callable[[], None]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small UTF-8 file so that `path` holds either the old text or all of the new one."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+    sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what will be renamed to `path`; `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed left half written in `folder`, which nobody else may be writing to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were changed in `folder` outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path`, synced, when the block ends well, and is removed when it does not.
+
+    Raises:
+        OSError: it cannot be written, for want of space above all; it names a path.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb", buffering=BUFFER) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def require_writable(folder: Path) -> None:
+    """Raise a UserError if there is a file where `folder` should be or be made, or it cannot be written to."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        raise UserError(f"{folder}: a file is in the way of this folder; choose another place")
+    if not os.access(existing, os.W_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written to; change its permissions, or choose another place")
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
+    free = free_space(folder)
+    if free < size:
+        raise UserError(
+            f"no space left for {what}: {folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; free "
+            "some, or write elsewhere"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other process that asks for it may write to `folder`, which is made if it is not there.
+
+    What a killed process left half written in it is removed.
+
+    Raises:
+        UserError: another process has it, there is a file of that name, or it cannot be written to.
+    """
+    require_writable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written to") from None
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(descriptor)
+            raise UserError(
+                f"{folder}: another process is writing there; wait for it, or choose another name"
+            ) from None
+        print(
+            f"warning: {folder} is on a file system without locks; see that nothing else writes there", file=sys.stderr
+        )
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[Action], Action, int], None]]:
+    """Within, the yielded function has the writes of a batch done by threads, and returns while they are at it.
+
+    Its arguments are the writes, what waits until they may begin, and a number for `written`, which is called with it
+    when they are done. It waits itself only where WAITING batches are not written yet. When the block ends, all are.
+
+    Raises:
+        OSError: from the yielded function or at the end, what a write raised. What is not begun then is left undone,
+            as it is when the block raises anything.
+    """
+    pool, batches = ThreadPoolExecutor(WRITERS), deque()
+
+    def settle(at_most: int) -> None:
+        while len(batches) > at_most or (batches and all(write.done() for write in batches[0][0])):
+            writes, number = batches.popleft()
+            for write in writes:
+                write.result()
+            written(number)
+
+    def begin(writes: list[Action], wait: Action, number: int) -> None:
+        def run(write: Action) -> None:
+            wait()
+            write()
+
+        settle(WAITING - 1)
+        batches.append(([pool.submit(run, write) for write in writes], number))
+
+    try:
+        yield begin
+        settle(0)
+    finally:
+        pool.shutdown(cancel_futures=True)

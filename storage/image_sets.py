@@ -1,0 +1,157 @@
+"""Sets of images that metrics compare: an `.npz` as the ADM evaluation suite reads it, or a folder of pictures.
+
+Map-style data sets of uint8 pixels (3,H,W), in the npz's order, or in that of the sorted file names.
+"""
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from errors import UserError
+from storage.photographs import opened_image, refuse_more_than_memory
+
+LOOKED_AT = 64  # images, evenly spaced, by which the range of pixels is judged
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+DAMAGE = (EOFError, ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
+class NpzImages(Dataset):
+    """`arr_0` of an npz, uint8 (N,H,W,3): mapped into memory if it is stored uncompressed, as it should be.
+
+    Raises:
+        UserError: there is no such array.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.array = map_member(path, "arr_0.npy")
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise UserError(
+                f"{path}: arr_0 is {self.array.dtype} {self.array.shape}, expected uint8 pixels of shape (N,H,W,3)"
+            )
+        self.size = self.array.shape[1:3]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.array[index])).permute(2, 0, 1)
+
+
+class FolderImages(Dataset):
+    """The pictures below a folder, all RGB and of one size.
+
+    Raises:
+        UserError: there is none, or, when it is read, one is damaged, of another size or without three channels.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+        self.files = sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+        if not self.files:
+            raise UserError(f"{folder}: no images below it, expected PNG or JPEG files")
+        self.size = self.read(self.files[0]).shape[:2]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = self.read(self.files[index])
+        if pixels.shape[:2] != self.size:
+            first = f"{self.files[0]} is {describe(self.size)}"
+            raise UserError(f"{self.files[index]}: {describe(pixels.shape[:2])}, but {first}")
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    @staticmethod
+    def read(path: Path) -> np.ndarray:
+        """(H,W,3) uint8."""
+        try:
+            with opened_image(path) as image:
+                mode, pixels = image.mode, np.array(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: not a readable image ({error})") from None
+        if mode != "RGB":
+            raise UserError(f"{path}: an image of mode {mode}, expected RGB of 8 bits a channel")
+        return pixels
+
+
+def describe(size: tuple[int, int]) -> str:
+    """Height and width in words."""
+    return f"{size[0]}x{size[1]} px"
+
+
+def npz_arrays(path: Path) -> list[str]:
+    """Names of the arrays in an npz; a UserError if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except DAMAGE as error:
+        raise UserError(f"{path}: not a readable npz ({error})") from None
+
+
+def map_member(path: Path, name: str) -> np.ndarray:
+    """An array of an npz, read-only, without reading it, so its checksum is not looked at; one that is compressed is
+    read into memory.
+
+    Raises:
+        UserError: the file is missing or damaged, has no such array of numbers or text, or one that is compressed and
+            would not fit into memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if name not in archive.namelist():
+                raise UserError(f"{path}: no {name.removesuffix('.npy')} inside, but {', '.join(archive.namelist())}")
+            info = archive.getinfo(name)
+            with archive.open(name) as file:
+                shape, fortran, dtype = read_header(file)
+                offset = file.tell()
+            if dtype.hasobject:  # mapped, pickled objects would be taken for addresses
+                raise ValueError(f"{name} holds Python objects")
+            if info.file_size != offset + math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} says {dtype} {shape}, which its {info.file_size} bytes are not")
+            if info.compress_type != zipfile.ZIP_STORED:
+                refuse_more_than_memory(info.file_size, name)
+                with archive.open(name) as file:
+                    return np.lib.format.read_array(file, allow_pickle=False)
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)
+            lengths = np.frombuffer(file.read(4), "<u2")
+        start = info.header_offset + 30 + int(lengths.sum()) + offset
+        return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+    except DAMAGE as error:
+        raise UserError(f"{path}: not a readable npz ({error})") from None
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and dtype of the npy that `file` is at the beginning of."""
+    version = np.lib.format.read_magic(file)
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    return read[version[0]](file)
+
+
+def open_image_set(path: Path, what: str) -> Dataset:
+    """The images of an npz or below a folder; `what` names them in messages.
+
+    Raises:
+        UserError: there are none, or they are no 8-bit RGB images with grey levels from 0 to 255.
+    """
+    if path.is_dir():
+        images = FolderImages(path)
+    elif path.is_file():
+        images = NpzImages(path)
+    else:
+        raise UserError(f"{what} {path}: no such file or folder")
+    if len(images) == 0:
+        raise UserError(f"{what} {path}: no images")
+    looked_at = range(0, len(images), -(-len(images) // LOOKED_AT))
+    if max(int(images[i].max()) for i in looked_at) <= 1:
+        raise UserError(f"{what} {path}: images have no pixel above 1, expected grey levels from 0 to 255")
+    return images

@@ -1,0 +1,174 @@
+"""Opening image files that may hold anything."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from errors import UserError
+
+# A file of a kilobyte can announce any size, and is decoded into memory. Pillow's own bound, at which it only warns, is
+# 89 million pixels: a quarter of a GB in RGB, and more than photographs have.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+
+
+@contextmanager
+def opened_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
+    """A file's image, not decoded yet; it may be decoded within.
+
+    Raises:
+        ValueError: the image, or one inside of its file, is of more than MAX_PIXELS pixels.
+        OSError, SyntaxError, ...: whatever Pillow raises where it is no image.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as image:
+                yield image
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"more than {MAX_PIXELS} pixels") from None
+
+
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_more_than_memory(size: int, what: str) -> None:
+    """Raise a ValueError if `what` would take more bytes than the machine's memory has."""
+    if size > memory_bytes():
+        raise ValueError(f"{what} claims {size / 1e9:.1f} GB, more than this machine's memory")
+
+
+MAX_ASPECT_RATIO = 100
+
+
+class Source(NamedTuple):
+    """One image to be: its path relative to the tree, and its label."""
+
+    path: str
+    label: int
+
+
+class Skipped(NamedTuple):
+    """One file that gives no image, and why."""
+
+    path: str
+    reason: str
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (Dhariwal & Nichol, arXiv 2105.05233): halve with a box filter while at least twice too large,
+    resize the shorter side to `size` bicubically, cut the middle. `image` is RGB; returns size x size."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`image` in 8-bit RGB, turned as its EXIF orientation says; transparency is laid on white, 16-bit grey scaled.
+
+    Raises:
+        ValueError: floating-point pixels, whose range nobody knows.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises where it is no whole image."""
+    if not path.is_file():
+        raise ValueError("no such file, or not a regular one")
+    with opened_image(path) as image:
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(f"{image.width}x{image.height} pixels, a strip")
+        image.load()
+        return np.asarray(center_crop(upright_rgb(image), size)).transpose(2, 0, 1)
+
+
+def list_tree(root: Path) -> list[str]:
+    """Every file below `root` as a relative POSIX path, sorted. Links to folders are followed, but never in a circle.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    paths = []
+
+    def visit(folder: Path, above: frozenset[Path]) -> None:
+        here = folder.resolve()
+        if here in above:
+            return
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if is_folder(entry):
+                visit(Path(entry.path), above | {here})
+            else:
+                paths.append(Path(entry.path).relative_to(root).as_posix())
+
+    visit(root, frozenset())
+    return sorted(paths)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether a directory entry is a folder or a link to one; no for links that lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def read_labels(path: Path) -> dict[str, int]:
+    """The labels of a `dataset.json`.
+
+    Raises:
+        UserError: not JSON, or not of the form {"labels": [[path, label], ...]}.
+    """
+    try:
+        labels = json.loads(path.read_text(encoding="utf8"))["labels"]
+        labels = {str(name): label for name, label in (labels.items() if isinstance(labels, dict) else labels)}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: expected JSON of the form {{"labels": [["path.png", 7], ...]}}') from None
+    for name, label in labels.items():
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise UserError(f"{path}: the label of {name} is {label!r}, expected an integer of at least 0")
+    return labels
+
+
+def list_sources(root: Path) -> tuple[list[Source], list[Skipped], list[str] | None]:
+    """What the tree offers: labelled files, files without a label, and the class names (None with a dataset.json)."""
+    files = list_tree(root)
+    if (root / "dataset.json").is_file():
+        labels = read_labels(root / "dataset.json")
+        files.remove("dataset.json")
+        present = set(files)
+        sources = [Source(path, labels[path]) for path in files if path in labels]
+        skipped = [Skipped(path, "no label in dataset.json") for path in files if path not in labels]
+        skipped += [Skipped(path, "in dataset.json, but no such file") for path in labels if path not in present]
+        return sources, skipped, None
+    shown = [path for path in files if "/" in path and not path.startswith(".")]
+    classes = sorted({path.split("/")[0] for path in shown})
+    index = {name: i for i, name in enumerate(classes)}
+    sources = [Source(path, index[path.split("/")[0]]) for path in shown]
+    skipped = [Skipped(path, "not inside a class folder") for path in sorted(set(files) - set(shown))]
+    return sources, skipped, classes

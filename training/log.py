@@ -1,0 +1,317 @@
+"""What training logs: metrics.jsonl, which is the truth, and a tracker (wandb, tensorboard) beside it."""
+
+import argparse
+import json
+import math
+import mmap
+import os
+import shlex
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from storage.files import replace_text, written_whole
+from training.distributed import mean_over_processes
+from weights.downloads import is_offline, one_line
+
+WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb adds 10. Its own 90 would keep all GPUs waiting where there is no network
+WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for as long as the server is away
+
+
+class MetricsLog:
+    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted.
+
+    Args:
+        accelerator: accelerate's, which opens the tracker.
+        args: the run's flags.
+        directory: the run's folder.
+        log: prints a line on the first process.
+    """
+
+    def __init__(self, accelerator, args: argparse.Namespace, directory: Path, log: Callable[[str], None]):
+        self.accelerator, self.args, self.directory, self.log = accelerator, args, directory, log
+        self.file = directory / "metrics.jsonl"
+        self.micro_metrics: list[dict[str, Tensor | None]] = []
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
+        self.records: list[dict[str, float]] = []
+        self.pictures: list[tuple[int, str, np.ndarray]] = []
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.clock = time.monotonic()
+
+    def open(self, step: int) -> None:
+        """Drop what was logged after `step`, which will be logged again, and start the tracker."""
+        if self.accelerator.is_main_process:
+            if step == 0 and self.file.exists() and self.file.stat().st_size:
+                before = shutil.copyfile(self.file, self.file.with_name("metrics-before-restart.jsonl"))
+                self.log(
+                    f"warning: there are logged steps, but no checkpoint; beginning again, the log is kept as {before}"
+                )
+            truncate_log(self.file, step)
+        if self.args.report_to == "none":
+            return
+        try:
+            if not self.accelerator.log_with:
+                raise ModuleNotFoundError("the package is not installed")
+            options = self._tracker_options(step)
+            online = self.args.report_to == "wandb" and self.accelerator.is_main_process
+            self._start_wandb(options) if online else self._start_tracker(options)
+        except Exception as error:
+            self._without_tracker(error)
+
+    def _start_tracker(self, options: dict) -> None:
+        """Open the tracker, and give it the flags as the run's configuration."""
+        config = vars(self.args)
+        if self.args.report_to == "tensorboard":  # which takes neither lists nor None
+            config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
+        self.accelerator.init_trackers("repa-e", config=config, init_kwargs={self.args.report_to: options})
+
+    def _start_wandb(self, options: dict) -> None:
+        """wandb; in its offline mode, whose files can be uploaded later, where it has no key or cannot be reached.
+
+        It never asks for a key, as it would on a terminal, and waits for seconds, not for minutes.
+        """
+        import wandb
+
+        try:
+            mode = options.get("mode", wandb.setup().settings.mode)
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise PermissionError("no API key; `wandb login` stores one")
+            self._start_tracker(options)
+        except Exception as error:
+            files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
+            self.log(
+                f"warning: wandb cannot be used online ({one_line(error)}); "
+                f"it keeps its files here, which `wandb sync {files}` uploads"
+            )
+            self.accelerator.trackers = []
+            wandb.teardown(exit_code=1)  # else the run's identity counts as in use
+            self._start_tracker({**options, "mode": "offline"})
+
+    def _without_tracker(self, error: Exception) -> None:
+        """A tracker that fails never stops a run."""
+        self.accelerator.trackers = []
+        self.log(
+            f"warning: {self.args.report_to} is not available ({one_line(error)}); "
+            "metrics.jsonl is written all the same"
+        )
+
+    def _tracker_options(self, step: int) -> dict:
+        """wandb goes on with the run of the identity in wandb-id.txt; tensorboard forgets what came after `step`."""
+        if not self.accelerator.is_main_process:
+            return {}
+        if self.args.report_to == "tensorboard":
+            return {"purge_step": step + 1}
+        import wandb
+
+        identity = self.directory / "wandb-id.txt"
+        if not identity.is_file() or not identity.read_text(encoding="utf8").strip():
+            replace_text(identity, os.urandom(4).hex())
+        return {
+            "name": self.args.exp_name,
+            "id": identity.read_text(encoding="utf8"),
+            "resume": "allow",
+            "dir": str(self.directory),
+            "settings": wandb.Settings(
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_INIT_TIMEOUT)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_FINISH_TIMEOUT)),
+            ),
+            **({"mode": "offline"} if is_offline(self.args) else {}),
+        }
+
+    def close(self) -> None:
+        """Let the tracker finish; what it has not uploaded by then it keeps in its files."""
+        try:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        except Exception as error:
+            self._without_tracker(error)
+        self.accelerator.trackers = []
+
+    def start_clock(self) -> None:
+        """From now on it is training time, by which images a second are counted."""
+        self.clock = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, Tensor | None], step_complete: bool) -> None:
+        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
+        self.micro_metrics.append(metrics)
+        if step_complete:
+            values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
+            self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
+            self.micro_metrics = []
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Within it is no training time, by which images a second are counted."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.clock += time.monotonic() - started
+
+    def add_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log `values` with the metrics of `step`."""
+        self.evaluations[step] = values
+
+    def add_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
+        from PIL import Image
+
+        folder = self.directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        array = picture.permute(1, 2, 0).cpu().numpy()
+        with written_whole(folder / f"{step:07d}.png") as file:
+            Image.fromarray(array).save(file, "png")
+        self.pictures.append((step, name, array))
+
+    def fetch(self) -> list[dict[str, float]]:
+        """The metrics of all steps added since the last call, averaged over processes in one reduction.
+
+        Here the host waits for the device. `write` will write them.
+        """
+        if not self.pending:
+            return []
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
+        rows = mean_over_processes(values).tolist()
+        elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
+        speed = {"images_per_second": len(rows) * self.args.batch_size / elapsed}
+        records = [
+            {"step": step, **dict(zip(names, row, strict=True)), **speed}
+            for (step, _), row in zip(self.pending, rows, strict=True)
+        ]
+        self.pending = []
+        self.records += records
+        return records
+
+    def write(self, sync: bool) -> dict[str, float]:
+        """Append to the file, on the disk for certain if `sync`, and to the tracker; returns the last record."""
+        for record in self.records:
+            record.update(self.evaluations.pop(record["step"], {}))
+        if self.accelerator.is_main_process:
+            with open(self.file, "a", encoding="utf8") as file:
+                file.writelines(json.dumps(finite_or_null(record)) + "\n" for record in self.records)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        try:
+            self._track()
+        except Exception as error:
+            self._without_tracker(error)
+        last, self.records, self.pictures = self.records[-1], [], []
+        return last
+
+    def _track(self) -> None:
+        for record in self.records:
+            step = record["step"]
+            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+            for name, picture in [(name, picture) for at, name, picture in self.pictures if at == step]:
+                self._track_picture(name, picture, step)
+
+    def _track_picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        for tracker in self.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: picture[None]}, step=step, **options)
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop what stands in metrics.jsonl after the last record of a step that is not after `step`.
+
+    That is found from the end, and what stands before is left as it is: a log may be of millions of steps.
+    """
+    if not path.exists() or (end := path.stat().st_size) == 0:
+        return
+    with open(path, "rb+") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            while end:
+                start = text.rfind(b"\n", 0, end - 1) + 1
+                if is_record(text[start:end], step):
+                    break
+                end = start
+        file.truncate(end)
+
+
+def is_record(line: bytes, step: int) -> bool:
+    """Whether this is a whole line of the log, of a step that is not after `step`; what a crash cut short is none."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+
+# consecutive steps after which a gradient that is exactly 0 counts as vanished
+VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10}
+# the discriminator may win for a while, but not for ever: its hinge loss then is 0, and it learns nothing any more
+COLLAPSED = {"grad_norm_disc": 1000}
+SKIPPED = 20  # consecutive steps that float16 skips; from the scale it starts with, 17 take it below the floor
+LOWEST_LOSS_SCALE = 1.0
+
+
+class Watch:
+    """Finds the first step of a run after which going on is pointless.
+
+    Args:
+        scaled: whether losses are scaled (float16): now and then a gradient then overflows, and its step is skipped.
+
+    Attributes:
+        gan_start: 1-based step from which on a discriminator learns.
+    """
+
+    def __init__(self, scaled: bool):
+        self.scaled, self.gan_start = scaled, math.inf
+        self.zero, self.skipped = Counter(), Counter()
+
+    def reason_to_stop(self, records: list[dict[str, float]]) -> str | None:
+        """What is wrong, naming step and term, with the metrics of consecutive steps that come next; None: nothing."""
+        for record in records:
+            for name, value in record.items():
+                if (wrong := self._wrong(record["step"], name, value)) is not None:
+                    return f"step {record['step']}: {name} {wrong}"
+        return None
+
+    def _wrong(self, step: int, name: str, value: float) -> str | None:
+        if name.startswith("loss_scale") and value < LOWEST_LOSS_SCALE:
+            return f"is {value:g}, so low that float16 cannot hold the gradients"
+        is_gradient = name.startswith("grad_norm")
+        if not math.isfinite(value) and not (self.scaled and is_gradient):
+            return f"is {value}"
+        if is_gradient:
+            self.skipped[name] = 0 if math.isfinite(value) else self.skipped[name] + 1
+            if self.skipped[name] >= SKIPPED:
+                return f"has not been finite for {SKIPPED} steps, which were all skipped"
+        if name in VANISHED or (name in COLLAPSED and step >= self.gan_start):
+            limit = {**VANISHED, **COLLAPSED}[name]
+            self.zero[name] = self.zero[name] + 1 if value == 0 else 0
+            if self.zero[name] >= limit:
+                return f"has been 0 for {limit} steps" + (": the GAN has collapsed" if name in COLLAPSED else "")
+        return None
+
+
+@torch.no_grad()
+def normaliser_drift(bn: nn.BatchNorm2d, start: Tensor) -> dict[str, Tensor]:
+    """How far a normaliser's running statistics are from those it started with, as scalars on its device.
+
+    Args:
+        bn: the normaliser of C channels.
+        start: (2,C), the running means and variances at the start.
+
+    Returns:
+        bn_mean_drift, the mean over channels of |mean - start|/(standard deviation at the start); and bn_std_drift,
+        that of |log(standard deviation/the one at the start)|.
+    """
+    mean, var = start
+    return {
+        "bn_mean_drift": ((bn.running_mean - mean).abs() * torch.rsqrt(var)).mean(),
+        "bn_std_drift": (0.5 * torch.log(bn.running_var / var)).abs().mean(),
+    }

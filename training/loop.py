@@ -1,0 +1,385 @@
+"""One training run: its folder, processes and loop.
+
+`for step, batch in run.steps(data):` owns reading, resuming, logging intervals, saving, signals and progress; what a
+step does stays in the script, where it is read.
+"""
+
+import argparse
+import atexit
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError, lost_process
+from models.numerics import to_device
+from storage.files import locked, remove_leftovers, replace_text, require_writable
+from training.distributed import (
+    COLLECTIVE_TIMEOUT,
+    all_reduce_max,
+    differing_tensor,
+    follow_launcher,
+    gradient_sync,
+    host_group,
+    on_first_process,
+    tensor_not_finite,
+)
+from training.log import MetricsLog, Watch
+from training.randomness import DRAWS, BatchOrder, Rows
+from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
+from training.state import CheckpointFolder, TrainingState
+from weights.checkpoint_io import latest_checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from training.evaluation import Evaluation
+
+LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
+BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
+EXIT_INTERRUPTED = 75
+CONTINUES = "The same command continues from there"
+
+
+class Batch(NamedTuple):
+    """What one process trains on at one micro-batch."""
+
+    pixels: Tensor  # (B,3,R,R) uint8
+    labels: Tensor  # (B,) int64
+    step: int  # 0-based optimiser step
+    rows: Rows  # which rows of the global batch these are
+    moments: Tensor | None = None  # (B,2C,h,w) float32, where latents are cached: mean, then std
+
+
+class Run:
+    """A training run in OUTPUT_DIR/EXP_NAME, on one process or many.
+
+    Attributes:
+        accelerator: accelerate's launch, device and process group.
+        device: where this process computes.
+        world: number of processes.
+        micro_batch: images of one process's micro-batch.
+        directory: the run's folder.
+        step: optimiser steps begun, this one included.
+
+    Raises:
+        UserError: the batch cannot be divided over processes and micro-batches.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
+        follow_launcher()
+        self.args = args
+        self.directory = Path(args.output_dir) / args.exp_name
+        self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
+            mixed_precision="no",  # precision is training/optimizer.py's
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.directory), logging_dir=str(self.directory / args.logging_dir)
+            ),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            ],
+        )
+        self.device = self.accelerator.device
+        self.world = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        share = self.world * args.gradient_accumulation_steps
+        if args.batch_size % share:
+            raise UserError(
+                f"--batch-size {args.batch_size} (over all processes) is no multiple of {self.world} processes x "
+                f"{args.gradient_accumulation_steps} accumulation steps"
+            )
+        self.print(
+            f"batch: {args.batch_size} images a step = {self.world} processes x {args.gradient_accumulation_steps} "
+            f"accumulation steps x {args.batch_size // share}, on {self.device.type}, precision {args.mixed_precision}"
+        )
+        self.micro_batch = args.batch_size // share
+        self.step = 0
+        self.step_complete = False
+        self.state: TrainingState | None = None
+        self.wrapped: list[nn.Module] = []
+        self.metrics = MetricsLog(self.accelerator, args, self.directory, self.print)
+        self.watch = Watch(scaled=args.mixed_precision == "fp16")
+        self.hosts = host_group()
+        self.signal = self.agreed_signal = 0  # that asked this process, and with it all, to stop
+        self.saved_at = time.monotonic()
+        self.identity: dict = {}
+        self.resources = ExitStack()
+
+    def print(self, text: str) -> None:
+        """Print on the first process, above any progress bar."""
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """`module` on this process's device and, with several processes, wrapped to average gradients over them."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose successors behave otherwise
+            module = self.accelerator.prepare_model(module)
+        self.wrapped.append(module)
+        return module
+
+    def begin(
+        self,
+        state: TrainingState,
+        identity: dict,
+        check: Callable[[], None] = lambda: None,
+        gan_start: float = math.inf,
+    ) -> None:
+        """Take charge of `state`: restore it from the run's checkpoint if there is one, and open the log.
+
+        `identity` is what beside the flags makes this run the run it is: a fingerprint of its data, its loss weights.
+        `check` may refuse what was restored, before anything is written. `gan_start` is the 1-based step from which on
+        a discriminator learns. With --dry-run nothing is written.
+
+        Raises:
+            UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
+                with other flags or data; processes were started differently; or what `check` raises.
+        """
+        self.state, self.identity = state, {**identity, "draws": DRAWS}
+        self.watch.gan_start = gan_start
+        refuse_other_processes(vars(self.args), self.identity, self.hosts)
+        path = on_first_process(self._choose_checkpoint, self.hosts)
+        if path is not None:
+            checkpoint = self._read_chosen(Path(path))
+            own = Path(path).parent == self.checkpoints.directory
+            free = RESUMABLE if own else RESUMABLE | FORKABLE
+            refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
+            if own and "draws" not in (checkpoint.get("identity") or {}):
+                self.print(
+                    f"warning: {path} is of an earlier version; random numbers and order of images are others now"
+                )
+            self.step = state.restore(checkpoint, path)
+            check()
+            self.print(f"continuing after step {self.step} from {path}")
+        self._check_processes()  # all have read their checkpoint, and nothing of it has been moved yet
+        if self.args.dry_run:
+            return
+        if self.is_main:
+            self.checkpoints.take_over(self.args.resume_step, self.step, self.metrics.file)
+            replace_text(self.directory / "args.json", json.dumps(vars(self.args), indent=4) + "\n")
+        self.metrics.open(self.step)
+
+    def _choose_checkpoint(self) -> str | None:
+        if self.args.dry_run:
+            require_writable(self.directory)
+        else:
+            self.resources.enter_context(locked(self.directory))
+            for folder in filter(Path.is_dir, self.directory.iterdir()):
+                remove_leftovers(folder)
+        path = self.checkpoints.to_continue(self.args.resume_step, self.args.continue_train_exp_dir)
+        return None if path is None else str(path)
+
+    def _read_chosen(self, path: Path) -> dict:
+        """The checkpoint that the first process chose, and found whole."""
+        if not path.is_file():
+            where = f"process 0 continues from {path}, but process {self.accelerator.process_index} has no such file"
+            raise UserError(f"{where}; put --output-dir where every machine sees it")
+        return read_checkpoint(path, verify=False)
+
+    def last_step(self, data) -> int:
+        """The 1-based step after which training on `data` ends."""
+        return min(self.args.max_train_steps, self.args.epochs * (len(data) // self.args.batch_size))
+
+    def steps(self, data) -> Iterator[tuple[int, Batch]]:
+        """Yield (1-based step, batch) to the end of training, once per micro-batch.
+
+        `data` is a map-style dataset of (pixels, label) or (pixels, label, moments). After each step this logs, saves
+        and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
+        from tqdm import tqdm
+
+        args = self.args
+        last = self.last_step(data)
+        order = BatchOrder(
+            len(data),
+            args.batch_size,
+            args.seed,
+            self.step,
+            last,
+            self.accelerator.process_index,
+            self.world,
+            args.gradient_accumulation_steps,
+        )
+        batches = iter(self._loader(data, order))
+        atexit.register(end_workers)
+        bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
+        previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
+        self.metrics.start_clock()
+        self.saved_at = time.monotonic()
+        try:
+            for step in range(self.step, last):
+                self.step = step + 1
+                for micro in range(args.gradient_accumulation_steps):
+                    pixels, labels, *moments = to_device(next(batches), self.device)
+                    self.step_complete = micro == args.gradient_accumulation_steps - 1
+                    with gradient_sync(self.wrapped, sync=self.step_complete):
+                        rows = order.micro_batch_rows(micro)
+                        yield self.step, Batch(pixels, labels, step, rows, *moments)
+                self._finish_step(bar, last)
+        except SystemExit:
+            # a launcher that sees one process end signals the others, which are about to end with the same code
+            previous = dict.fromkeys(previous, signal.SIG_IGN)
+            raise
+        finally:
+            bar.close()
+            for kind, handler in previous.items():
+                signal.signal(kind, handler)
+
+    def end(self) -> None:
+        """Close trackers, process group and the lock on the run's folder."""
+        self.metrics.close()
+        self.accelerator.end_training()
+        self.resources.close()
+
+    def _loader(self, data, order: BatchOrder):
+        from torch.utils.data import DataLoader
+
+        return DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=self.args.num_workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+
+    def due(self, interval: int) -> bool:
+        """Whether something done every `interval` steps is due at the end of this step."""
+        return self.step_complete and self.step % interval == 0
+
+    def log(self, metrics: dict[str, Tensor | None]) -> None:
+        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
+        self.metrics.add(self.step, metrics, self.step_complete)
+
+    def save_image(self, name: str, picture: Tensor) -> None:
+        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
+        self.metrics.add_picture(self.step, name, picture)
+
+    def evaluate(self, evaluation: "Evaluation", *nets: nn.Module) -> None:
+        """Log what an evaluation of `nets` at this step finds, and keep the state as best.pt if it is the best yet."""
+        self._fetch_and_check()
+        self._check_state()
+        with self.metrics.clock_stopped():
+            values = evaluation(*nets)
+        self.metrics.add_evaluation(self.step, values)
+        if self.is_main:
+            self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            self.checkpoints.save_if_best(self._state_dict(), evaluation.measure, evaluation.judge, values)
+
+    def _state_dict(self) -> dict:
+        return self.state.to_dict(vars(self.args), self.step, self.identity)
+
+    def _finish_step(self, bar, last: int) -> None:
+        """Agree with the other processes on what is due, look at the numbers, and only then write."""
+        bar.update()
+        stop, rolling = self._sync_stop_and_save(last)
+        permanent = self.step == last or self.due(self.args.checkpointing_steps)
+        save = stop or rolling or permanent
+        look = save or self.due(LOG_INTERVAL)
+        if look:
+            self._fetch_and_check()
+        if save or (self.args.check_ranks and self.due(self.args.check_ranks)):
+            self._check_state()
+        if look:
+            latest = self.metrics.write(sync=save)
+            bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[1:5]}, refresh=False)
+        if save:
+            with self.metrics.clock_stopped():
+                if self.is_main:
+                    self.checkpoints.save(self._state_dict(), permanent, self.args.keep_last)
+            self.saved_at = time.monotonic()
+        if stop:
+            all_reduce_max([0], self.hosts)  # all wait: a launcher that sees one process end ends the others
+            self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {CONTINUES}")
+            self.end()
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def _sync_stop_and_save(self, last: int) -> tuple[bool, bool]:
+        """Whether all processes stop at this step because of a signal, and whether it is time for a checkpoint.
+
+        Raises:
+            UserError: a process is gone.
+        """
+        minutes = self.args.checkpointing_minutes
+        overdue = self.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
+        try:
+            # one that arrives from here on is for the next step: all must see the same
+            self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
+        except RuntimeError as error:
+            if (how := lost_process(error)) is None:
+                raise
+            self._stop(f"step {self.step}: another process is gone or does not answer ({how})", CONTINUES)
+        return self.agreed_signal > 0 and self.step < last, bool(overdue)
+
+    def _check_processes(self) -> None:
+        """Raise a UserError unless what a checkpoint would hold is the same on every process, to the bit."""
+        if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
+            advice = "Look for faulty memory, or for machines with other software"
+            self._stop(f"step {self.step}: processes differ in {name}", advice)
+
+    def _check_state(self) -> None:
+        """Raise a UserError unless what a checkpoint would hold is finite, and the same on every process."""
+        self._check_processes()
+        if (name := tensor_not_finite(self.state.named_tensors(), self.device)) is not None:
+            self._stop(f"step {self.step}: {name} is not finite", self._another_recipe())
+
+    def _fetch_and_check(self) -> None:
+        """Fetch the metrics of all steps since the last look, and stop the run if they say that it is lost.
+
+        Raises:
+            UserError: naming step and term.
+        """
+        if (reason := self.watch.reason_to_stop(self.metrics.fetch())) is not None:
+            self.metrics.write(sync=False)
+            self._stop(reason, self._another_recipe())
+
+    def _another_recipe(self) -> str:
+        if latest_checkpoint(self.checkpoints.directory) is None:
+            return "Begin under another --exp-name, with bf16 or a lower learning rate"
+        source = f"--continue-train-exp-dir {self.directory}"
+        return f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
+
+    def _stop(self, reason: str, advice: str) -> None:
+        good = latest_checkpoint(self.checkpoints.directory) or "none"
+        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}")
+
+    def _on_signal(self, kind: int, frame: object) -> None:
+        if self.signal and kind == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = kind
+        if self.is_main:  # a signal may come in the middle of a print, which must not be entered twice
+            os.write(2, b"\nsaving as soon as this step is done; Ctrl-C again stops without\n")
+
+
+def ignore_signals(_: int) -> None:
+    """A data worker leaves signals, which job managers send to every process, to the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill data workers that are left at exit: they ignore the SIGTERM by which multiprocessing would end them."""
+    import multiprocessing
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises an error for a worker killed
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -1,0 +1,122 @@
+"""What training the VAE alone and training it jointly have in common: its loss, its discriminator, its statistics."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
+from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
+from models.numerics import distributed_world_size
+from training.distributed import frozen_call
+from training.optimizer import Optimizer
+
+
+@dataclass
+class VAENets:
+    """The networks and optimisers that train a VAE; `lecam` holds the running means (2,) of real and fake logits."""
+
+    vae: nn.Module
+    discriminator: nn.Module
+    lpips: Callable[[Tensor, Tensor], Tensor]
+    opt_vae: Optimizer
+    opt_disc: Optimizer
+    lecam: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEStepConfig:
+    """Numbers of the VAE's step; disc_warmup_steps is how long the discriminator learns before the VAE hears of it."""
+
+    loss: VAELossConfig
+    autocast: Callable[[], AbstractContextManager]
+    disc_warmup_steps: int = 0
+
+
+def vae_objective(
+    nets: VAENets, image: Tensor, posterior: Posterior, recon: Tensor, cfg: VAEStepConfig, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The VAE loss of a reconstruction; the discriminator is frozen, but in training mode as in the reference.
+
+    Returns the scalar to minimise, and its terms with the reconstruction's PSNR in dB.
+    """
+    with cfg.autocast():
+        (logits_fake,) = frozen_call(nets.discriminator, recon)
+    perceptual = nets.lpips(image, recon)
+    total, metrics = vae_loss(
+        image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step, cfg.disc_warmup_steps
+    )
+    metrics["psnr"] = psnr(image, recon)
+    return total, metrics
+
+
+def update_discriminator(
+    nets: VAENets, image: Tensor, recon: Tensor, cfg: VAEStepConfig, step: int
+) -> dict[str, Tensor | None]:
+    """One discriminator update on images and detached reconstructions; returns its metrics."""
+    with cfg.autocast():
+        logits_real, logits_fake = nets.discriminator(image, recon.detach())
+    total, metrics = discriminator_loss(logits_real, logits_fake, nets.lecam, cfg.loss, step)
+    update_lecam(nets.lecam, metrics["logits_real"], metrics["logits_fake"], cfg.loss.lecam_ema_decay)
+    return {**metrics, "grad_norm_disc": nets.opt_disc.backward_and_step(total)}
+
+
+def detached(metrics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """`metrics` without their graphs."""
+    return {name: None if value is None else value.detach() for name, value in metrics.items()}
+
+
+def psnr(image: Tensor, recon: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a batch of reconstructions, both (B,3,R,R) with range [-1, 1]."""
+    with torch.no_grad():
+        return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
+
+
+class LatentMoments:
+    """Mean and variance of each channel of posterior samples, without drawing any, over images that come in batches.
+
+    E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]², in float64.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, posterior: Posterior) -> None:
+        """Add the posteriors (B,C,h,w) of some images."""
+        mean, logvar = posterior
+        self.sums += torch.stack(
+            [mean.double().sum((0, 2, 3)), (mean.double().square() + logvar.double().exp()).sum((0, 2, 3))]
+        )
+        self.count += mean.numel() // mean.shape[1]
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Scale 1/sqrt(var) and bias mean, (1,C,1,1) float32 each, over all processes; call once."""
+        if distributed_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.count)
+        mean, square = (self.sums / self.count).cpu()
+        scale = torch.rsqrt(square - mean.square())
+        return {"latents_scale": scale.float().reshape(1, -1, 1, 1), "latents_bias": mean.float().reshape(1, -1, 1, 1)}
+
+
+@torch.no_grad()
+def latent_statistics(
+    vae: AutoencoderKL, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Scale and bias of the latents of all images, as `LatentMoments` gives them.
+
+    Each process reads its share of `data`.
+    """
+    from torch.utils.data import DataLoader, Subset
+    from tqdm import tqdm
+
+    share = Subset(data, range(rank, len(data), world))
+    moments = LatentMoments(vae.config.z_channels, device)
+    loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
+    for pixels, _ in tqdm(loader, desc="latent statistics", unit="batch", disable=rank > 0):
+        moments.update(vae.encode(pixels_to_image(pixels.to(device))))
+    return moments.statistics()

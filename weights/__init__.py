@@ -1,0 +1,1 @@
+"""Networks from files and the hub, and back."""

