@@ -10,11 +10,12 @@ where it stopped, on any number of processes.
 
 import argparse
 from argparse import BooleanOptionalAction
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dataset import LATENT_FORMAT, LATENTS, cache_directory, open_images
+from dataset import LATENT_FORMAT, ImageDataset, fingerprint_of, images_directory, open_images
 from errors import Parser, run_script
 from flags.config import parse_flags
 from flags.groups import add_caching_flags, add_offline_flag, add_vae_name
@@ -22,7 +23,7 @@ from flags.types import VAE_WEIGHTS
 from models.autoencoder import AutoencoderKL, pixels_to_image
 from training.build import compile_in_place, use_tf32
 from training.distributed import process_state
-from training.latent_caching import Cache, cache_images, check_name, describe_cache
+from training.latent_caching import cache_latents
 from weights.checkpoint_io import fingerprint
 from weights.downloads import is_offline
 from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae
@@ -52,7 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_flags(parser, argv, "cache_latents")
     if args.vae_ckpt_path is None:
         parser.error("one of these is required: --vae-ckpt-path, --vae-arch diffusers:PATH_OR_ID")
-    check_name(parser, "--vae-latents-name", args.vae_latents_name, args.output_dir, "latents")
+    directory = Path(args.output_dir, args.vae_latents_name)
+    if directory.resolve() in (images_directory(args.output_dir).resolve(), Path(args.output_dir).resolve()):
+        parser.error(f"--vae-latents-name {args.vae_latents_name!r}: {directory} is not for latents; choose another")
     return args
 
 
@@ -63,16 +66,23 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def describe(images, source: VAESource, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
-    """What the index says of the cache, but for its shards."""
-    shape = latent_shape(source, images.resolution)
+def describe(images: ImageDataset, source: VAESource, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
+    """What the index says of the latents, but for their shards."""
     scale, bias = known_statistics(source)
-    network = {
+    index = {
+        "format": LATENT_FORMAT,
+        "resolution": images.resolution,
+        "shape": list(latent_shape(source, images.resolution)),
+        "dtype": args.dtype,
+        "mirrored": args.mirrored,
         "vae": args.vae_arch,
         "vae_fingerprint": fingerprint(vae.state_dict()),
         "statistics": {"latents_scale": scale.flatten().tolist(), "latents_bias": bias.flatten().tolist()},
+        "image_fingerprint": images.fingerprint,
+        "num_classes": images.num_classes,
+        "classes": images.classes,
     }
-    return describe_cache(images, args, LATENT_FORMAT, list(shape), network)
+    return {**index, "fingerprint": fingerprint_of(index)}
 
 
 def main() -> None:
@@ -86,16 +96,8 @@ def main() -> None:
     index = describe(images, source, vae, args)
     vae.to(state.device)
     compile_in_place([vae.encoder], args, state.device)
-    cache = Cache(
-        what="latents",
-        directory=cache_directory(args.output_dir, args.vae_latents_name),
-        kind=LATENTS,
-        index=index,
-        source_key="vae_fingerprint",
-        conflict_hint="another VAE, images, --dtype or --mirrored; delete it, or choose another --vae-latents-name",
-        overflow_hint="use --dtype float32, or another VAE",
-    )
-    cache_images(cache, images, lambda pixels: (encode(vae, pixels),), args, state)
+    directory = Path(args.output_dir, args.vae_latents_name)
+    cache_latents(directory, index, images, lambda pixels: encode(vae, pixels), args, state)
 
 
 if __name__ == "__main__":

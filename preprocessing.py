@@ -2,9 +2,9 @@
 
     python preprocessing.py --imagenet-path /data/imagenet/train --output-path data --resolution 256
 
-The source is a tree with one folder a class (label = index of the sorted top-level folder), or any tree with a
-`dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}. Files that are no readable image are
-counted and listed, never silently dropped. Shards are written by parallel workers, each atomically, so running the same
+The source is a tree with one folder a class (label = index of the sorted top-level folder), any tree with a
+`dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}, or the reference's images.h5. Files
+that are no readable image are counted and listed. Shards are written atomically by parallel workers; running the same
 command again continues where it stopped.
 """
 
@@ -19,31 +19,28 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from safetensors import safe_open
 from tqdm import tqdm
 
-from dataset import IMAGE_FORMAT, image_fingerprint, images_directory
+from dataset import IMAGE_FORMAT, fingerprint_of, images_directory
 from errors import Parser, UserError, run_script
 from flags.config import parse_flags
 from storage.files import locked, replace_text, require_space
-from storage.photographs import (
-    Skipped,
-    Source,
-    list_sources,
-    read_image,
-)
-from storage.shards import is_made_by, refuse_other_shards, shard_name, write_shard
+from storage.photographs import Skipped, Source, list_sources, read_image
+from storage.reference_hdf5 import is_hdf5, list_hdf5, opened_hdf5
+from storage.shards import is_made_by, list_shards, read_header, refuse_other_shards, shard_name, write_shard
 
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
-SHARD_IMAGES = 512  # 101 MB at 256 px, which is what a worker needs of memory
+SHARD_IMAGES = 512  # 101 MB at 256 px; a worker holds up to three copies in memory
 # errors of the machine, not of an image: they end the run instead of listing the file as skipped
 MACHINE_ERRORS = {
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
@@ -51,17 +48,27 @@ MACHINE_ERRORS = {
 }
 
 
-def fingerprint(root: Path, sources: Iterable[Source], resolution: int) -> str:
+def plan_of(root: Path, sources: Iterable[Source], resolution: int) -> str:
     """Hash of everything that decides what the shards hold: paths, labels, sizes, times of change, resolution."""
     digest = hashlib.sha256(f"{IMAGE_FORMAT} {resolution}".encode())
     for source in sources:
         try:
-            status = (root / source.path).stat()
+            status = (root if is_hdf5(root) else root / source.path).stat()
             state = f"{status.st_size}\t{status.st_mtime_ns}"
         except OSError:  # a dangling link; reading it will list it as skipped
             state = "none"
         digest.update(f"\n{source.path}\t{source.label}\t{state}".encode("utf8", "surrogateescape"))
     return digest.hexdigest()
+
+
+@contextmanager
+def opened_root(root: Path) -> Iterator[Callable[[str], Path | BinaryIO]]:
+    """A function from a source's path to what `read_image` reads."""
+    if is_hdf5(root):
+        with opened_hdf5(root) as read:
+            yield read
+    else:
+        yield root.joinpath
 
 
 def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
@@ -71,52 +78,31 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
     if is_made_by(path, plan):
         return number
     pixels = np.empty((len(sources), 3, resolution, resolution), np.uint8)
-    kept, skipped = [], []
-    for source in sources:
-        try:
-            pixels[len(kept)] = read_image(root / source.path, resolution)
-            kept.append(source)
-        except Exception as error:  # Pillow raises a dozen kinds on broken files; each ends in the list of skipped ones
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
-                raise
-            if not os.path.lexists(root / source.path):
-                raise UserError(f"{root / source.path}: was listed, and now is gone; run the same again") from None
-            skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
-    tensors = {
-        "pixels": pixels[: len(kept)],
-        "labels": np.array([source.label for source in kept], dtype=np.int64),
-    }
-    metadata = {
-        "plan": plan,
-        "skipped": json.dumps(skipped),
-        "files": json.dumps([source.path for source in kept]),
-    }
-    write_shard(path, tensors, metadata)
+    labels, skipped = [], []
+    with opened_root(root) as opened:
+        for source in sources:
+            try:
+                pixels[len(labels)] = read_image(opened(source.path), resolution)
+                labels.append(source.label)
+            except Exception as error:  # Pillow raises a dozen kinds on broken files; each is listed as skipped
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
+                    raise
+                if not is_hdf5(root) and not os.path.lexists(root / source.path):
+                    raise UserError(f"{root / source.path}: was listed, and now is gone; run the same again") from None
+                skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
+    tensors = {"pixels": pixels[: len(labels)], "labels": np.array(labels, np.int64)}
+    write_shard(path, tensors, {"plan": plan, "skipped": skipped})
     return number
 
 
-def write_index(
-    directory: Path, resolution: int, classes: list[str] | None, skipped: list[Skipped]
-) -> tuple[dict, list[Skipped]]:
-    """Collect what the shards hold into index.json and skipped.txt; returns the index and all that was skipped."""
-    shards, digests, num_classes = [], [], len(classes or [])
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "np") as shard:
-            labels = shard.get_tensor("labels")
-            digests.append(shard.metadata()["digest"])
-            skipped = skipped + [Skipped(*entry) for entry in json.loads(shard.metadata()["skipped"])]
-        shards.append({"file": path.name, "images": len(labels)})
-        num_classes = max(num_classes, int(labels.max(initial=-1)) + 1)
-    index = {
-        "format": IMAGE_FORMAT,
-        "resolution": resolution,
-        "images": sum(shard["images"] for shard in shards),
-        "num_classes": num_classes,
-        "classes": classes,
-        "fingerprint": image_fingerprint(digests),
-        "skipped": len(skipped),
-        "shards": shards,
-    }
+def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]) -> tuple[dict, list[Skipped]]:
+    """Write index.json and skipped.txt for `count` shards; returns the index and all that was skipped."""
+    for number in range(count):
+        found = read_header(directory / shard_name(number)).metadata["skipped"]
+        skipped = skipped + [Skipped(*entry) for entry in found]
+    shards = list_shards(directory, count)
+    index = {**index, "images": sum(shard["images"] for shard in shards), "skipped": len(skipped)}
+    index = {**index, "fingerprint": fingerprint_of({**index, "shards": shards}), "shards": shards}
     lines = [f"{printable(entry.path)}\t{printable(entry.reason)}\n" for entry in sorted(skipped)]
     replace_text(directory / "skipped.txt", "".join(lines))
     replace_text(directory / "index.json", json.dumps(index, indent=1))
@@ -131,34 +117,36 @@ def printable(text: str) -> str:
 def preprocess(
     root: Path, output: Path, resolution: int, workers: int, max_images: int | None
 ) -> tuple[dict, list[Skipped]]:
-    """Turn the tree at `root` into shards in OUTPUT/images; returns the index and what was skipped.
+    """Turn the tree or HDF5 file at `root` into shards in OUTPUT/images; returns the index and what was skipped.
 
     Raises:
         UserError: no such tree, nothing in it, or the output holds shards made from something else.
     """
-    if not root.is_dir():
+    if not (root.is_file() if is_hdf5(root) else root.is_dir()):
         raise UserError(f"--imagenet-path {root}: no such folder")
-    sources, skipped, classes = list_sources(root)
+    sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root)
     sources = sources[:max_images]
     if not sources:
         raise UserError(f"--imagenet-path {root}: no images; expected one folder a class, or images and a dataset.json")
-    plan = fingerprint(root, sources, resolution)
+    plan = plan_of(root, sources, resolution)
     jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
+    num_classes = max(len(classes or []), 1 + max(source.label for source in sources))
+    index = {"format": IMAGE_FORMAT, "resolution": resolution, "num_classes": num_classes, "classes": classes}
     directory = images_directory(output)
     with locked(directory):
         others = "other images or another resolution; delete it, or choose another --output-path"
-        refuse_other_shards(directory, plan, {shard_name(i) for i, _ in jobs}, others)
+        refuse_other_shards(directory, plan, len(jobs), others)
         missing = sum(len(part) for i, part in jobs if not (directory / shard_name(i)).exists())
         require_space(directory, missing * 3 * resolution**2, f"{missing} images of {resolution} px")
         (directory / "index.json").unlink(missing_ok=True)
         write_shards(
             jobs, workers, partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
         )
-        return write_index(directory, resolution, classes, skipped)
+        return write_index(directory, index, len(jobs), skipped)
 
 
 def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callable[..., int]) -> None:
-    """Run `job`, which gives back its shard's number, for every shard in parallel processes.
+    """Run `job`, which returns its shard's number, for every shard in parallel processes.
 
     Raises:
         UserError: a process was killed.
@@ -182,7 +170,7 @@ def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callab
 
 
 def follow_main(main: int) -> None:
-    """Workers leave Ctrl-C to the main process, which ends them, and end when that is gone without having done so."""
+    """Let a worker ignore Ctrl-C, on which the main process ends it, and end when the main process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -197,7 +185,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--imagenet-path", type=Path, required=True, help="tree of images: a folder a class, or dataset.json"
+        "--imagenet-path",
+        type=Path,
+        required=True,
+        help="tree of images (a folder a class, or dataset.json), or images.h5",
     )
     parser.add_argument(
         "--output-path", type=Path, default=Path("data"), help="shards go to its folder images/ (default: data)"
@@ -213,7 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Preprocess and say what came out."""
+    """Preprocess, and print a summary."""
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     index, skipped = preprocess(

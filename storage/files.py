@@ -1,12 +1,7 @@
-"""Files written whole or not at all, behind what makes their content, and folders that one process at a time may write
-to.
-"""
+"""Files written whole or not at all, by threads where that saves time, and folders locked for one writing process."""
 
-import errno
-import fcntl
 import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from errors import UserError
 
-BUFFER = 1 << 22  # bytes: the many small tensors of a checkpoint reach the disk in few writes
-WRITERS = 4  # threads: Pillow lets others run while it encodes, and every file waits for the disk
-WAITING = 2  # batches that may be made and not yet written: what bounds the memory they take
+BUFFER = 1 << 22  # bytes: a checkpoint's many small tensors take few writes
+WRITERS = 4  # threads: Pillow releases the GIL while it encodes, and every file waits for the disk
+WAITING = 2  # batches that may be made and not yet written, which bounds the memory they take
 Action = Callable[[], None]
 
 
@@ -30,18 +27,18 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what will be renamed to `path`; `remove_leftovers` knows such names."""
+    """The name under which this process writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed left half written in `folder`, which nobody else may be writing to."""
+    """Remove the half-written files of killed processes from `folder`, which no other process may be writing to."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were changed in `folder` outlive a loss of power."""
+    """Sync the names in `folder` to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,10 +48,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path`, synced, when the block ends well, and is removed when it does not.
+    """A file to write to that becomes `path`, synced, when the block succeeds, and is removed when it fails.
 
     Raises:
-        OSError: it cannot be written, for want of space above all; it names a path.
+        OSError: it cannot be written, most often because the disk is full; it names a path.
     """
     temporary = temporary_name(path)
     try:
@@ -101,47 +98,34 @@ def require_space(folder: Path, size: int, what: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, no other process that asks for it may write to `folder`, which is made if it is not there.
-
-    What a killed process left half written in it is removed.
+    """Lock `folder`, which is made if needed, for the time of the block, and remove half-written files from it.
 
     Raises:
-        UserError: another process has it, there is a file of that name, or it cannot be written to.
+        UserError: another process holds the lock, there is a file of that name, or it cannot be written to.
     """
     require_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written to") from None
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit and keep
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            os.close(descriptor)
-            raise UserError(
-                f"{folder}: another process is writing there; wait for it, or choose another name"
-            ) from None
-        print(
-            f"warning: {folder} is on a file system without locks; see that nothing else writes there", file=sys.stderr
-        )
-    try:
-        remove_leftovers(folder)
-        yield
-    finally:
-        os.close(descriptor)
+        with FileLock(folder / ".lock", timeout=0):
+            remove_leftovers(folder)
+            yield
+    except Timeout:
+        raise UserError(f"{folder}: another process is writing there; wait for it, or choose another name") from None
 
 
 @contextmanager
 def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[Action], Action, int], None]]:
-    """Within, the yielded function has the writes of a batch done by threads, and returns while they are at it.
+    """Yield a function that lets threads write a batch while the caller makes the next one.
 
-    Its arguments are the writes, what waits until they may begin, and a number for `written`, which is called with it
-    when they are done. It waits itself only where WAITING batches are not written yet. When the block ends, all are.
+    Its arguments are the writes, a function that waits until they may begin, and a number that is passed to `written`
+    when they are done. It blocks only while WAITING batches are unwritten. At the end of the block all are written.
 
     Raises:
-        OSError: from the yielded function or at the end, what a write raised. What is not begun then is left undone,
-            as it is when the block raises anything.
+        OSError: from the yielded function or at the end, what a write raised. Writes that have not begun are then
+            dropped, as they are if the block raises.
     """
     pool, batches = ThreadPoolExecutor(WRITERS), deque()
 

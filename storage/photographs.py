@@ -1,4 +1,4 @@
-"""Opening image files that may hold anything."""
+"""Photographs: the files of a tree and their labels, and how a file becomes a square RGB image."""
 
 import json
 import os
@@ -13,9 +13,24 @@ from PIL import Image, ImageOps
 
 from errors import UserError
 
-# A file of a kilobyte can announce any size, and is decoded into memory. Pillow's own bound, at which it only warns, is
-# 89 million pixels: a quarter of a GB in RGB, and more than photographs have.
+# A file of a kilobyte can announce any size, and is decoded into memory. Pillow only warns at this bound: 89 million
+# pixels, a quarter of a GB in RGB, and more than photographs have.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
+MAX_ASPECT_RATIO = 100
+
+
+class Source(NamedTuple):
+    """A file, by its path relative to the tree, and its label."""
+
+    path: str
+    label: int
+
+
+class Skipped(NamedTuple):
+    """A file that gives no image, and why."""
+
+    path: str
+    reason: str
 
 
 @contextmanager
@@ -23,8 +38,8 @@ def opened_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
     """A file's image, not decoded yet; it may be decoded within.
 
     Raises:
-        ValueError: the image, or one inside of its file, is of more than MAX_PIXELS pixels.
-        OSError, SyntaxError, ...: whatever Pillow raises where it is no image.
+        ValueError: the image, or another one in its file, has more than MAX_PIXELS pixels.
+        OSError, SyntaxError, ...: whatever Pillow raises for a file that is no image.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -46,23 +61,6 @@ def refuse_more_than_memory(size: int, what: str) -> None:
         raise ValueError(f"{what} claims {size / 1e9:.1f} GB, more than this machine's memory")
 
 
-MAX_ASPECT_RATIO = 100
-
-
-class Source(NamedTuple):
-    """One image to be: its path relative to the tree, and its label."""
-
-    path: str
-    label: int
-
-
-class Skipped(NamedTuple):
-    """One file that gives no image, and why."""
-
-    path: str
-    reason: str
-
-
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop (Dhariwal & Nichol, arXiv 2105.05233): halve with a box filter while at least twice too large,
     resize the shorter side to `size` bicubically, cut the middle. `image` is RGB; returns size x size."""
@@ -75,10 +73,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """`image` in 8-bit RGB, turned as its EXIF orientation says; transparency is laid on white, 16-bit grey scaled.
+    """`image` in 8-bit RGB, turned by its EXIF orientation, on white where it is transparent, 16-bit grey scaled.
 
     Raises:
-        ValueError: floating-point pixels, whose range nobody knows.
+        ValueError: floating-point pixels, whose range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -93,11 +91,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises where it is no whole image."""
-    if not path.is_file():
+def read_image(file: Path | BinaryIO, size: int) -> np.ndarray:
+    """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises for a file that is no image."""
+    if isinstance(file, Path) and not file.is_file():
         raise ValueError("no such file, or not a regular one")
-    with opened_image(path) as image:
+    with opened_image(file) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, a strip")
         image.load()
@@ -138,28 +136,28 @@ def is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def read_labels(path: Path) -> dict[str, int]:
-    """The labels of a `dataset.json`.
+def parse_labels(content: bytes, where: str) -> dict[str, int]:
+    """The labels of a `dataset.json`; `where` names it in messages.
 
     Raises:
         UserError: not JSON, or not of the form {"labels": [[path, label], ...]}.
     """
     try:
-        labels = json.loads(path.read_text(encoding="utf8"))["labels"]
+        labels = json.loads(content)["labels"]
         labels = {str(name): label for name, label in (labels.items() if isinstance(labels, dict) else labels)}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise UserError(f'{path}: expected JSON of the form {{"labels": [["path.png", 7], ...]}}') from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f'{where}: expected JSON of the form {{"labels": [["path.png", 7], ...]}}') from None
     for name, label in labels.items():
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise UserError(f"{path}: the label of {name} is {label!r}, expected an integer of at least 0")
+        if type(label) is not int or label < 0:
+            raise UserError(f"{where}: the label of {name} is {label!r}, expected an integer of at least 0")
     return labels
 
 
 def list_sources(root: Path) -> tuple[list[Source], list[Skipped], list[str] | None]:
-    """What the tree offers: labelled files, files without a label, and the class names (None with a dataset.json)."""
+    """The labelled files of a tree, the files without a label, and the class names (None with a dataset.json)."""
     files = list_tree(root)
     if (root / "dataset.json").is_file():
-        labels = read_labels(root / "dataset.json")
+        labels = parse_labels((root / "dataset.json").read_bytes(), str(root / "dataset.json"))
         files.remove("dataset.json")
         present = set(files)
         sources = [Source(path, labels[path]) for path in files if path in labels]
