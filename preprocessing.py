@@ -123,7 +123,7 @@ def preprocess(
         UserError: no such tree, nothing in it, or the output holds shards made from something else.
     """
     if not (root.is_file() if is_hdf5(root) else root.is_dir()):
-        raise UserError(f"--imagenet-path {root}: no such folder")
+        raise UserError(f"--imagenet-path {root}: no such file or folder")
     sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root)
     sources = sources[:max_images]
     if not sources:

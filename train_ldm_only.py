@@ -91,9 +91,6 @@ def open_data(args: argparse.Namespace, source: VAESource):
 
 def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: argparse.Namespace, run: Run) -> None:
     """Raise a UserError unless the latents were cached with the VAE at --vae-ckpt, of fingerprint `weights`."""
-    if latents.vae_fingerprint is None:
-        run.print(f"warning: {latents.source} does not say which VAE it was cached with; that is taken on trust")
-        return
     what = f"{latents.source} was cached with {{}} than those of --vae-ckpt {args.vae_ckpt}; cache again, or change it"
     if latents.vae_fingerprint != weights:
         raise UserError(what.format("other VAE weights"))

@@ -98,24 +98,15 @@ def write_run(
     return path
 
 
-def write_hdf5(folder: Path, images: list[Tensor], labels: list[int], name: str, moments: list[Tensor]) -> None:
-    """images.h5 of PNG bytes and NAME.h5 of moments, with their labels inside and their lists of names beside."""
+def write_hdf5_images(path: Path, images: list[Tensor], labels: list[int]) -> None:
+    """images.h5: a data set of PNG bytes an image, and their labels."""
     import h5py
     from PIL import Image
 
-    def write(stem: str, names: list[str], arrays: list[np.ndarray]) -> None:
-        labelled = {"labels": [[entry, label] for entry, label in zip(names, labels, strict=True)]}
-        with h5py.File(folder / f"{stem}.h5", "w") as file:
-            for entry, array in zip(names, arrays, strict=True):
-                file.create_dataset(entry, data=array)
-            file.create_dataset("dataset.json", data=np.frombuffer(json.dumps(labelled).encode(), np.uint8))
-        (folder / f"{stem}_h5.json").write_text(json.dumps([*names, "dataset.json"]))
-
-    folder.mkdir(parents=True, exist_ok=True)
-    pngs = []
-    for image in images:
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "png")
-        pngs.append(np.frombuffer(file.getvalue(), np.uint8))
-    numbers = range(len(images))
-    write("images", [f"{i // 1000:05d}/img{i:08d}.png" for i in numbers], pngs)
-    write(name, [f"{i // 1000:05d}/img-mean-std-{i:08d}.npy" for i in numbers], [m.numpy() for m in moments])
+    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
+    with h5py.File(path, "w") as file:
+        for name, image in zip(names, images, strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(png := io.BytesIO(), "png")
+            file.create_dataset(name, data=np.frombuffer(png.getvalue(), np.uint8))
+        labelled = json.dumps({"labels": list(zip(names, labels, strict=True))}).encode()
+        file.create_dataset("dataset.json", data=np.frombuffer(labelled, np.uint8))

@@ -60,11 +60,9 @@ CASES = {
     "data-other-size": "--resolution 64",
     "shard-missing": "--data-dir {missing}",
     "shard-truncated": "--data-dir {truncated}",
-    "shard-flipped": "--data-dir {flipped} --exp-name flipped",
     "shard-rows-disagree": "--data-dir {swapped}",
     "index-damaged": "--data-dir {damaged}",
     "index-malformed": "--data-dir {malformed}",
-    "index-path-outside": "--data-dir {outside}",
     "labels-too-many": "--num-classes 2",
     "batch-indivisible": "--batch-size 5 --gradient-accumulation-steps 2",
     "batch-too-large": "--batch-size 64",
@@ -112,7 +110,6 @@ CASES = {
     "latents-other-vae": "--vae-ckpt {other_vae}",
     "latents-other-images": "--vae-latents-name other-images",
     "latents-truncated": "--vae-latents-name truncated",
-    "latents-flipped": "--vae-latents-name flipped --exp-name flipped-latents",
     "latents-batch": "--batch-size 64",
     "tokens-missing": "--cached-tokens nothing",
     "tokens-count": "--cached-tokens tokens,tokens",
@@ -299,15 +296,12 @@ def write_data(root: Path, places: dict) -> None:
         places["data"] = make_data(root / "good", per_class=6)
     for side in (16, 34, 36):
         places[f"data{side}"] = make_data(root / str(side), per_class=2, resolution=side)
-    for name in ("missing", "truncated", "damaged", "flipped", "swapped", "malformed", "outside"):
+    for name in ("missing", "truncated", "damaged", "flipped", "swapped", "malformed"):
         places[name] = shutil.copytree(places["data"], root / name)
     for path in (places["flipped"] / "images").glob("*.safetensors"):
         flip_a_bit(path)
     shutil.copyfile(places["data"] / "images/00000.safetensors", places["swapped"] / "images/00004.safetensors")
     edit_index(places["malformed"], lambda index: index["shards"][1].update(images="four"))
-    edit_index(
-        places["outside"], lambda index: index["shards"][1].update(file="../../good/data/images/00001.safetensors")
-    )
     (places["missing"] / "images/00001.safetensors").unlink()
     for path in (places["truncated"] / "images/00001.safetensors", places["damaged"] / "images/index.json"):
         path.write_bytes(path.read_bytes()[:150])
@@ -336,9 +330,6 @@ def places(tmp_path_factory, vgg_weights) -> dict:
     shutil.copytree(found["data"] / "latents", found["data"] / "truncated")
     path = found["data"] / "truncated/00000.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    shutil.copytree(found["data"] / "latents", found["data"] / "flipped")
-    for path in (found["data"] / "flipped").glob("*.safetensors"):
-        flip_a_bit(path)
     found["taken"] = root / "taken"
     published.write_vae(found["taken"] / "sdvae", seed=5)
     assert call("generate.py", *good_flags("generate.py", found))[0] == 0

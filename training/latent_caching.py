@@ -48,7 +48,7 @@ def cache_latents(
     ends = np.cumsum(images.sizes).tolist()
     shards = [(shard_name(i), range(end - images.sizes[i], end)) for i, end in enumerate(ends)]
     with locked(directory) if state.is_main_process else nullcontext():
-        hint = "another VAE, images, --dtype or --mirrored; delete it, or choose another --vae-latents-name"
+        hint = "another VAE, other images, --dtype or --mirrored; delete it, or choose another --vae-latents-name"
         refuse_other_shards(directory, index["fingerprint"], len(shards), hint)
         write_shards(directory, index, images, shards, encode, args, state)
         state.wait_for_everyone()
