@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errors import UserError
 from storage.files import replace_text, written_whole
-from weights.checkpoint_io import ema_latent_statistics, fingerprint, strip_prefixes, training_flags, vae_files
+from weights.checkpoint_io import ema_latent_statistics, fingerprint, training_flags, vae_files
 from weights.vae import CONFIG, DIFFUSERS, DIFFUSERS_FILES
 
 TEMPLATE = Path(__file__).parent.parent / "configs/model_card.md"
@@ -60,9 +60,7 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     files = vae_files(folder / f"{name}.pt")
     is_diffusers = (folder / CONFIG).is_file() and (folder / DIFFUSERS_FILES[0]).is_file()
     row = flags.get("vae") if not str(flags.get("vae")).startswith(DIFFUSERS) else None
-    halvings = [
-        key for key in strip_prefixes(state) if re.fullmatch(r"encoder\.down\.\d+\.downsample\.conv\.bias", key)
-    ]
+    halvings = [key for key in state if re.search(r"\bencoder\.down\.\d+\.downsample\.conv\.bias$", key)]
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
     repeated = {key: value for key, value in flags.items() if value is not None and key not in NOT_REPEATED}
     hashes = {"images": identity.get("data"), **(identity.get("encoders") or {})}
