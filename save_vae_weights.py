@@ -27,6 +27,7 @@ from models.discriminator import PatchDiscriminator
 from weights.checkpoint_io import (
     check_weights,
     ema_latent_statistics,
+    pt_bytes,
     read_checkpoint,
     strip_prefixes,
     training_flags,
@@ -35,7 +36,7 @@ from weights.checkpoint_io import (
 )
 from weights.downloads import is_offline
 from weights.model_card import write_model_card
-from weights.vae import known_statistics, load_vae, open_vae, write_diffusers
+from weights.vae import diffusers_files, known_statistics, load_vae, open_vae
 
 
 class Extracted(NamedTuple):
@@ -128,18 +129,19 @@ def convert(args: argparse.Namespace) -> Extracted:
 
 
 def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
-    """Write a VAE in a form of --format; returns the files.
+    """Write a VAE in the form of --format; returns the files.
 
     Raises:
         UserError: other files are there.
     """
     if form == "diffusers":
         if found.config is None:
-            raise UserError("--format diffusers: the checkpoint's --vae is no architecture that is known here")
-        return write_diffusers(folder, found.weights, found.config, found.statistics, found.resolution)
-    parts = [found.weights, found.statistics, found.discriminator]
-    files = vae_files(folder / f"{name}.pt")
-    return write_new({file: part for file, part in zip(files, parts, strict=True) if part is not None})
+            raise UserError(
+                "--format diffusers: the checkpoint's --vae is not an architecture of models/autoencoder.py"
+            )
+        return write_new(diffusers_files(folder, found.weights, found.config, found.statistics, found.resolution))
+    parts = zip(vae_files(folder / f"{name}.pt"), (found.weights, found.statistics, found.discriminator), strict=True)
+    return write_new({file: pt_bytes(part) for file, part in parts if part is not None})
 
 
 def main() -> None:
