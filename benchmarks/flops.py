@@ -22,7 +22,8 @@ from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import build_vae, pixels_to_image
 from models.discriminator import PatchDiscriminator
-from models.encoders import Encoder, encoder_specs
+from models.encoder_table import encoder_specs
+from models.encoders import Encoder
 from models.sit import SiT_models
 from train_ldm_only import ldm_step
 from train_repae import JointNets, JointStepConfig, repae_step

@@ -12,7 +12,7 @@ from PIL import Image
 
 from loss.lpips import LPIPS
 from models.autoencoder import build_vae
-from models.encoders import ENCODERS
+from models.encoder_table import ENCODERS
 from preprocessing import preprocess
 from weights.checkpoint_io import vae_files, write_atomically
 

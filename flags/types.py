@@ -85,7 +85,7 @@ def checked(text: str, check: Callable[[str], object]) -> str:
 
 def enc_type(text: str) -> str:
     """An argparse type: names of encoders, joined by commas, or none."""
-    from models.encoders import encoder_specs
+    from models.encoder_table import encoder_specs
 
     return checked(text, encoder_specs)
 

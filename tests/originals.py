@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from golden_weights import filled, golden
-from models.encoders import ENCODERS, Encoder, EncoderSpec
+from models.encoder_table import ENCODERS
+from models.encoders import Encoder, EncoderSpec
 
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 VIT = {

@@ -18,13 +18,14 @@ from torch import nn
 import hub
 import train_ldm_only
 from errors import UserError
-from models.encoders import ENCODERS, Encoder, encoder_spec
+from models.encoder_table import ENCODERS, encoder_spec
+from models.encoders import Encoder
 from originals import original, tiny_encoder
 from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, call, command, torchrun
 from training.build import build_transformer_nets
 from training.log import MetricsLog
 from weights.checkpoint_io import read_checkpoint
-from weights.downloads import is_offline
+from weights.downloads import is_offline, local_or_download
 from weights.encoders import encoder_fingerprints, load_encoder_weights, load_encoders, weights_file
 
 CPU = torch.device("cpu")
@@ -190,20 +191,17 @@ def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
 
 
 def test_a_download_from_the_projects_site_goes_to_ckpts(elsewhere):
-    content = b"weights"
-    with hub.serving({"/vit-s.pth.tar": content}) as server:
+    with hub.serving({"/vit-s.pth.tar": b"weights"}) as server:
         spec = replace(ENCODERS["mocov3-vit-s"], url=f"{server.address}/vit-s.pth.tar")
-        assert weights_file("mocov3-vit-s", spec, None, offline=False) == Path("ckpts/mocov3_vits.pth")
-        assert Path("ckpts/mocov3_vits.pth").read_bytes() == content
-        weights_file("mocov3-vit-s", spec, None, offline=False)
+        for _ in range(2):
+            assert weights_file("mocov3-vit-s", spec, None, offline=False) == Path("ckpts/mocov3_vits.pth")
+        assert Path("ckpts/mocov3_vits.pth").read_bytes() == b"weights"
         assert server.downloads() == ["/vit-s.pth.tar"]
         gone = replace(spec, file="other.pth", url=f"{server.address}/gone")
         with pytest.raises(UserError, match=r"could not download .*/gone \(HTTP Error 404.*put facebookresearch/moco"):
             weights_file("mocov3-vit-s", gone, None, offline=False)
-    with hub.serving({"/other": b"0123456789"}, cut=3) as server:
-        short = replace(spec, file="other.pth", url=f"{server.address}/other")
-        with pytest.raises(UserError, match=r"could not download .*/other \(.*7 .*put facebookresearch/moco"):
-            weights_file("mocov3-vit-s", short, None, offline=False)
+        with pytest.raises(UserError, match=r"could not download .*vit-s.*invalid hash.*; do without"):
+            local_or_download("it", Path("ckpts/it"), spec.url, offline=False, advice="do without", sha256="abc")
     assert os.listdir("ckpts") == ["mocov3_vits.pth"]
 
 
@@ -394,7 +392,7 @@ def test_clip_as_openai_publishes_it(tmp_path):
 
 def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
     class Recorder:
-        device = CPU
+        device, directory = CPU, tmp_path
         prepared: ClassVar[list[nn.Module]] = []
 
         def print(self, text: str) -> None:

@@ -16,7 +16,8 @@ from demo.cifar10 import SHEETS
 from errors import UserError
 from golden_weights import assert_close, golden
 from loss.alignment import alignment_loss, spatial_normalise
-from models.encoders import ENCODERS, Encoder, encoder_spec, encoder_specs, resample_tokens, token_shape
+from models.encoder_table import ENCODERS, encoder_spec, encoder_specs
+from models.encoders import Encoder, resample_tokens, token_shape
 from models.sit import SiT_models
 from originals import original, sincos, tiny_encoder, tiny_spec
 from train_repae import repae_step

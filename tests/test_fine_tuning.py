@@ -14,7 +14,8 @@ import train_ldm_only
 import train_repae
 from errors import UserError
 from images import make_data
-from models.encoders import Encoder, encoder_spec
+from models.encoder_table import encoder_spec
+from models.encoders import Encoder
 from models.sit import SiT, SiT_models
 from scripts import TINY, TINY_SIT, call, records
 from training.transformer_step import TransformerNets, copy_for_ema

@@ -10,7 +10,7 @@ from errors import UserError
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import VAEConfig
 from models.discriminator import SMALLEST_IMAGE
-from models.encoders import encoder_specs
+from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory
 from models.sit import SiT, SiT_models
 from training.loop import Run

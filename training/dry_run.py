@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from diffusion.previews import PADDING, SAMPLES
-from models.encoders import encoder_specs
+from models.encoder_table import encoder_specs
 from storage.files import free_space
 from training.distributed import unwrap
 from training.estimates import (

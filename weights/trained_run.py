@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errors import UserError, unknown_name
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
-from models.encoders import encoder_specs
+from models.encoder_table import encoder_specs
 from models.sit import SIT_SIZES, SiT, SiT_models
 from weights.checkpoint_io import (
     BEST_CHECKPOINT,
