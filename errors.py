@@ -1,4 +1,4 @@
-"""Errors that a user caused and can mend: one line that says what was found, what was expected and what to do."""
+"""Errors that a user can correct, reported in one line: what was found, what was expected and what to do."""
 
 import argparse
 import difflib
@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-# what a full disk, a path that cannot be, or missing permissions raise wherever a file is written
+# raised by the system wherever a file is written to a full disk, to an impossible path or without permission
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DISK_ERRORS = {
     *FULL_DISK_ERRORS,
     *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
-# what torch says when another process of the job died or does not answer
+# torch's messages when another process of the job has died or does not answer
 LOST_PROCESS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -35,45 +35,44 @@ SECONDS_TO_END = 5
 
 
 class UserError(Exception):
-    """Its message is the one line that the user sees; no traceback follows."""
+    """An error whose message is the one line that the user sees, without a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose complaints are UserErrors: one line, not the whole usage. The description is kept as is."""
+    """An ArgumentParser that raises UserErrors instead of printing its usage, and keeps the description's lines."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> None:
-        """Raise a UserError instead of printing the usage."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The entry of a table that a mistyped `name` comes closest to, whatever its case."""
+    """The entry of `known` that is most similar to a mistyped `name`, ignoring case."""
     lowered = {entry.lower(): entry for entry in known}
     return lowered[difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.0)[0]]
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a `name` that is no entry of a table, with the nearest one that is."""
+    """The message for a `name` that is not in `known`, with the nearest name that is."""
     known = list(known)
     return f"unknown {what} {name!r}; did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what an error says, short enough to be part of a line."""
+    """The first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
 
 
 def lost_process(error: BaseException) -> str | None:
-    """How torch found that another process is gone or does not answer, in words; None for any other trouble."""
+    """Torch's words, in lower case, if the error says that another process died or does not answer; else None."""
     return next((words.lower() for words in LOST_PROCESS if words in str(error)), None)
 
 
 def explain_runtime_error(error: RuntimeError) -> str | None:
-    """One line for what torch reports when a process is gone or memory is full; None for any other trouble."""
+    """One line for torch's errors about lost processes and full memory; None for any other error."""
     text = str(error)
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
@@ -87,28 +86,28 @@ def explain_runtime_error(error: RuntimeError) -> str | None:
     return None
 
 
+def explain(error: Exception) -> str | None:
+    """One line for an error that a user can correct; None for any other."""
+    if isinstance(error, UserError):
+        message = str(error)
+        if message.startswith("Caught UserError in DataLoader worker"):  # the worker's traceback follows
+            message = message.strip().splitlines()[-1].removeprefix("errors.UserError: ")
+        return message
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error}; free some space and run the same again" if error.errno in FULL_DISK_ERRORS else str(error)
+    return explain_runtime_error(error) if isinstance(error, RuntimeError) else None
+
+
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main; a UserError, or a file or disk that fails, ends it with one line a machine and code 2."""
+    """Run a script's main and exit with its code; an error that a user can correct is one line and exit code 2."""
     try:
         code = main()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(SECONDS_TO_END)  # what all found, the first one says, and the launcher ends the others
-        message = str(error)
-        if message.startswith("Caught UserError in DataLoader worker"):  # and that one's traceback
-            message = message.strip().splitlines()[-1].removeprefix("errors.UserError: ")
+    except (UserError, OSError, RuntimeError) as error:
+        if (message := explain(error)) is None:
+            raise
+        if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_TO_END)  # rank 0 reports what all ranks found, then the launcher ends the others
         print(f"error: {message}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        advice = "; free some space and run the same again" if error.errno in FULL_DISK_ERRORS else ""
-        print(f"error: {error}{advice}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except RuntimeError as error:
-        if (explanation := explain_runtime_error(error)) is None:
-            raise
-        print(f"error: {explanation}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         code = EXIT_KEYBOARD

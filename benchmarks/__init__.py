@@ -1,3 +1,1 @@
-"""What every stage costs, on the machine at hand: `python -m benchmarks`; and whether a GPU does what it should:
-`python -m benchmarks.gpu_check`.
-"""
+"""`python -m benchmarks` measures every stage on this machine; `python -m benchmarks.gpu_check` checks a GPU."""

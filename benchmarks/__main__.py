@@ -1,9 +1,9 @@
-"""What every stage costs on this machine: time, memory, FLOPs, and the share of its best matrix products.
+"""The cost of every stage on this machine: time, memory, FLOPs, and their share of the fastest matrix product.
 
     python -m benchmarks                                    # on two CPU cores: five minutes
     python -m benchmarks --device cuda --json gpu.json      # one GPU
 
-Networks and data are made up (benchmarks/workspace.py). `make bench` is the first line.
+Data and weights are random (benchmarks/workspace.py). `make bench` runs the first line.
 """
 
 import argparse
@@ -33,26 +33,17 @@ from storage.files import replace_text
 from training.build import use_tf32
 
 COLUMNS = (
-    "stage",
-    "median s",
-    "fastest",
-    "slowest",
-    "runs",
-    "images/s",
-    "peak GB",
-    "GFLOP/image",
-    "TFLOP/s",
-    "of peak",
+    *("stage", "median s", "fastest", "slowest", "runs", "images/s", "peak GB"),
+    *("GFLOP/image", "TFLOP/s", "of peak"),
 )
 PROFILED = "joint step"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="networks and images so small that only the way is tested")
-    parser.add_argument("--only", help="stages whose names begin so, like VAE,sampling (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and images, to test the benchmarks")
+    parser.add_argument("--only", help="prefixes of stage names, like VAE,sampling (default: all)")
     parser.add_argument(
         "--mixed-precision", choices=tuple(AUTOCAST_DTYPES), help="(default: no on the CPU, bf16 on a GPU)"
     )
@@ -66,10 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def machine(device: torch.device, setting: Setting, peak: float) -> dict:
-    """What the numbers were measured on."""
-    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -79,42 +68,33 @@ def machine(device: torch.device, setting: Setting, peak: float) -> dict:
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
 
 
 def row(name: str, found: Measurement, peak: float) -> tuple[str, ...]:
-    """A stage's line of the table; stages without matrix products have no share of their peak."""
+    """A stage's row of the table; the last three cells are empty if it has no matrix products."""
     rate = found.flops / found.median
     counted = (f"{found.flops / found.images / 1e9:.1f}", f"{rate / 1e12:.3f}", f"{rate / peak:.0%}")
-    return (
-        name,
-        *(f"{value:.4f}" for value in (found.median, found.fastest, found.slowest)),
-        str(found.runs),
-        f"{found.images / found.median:.2f}",
-        f"{found.memory / 1e9:.2f}",
-        *(counted if found.flops else ("", "", "")),
-    )
+    times = (f"{value:.4f}" for value in (found.median, found.fastest, found.slowest))
+    speed = (str(found.runs), f"{found.images / found.median:.2f}", f"{found.memory / 1e9:.2f}")
+    return (name, *times, *speed, *(counted if found.flops else ("", "", "")))
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A table with a header, its columns padded to one width."""
-    rows = [COLUMNS, *rows]
-    widths = [max(len(line[i]) for line in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    """The table with its header, columns padded to equal width."""
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = [COLUMNS, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 def all_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]:
-    """Every stage, in the order in which data pass them."""
-    data = data_stages(folder, setting, workers)
+    """All stages in the order of the method."""
     networks = build_networks(folder, setting)
     return {
-        **data,
+        **data_stages(folder, setting, workers),
         **vae_stages(networks, setting.batch),
         **transformer_stages(networks, setting.batch),
         **step_stages(networks, setting.batch),
@@ -123,7 +103,7 @@ def all_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]
 
 
 def main() -> None:
-    """Make a workspace, measure stage after stage, and say what came out."""
+    """Make a workspace, measure the stages and print the table."""
     args = parse_args()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     setting = TINY if args.tiny else GPU if args.device == "cuda" else CPU

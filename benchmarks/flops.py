@@ -1,10 +1,10 @@
-"""Floating-point operations and parameters of every stage, counted on tensors without memory.
+"""Floating-point operations and parameters of every stage, counted on the meta device.
 
     python -m benchmarks.flops --vae f8d4 --model SiT-XL/2 --enc-type dinov2-vit-b
 
-Multiply and add count as two. Matrix products, convolutions and attention are counted, by PyTorch's FlopCounterMode, in
-the forward and in the backward pass; what is done element by element (norms, activations, optimisers) is not: next to
-these it costs memory traffic, not operations.
+A multiplication and an addition are two operations. PyTorch's FlopCounterMode counts matrix products, convolutions and
+attention in the forward and in the backward pass. Elementwise operations (norms, activations, optimisers) are left out:
+they cost memory traffic rather than operations.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from errors import Parser, run_script
@@ -28,21 +28,28 @@ from models.sit import SiT_models
 from train_ldm_only import ldm_step
 from train_repae import JointNets, JointStepConfig, repae_step
 from training.distributed import frozen_call
-from training.estimates import BackwardOnly, trained_parameters
 from training.loop import Batch
 from training.randomness import Draws, Rows
 from training.transformer_step import TransformerNets, copy_for_ema, encoder_tokens, update_transformer
 from training.vae_step import update_discriminator
 from weights.vae import latent_shape, open_vae
 
-IMAGES = 2  # that are counted at a time
+IMAGES = 2  # a batch; counts are divided by it
 SAMPLING_STEPS = 250
-ON_META = patch("torch.autocast", lambda *args, **kwargs: contextlib.nullcontext())  # which knows no such device
+# torch.autocast does not know the meta device
+ON_META = patch("torch.autocast", lambda *args, **kwargs: contextlib.nullcontext())
 CONFIG = JointStepConfig(loss=VAELossConfig(), autocast=contextlib.nullcontext)
 
 
+class BackwardOnly:
+    """An optimiser that computes gradients and leaves the parameters unchanged."""
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        loss.backward()
+
+
 def count(function: Callable[..., object], *args: object) -> float:
-    """Operations of a call, an image."""
+    """Operations of a call, per image."""
     with ON_META, FlopCounterMode(display=False) as counter:
         function(*args)
     return counter.get_total_flops() / IMAGES
@@ -56,7 +63,7 @@ def build_nets(
     encoder_depth: int = 8,
     optimizer: Callable[[nn.Module], object] = lambda network: BackwardOnly(),
 ) -> JointNets:
-    """The untrained networks of the joint step, by their rows in the registries, on torch's default device."""
+    """The untrained networks of the joint step, by their names, on torch's default device."""
     channels, side, _ = latent_shape(open_vae(vae, None, offline=True), resolution)
     specs = encoder_specs(enc_type).values()
     vae, discriminator = build_vae(vae), PatchDiscriminator()
@@ -77,7 +84,7 @@ def build_nets(
 
 
 def build_batch(vae: str, resolution: int, images: int = IMAGES) -> tuple[Batch, Draws]:
-    """Images, cached moments and draws, on torch's default device; all zero."""
+    """Images, cached moments and draws, all zero, on torch's default device."""
     noise = torch.zeros(images, *latent_shape(open_vae(vae, None, offline=True), resolution))
     pixels = torch.zeros(images, 3, resolution, resolution, dtype=torch.uint8)
     labels = torch.zeros(images, dtype=torch.int64)
@@ -86,7 +93,7 @@ def build_batch(vae: str, resolution: int, images: int = IMAGES) -> tuple[Batch,
 
 
 def joint_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
-    """Operations an image of each part of `repae_step`."""
+    """Operations per image of each part of `repae_step`."""
     t = draws.t
     image = pixels_to_image(batch.pixels)
     zs = encoder_tokens(nets.encoders, batch.pixels, CONFIG)
@@ -112,7 +119,7 @@ def joint_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
 
 @torch.no_grad()
 def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
-    """Operations an image of caching, and of one evaluation of the transformer and the decoding that sampling needs."""
+    """Operations per image of caching, and of the parts of sampling."""
     return {
         "caching": count(lambda: nets.vae.encode(pixels_to_image(batch.pixels))),
         "sampling, an evaluation": count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False)),
@@ -124,7 +131,7 @@ def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
 def stage_flops(
     vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
 ) -> dict[str, float]:
-    """Operations an image of every stage, and of the parts of the joint step before it."""
+    """Operations per image of the parts of the joint step, then of every stage."""
     with torch.device("meta"):
         nets = build_nets(vae, model, enc_type, resolution, encoder_depth)
         batch, draws = build_batch(vae, resolution)
@@ -138,10 +145,9 @@ def stage_flops(
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--vae", default="f8d4", help="row of the VAEs")
-    parser.add_argument("--model", default="SiT-XL/2", help="row of the transformers")
+    parser.add_argument("--vae", default="f8d4", help="name of a VAE")
+    parser.add_argument("--model", default="SiT-XL/2", help="name of a transformer")
     parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--encoder-depth", type=int, default=8, help="block whose tokens are aligned")
@@ -149,12 +155,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Count and print."""
     args = parse_args()
     with torch.device("meta"):
         nets = build_nets(**vars(args))
     for name in ("vae", "discriminator", "sit"):
-        print(f"{name}: {trained_parameters(getattr(nets, name)):,} parameters")
+        trained = sum(p.numel() for p in getattr(nets, name).parameters() if p.requires_grad)
+        print(f"{name}: {trained:,} parameters")
     for name, flops in stage_flops(**vars(args)).items():
         print(f"{name}: {flops / 1e9:,.1f} GFLOP an image")
 

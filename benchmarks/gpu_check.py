@@ -1,13 +1,12 @@
-"""Whether training does on this machine what it should: numbers, speed, and what happens when it is killed.
+"""Check training on this machine: golden values, speed, and resuming after SIGKILL.
 
     python -m benchmarks.gpu_check                          # one GPU
-    python -m benchmarks.gpu_check --device cpu --tiny      # the same way, on networks of no size
+    python -m benchmarks.gpu_check --device cpu --tiny      # the same checks on tiny networks
 
-First the tests of golden values, on the device. Then for each of SiT-XL/2 on f8d4 and SiT-XL/1 on f16d32, in bfloat16
-and in float16, train_repae.py itself: losses must fall; once it is warm, nothing may be compiled anew, and no graph
-break; the host may not wait for the device between two logs; killed, and started again, it must go on from its
-checkpoint with the same losses. `make gpu-check` is the first line. Networks and data are made up
-(benchmarks/workspace.py).
+First the golden tests run on the device. Then train_repae.py runs with SiT-XL/2 on f8d4 and SiT-XL/1 on f16d32, each in
+bfloat16 and float16. Losses must fall. After the warm-up nothing may be recompiled, no graph may break, and the host
+may not wait for the device between two logs. Killed and started again, the run must resume from its checkpoint with the
+same losses. `make gpu-check` runs the first line. Data and weights are random (benchmarks/workspace.py).
 """
 
 import argparse
@@ -32,25 +31,22 @@ from errors import Parser, UserError, run_script
 from storage.files import replace_text, require_space
 
 ROOT = Path(__file__).parents[1]
-FALLING = ("vae_loss", "denoising_loss", "proj_loss")  # the discriminator's may rise: it has an adversary
-# steps; none but CHECKPOINT is saved at, so that the second start has something to do again
+FALLING = ("vae_loss", "denoising_loss", "proj_loss")  # not d_loss: the discriminator has an adversary
+# steps; only CHECKPOINT is saved, so that the second start repeats the steps after it
 WARM_UP, CHECKPOINT, LAST = 3, 20, 30
-COLLECTIVE_TIMEOUT = 600  # seconds for one run
+RUN_TIMEOUT = 600  # seconds
 CHECKPOINT_BYTES = 13e9  # of a full-size run
-COMPARED = 5  # steps at either end whose mean losses are compared
-TOLERANCE = {"cpu": 0.0, "cuda": 0.05}  # relative, of a loss after a restart; on GPUs the order of sums differs
+COMPARED = 5  # first and last steps whose mean losses are compared
+TOLERANCE = {"cpu": 0.0, "cuda": 0.05}  # relative, of losses after a restart; on GPUs the order of sums varies
 GOLDEN_TESTS = ("tests/test_golden.py", "tests/test_joint_step.py", "-k", "golden")
 
 
 class Case(NamedTuple):
-    """One run: what is trained, and in which precision."""
-
     name: str
     setting: Setting
 
 
 def cases(tiny: bool) -> list[Case]:
-    """What is checked."""
     if tiny:
         return [Case("tiny", TINY)]
     full = replace(GPU, photos=64)
@@ -63,14 +59,13 @@ def cases(tiny: bool) -> list[Case]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="(default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="networks and images so small that only the way is tested")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and images")
     parser.add_argument("--json", type=Path, help="also write everything there")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU; --device cpu --tiny goes the same way without one")
+        raise UserError("--device cuda: PyTorch sees no GPU; --device cpu --tiny does the same checks without one")
     if args.device == "cpu" and not args.tiny:
         raise UserError("--device cpu would take days; add --tiny")
     return args
@@ -84,11 +79,7 @@ def golden_parity(device: str) -> tuple[bool, str]:
 
 
 def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[dict]]:
-    """Train until the process kills itself after step LAST; its facts, and the log.
-
-    Raises:
-        UserError: it ended otherwise, with the end of what it wrote.
-    """
+    """Train until the process kills itself after step LAST; return its facts and the records of its log."""
     facts = folder / "facts.json"
     facts.unlink(missing_ok=True)
     flags = [*training_flags(folder, case.setting, name), f"--max-train-steps={LAST + 1}", "--num-workers=2"]
@@ -97,11 +88,9 @@ def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[
     line = [sys.executable, "-m", "benchmarks.watched_training", str(facts), str(WARM_UP), str(LAST), *flags]
     environment = {**os.environ, **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})}
     try:
-        done = subprocess.run(
-            line, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=COLLECTIVE_TIMEOUT
-        )
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=RUN_TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise UserError(f"{case.name}: training is not done after {COLLECTIVE_TIMEOUT} s") from None
+        raise UserError(f"{case.name}: training takes longer than {RUN_TIMEOUT} s") from None
     if done.returncode != -signal.SIGKILL or not facts.is_file():
         raise UserError(f"{case.name}: training ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     log = (folder / "exps" / name / "metrics.jsonl").read_text().splitlines()
@@ -109,7 +98,7 @@ def train(folder: Path, case: Case, name: str, device: str) -> tuple[dict, list[
 
 
 def check(folder: Path, case: Case, device: str) -> dict:
-    """Everything that is to be known of a case; "failed" names what is not as it should be."""
+    """The results of a case; "failed" lists the checks that failed."""
     name = case.name.replace("/", "-").replace(" ", "-")
     first, before = train(folder, case, name, device)
     again, after = train(folder, case, name, device)
@@ -117,11 +106,11 @@ def check(folder: Path, case: Case, device: str) -> dict:
         f"{term} does not fall" for term in FALLING if mean(before[-COMPARED:], term) >= mean(before[:COMPARED], term)
     ]
     for facts in (first, again):
-        failed += [f"{facts['recompiled']} graphs compiled anew"] * (facts["recompiled"] > 0)
-        failed += [f"{facts['graph_breaks']} graphs that break"] * (facts["graph_breaks"] > 0)
+        failed += [f"{facts['recompiled']} graphs recompiled"] * (facts["recompiled"] > 0)
+        failed += [f"{facts['graph_breaks']} graph breaks"] * (facts["graph_breaks"] > 0)
         failed += [f"the host waits at {place}" for place in facts["waits"]]
     if again["first_step"] != CHECKPOINT + 1:
-        failed.append(f"the second start began with step {again['first_step']}, expected {CHECKPOINT + 1}")
+        failed.append(f"the second start began at step {again['first_step']}, expected {CHECKPOINT + 1}")
     difference = restart_difference(before, after)
     failed += [f"losses differ by {difference:.1e} after the restart"] * (difference > TOLERANCE[device])
     setting = case.setting
@@ -137,12 +126,11 @@ def check(folder: Path, case: Case, device: str) -> dict:
 
 
 def mean(records: list[dict], term: str) -> float:
-    """The mean of a loss over records of the log."""
     return sum(record[term] for record in records) / len(records)
 
 
 def restart_difference(before: list[dict], after: list[dict]) -> float:
-    """The largest relative difference of a loss between the steps after the checkpoint and the same steps again."""
+    """The largest relative difference between the losses of all steps before and after the restart."""
     if [record["step"] for record in after] != list(range(1, LAST + 1)):
         return float("inf")
     pairs = [(a[term], b[term]) for a, b in zip(before, after, strict=True) for term in FALLING]
@@ -150,7 +138,7 @@ def restart_difference(before: list[dict], after: list[dict]) -> float:
 
 
 def report_case(folder: Path, case: Case, device: str) -> dict:
-    """Check a case in `folder`, say what came out in a line, and remove its checkpoints."""
+    """Check a case in `folder`, print a line of results, and remove its checkpoints."""
     started = time.monotonic()
     make_workspace(folder, case.setting, workers=2)
     if device == "cuda":
@@ -162,13 +150,13 @@ def report_case(folder: Path, case: Case, device: str) -> dict:
         torch.cuda.empty_cache()  # the next run is another process
     shutil.rmtree(folder / "exps")
     speed = f"{found['images_per_second']:.1f} images/s, MFU {found['mfu']:.1%}, {found['memory'] / 1e9:.1f} GB"
-    result = "; ".join(found["failed"]) or "as it should be"
+    result = "; ".join(found["failed"]) or "all checks passed"
     print(f"{case.name}: {speed}; {result} ({found['seconds']:.0f} s)", flush=True)
     return found
 
 
 def main() -> None:
-    """Check case after case; exit code 1 if something is not as it should be."""
+    """Check all cases; exit code 1 if a check fails."""
     args = parse_args()
     parity, summary = golden_parity(args.device)
     print(f"golden values on {args.device}: {summary}", flush=True)

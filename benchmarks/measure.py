@@ -1,4 +1,4 @@
-"""Time, memory and FLOPs of a piece of work, and what the machine's matrix products reach at best."""
+"""Time, memory and FLOPs of a function, and the machine's peak FLOP/s in matrix products."""
 
 import statistics
 import threading
@@ -16,7 +16,7 @@ from models.numerics import AUTOCAST_DTYPES
 
 LEAST_RUNS = 3
 MOST_RUNS = 50
-# side of the square matrices, and images of the convolution, that the peak is measured on
+# side of the square matrices, and images of the convolution, for the peak
 PEAK_SIZES = {"cpu": (2048, 1), "cuda": (8192, 32)}
 
 
@@ -34,15 +34,15 @@ class Measurement:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure(work: Callable[[], object], images: int, device: torch.device, seconds: float) -> Measurement:
-    """Call `work` once to warm up, once to count FLOPs, and then again and again for about so many `seconds`.
+    """Call `work` once to warm up, once to count FLOPs, once for memory, and then repeatedly for about `seconds`.
 
-    `images` is how many a call handles. Peak memory is the device's allocator's, or on CPUs the whole process's.
+    A call handles `images` images. Peak memory is that of the GPU's allocator, or on CPUs that of the whole process.
     """
     work()
     flops = counted_flops(work)
@@ -60,9 +60,9 @@ def measure(work: Callable[[], object], images: int, device: torch.device, secon
 
 
 def counted_flops(work: Callable[[], object]) -> int:
-    """FLOPs of matrix products, convolutions and attention of a call; a multiplication and an addition are two.
+    """FLOPs of a call's matrix products, convolutions and attention; a multiplication and an addition are two.
 
-    Compiled networks run uncompiled here: the counter does not see into kernels.
+    Compiled networks run uncompiled here, because the counter cannot see into kernels.
     """
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         work()
@@ -71,7 +71,7 @@ def counted_flops(work: Callable[[], object]) -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Gives a function that afterwards tells the highest number of bytes in use within."""
+    """Measure the block's peak memory in bytes, which the yielded function returns afterwards."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
@@ -92,16 +92,16 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that lies in RAM; 0 where the system does not tell."""
+    """This process's resident memory; 0 on systems without /proc."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def matrix_peak(device: torch.device, precision: str, seconds: float = 2.0) -> float:
-    """FLOPs a second of a large square matrix product or 3x3 convolution in `precision`, whichever is faster.
+    """FLOP/s of a large square matrix product or a 3x3 convolution in `precision`, whichever is faster.
 
-    They go to different libraries, and on some CPUs the one for matrices is half as fast. Precision no is float32, or
+    Different libraries compute them, and on some CPUs the matrix product is half as fast. Precision no is float32, or
     TF32 where it is allowed.
     """
     side, images = PEAK_SIZES[device.type]
@@ -114,7 +114,7 @@ def matrix_peak(device: torch.device, precision: str, seconds: float = 2.0) -> f
 
 
 def profile(work: Callable[[], object], device: torch.device, rows: int = 12) -> list[dict]:
-    """Where the time of a call goes: the operations that take most of it themselves, with their share and calls."""
+    """The operations of a call that take most time themselves, with their share of all time and number of calls."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
@@ -125,7 +125,7 @@ def profile(work: Callable[[], object], device: torch.device, rows: int = 12) ->
         wait(device)
 
     def own(event) -> float:
-        if on_gpu:  # of kernels, not of the calls that launch them
+        if on_gpu:  # kernels only, not the calls that launch them
             return event.self_device_time_total if event.device_type == DeviceType.CUDA else 0.0
         return event.self_cpu_time_total
 

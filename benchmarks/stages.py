@@ -1,4 +1,4 @@
-"""The stages of the method, each as a piece of work to be measured, built by what builds them for the scripts."""
+"""The stages of the method, each as a function to be measured; the scripts' own functions build the networks."""
 
 import copy
 import io
@@ -35,19 +35,19 @@ from training.randomness import Draws, Rows
 from training.transformer_step import encoder_tokens, update_ema
 from weights.vae import latent_shape, open_vae
 
-READ, READ_AT_ONCE = 4096, 32  # images of a call, and of a batch
+READ, READ_AT_ONCE = 4096, 32  # images of a call and of a batch
 GUIDANCE_SCALE = 2.0
 
 
 class Stage(NamedTuple):
-    """`work` handles so many `images` a call."""
+    """A call of `work` handles `images` images."""
 
     work: Callable[[], object]
     images: int
 
 
 class Networks(NamedTuple):
-    """What the stages share: a joint run's networks, its average as sampling uses it, a batch with its draws."""
+    """Shared by the stages: a joint run's networks, its average as sampling uses it, a batch and its draws."""
 
     nets: train_repae.JointNets
     sampled: SiT
@@ -57,7 +57,7 @@ class Networks(NamedTuple):
 
 
 def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage]:
-    """ReadOptions as training reads, and preprocessing; neither needs a network."""
+    """Reading as in training, and preprocessing."""
     data = open_images(folder / "data")
 
     def read(workers: int) -> None:
@@ -67,7 +67,7 @@ def data_stages(folder: Path, setting: Setting, workers: int) -> dict[str, Stage
 
     def prepare() -> None:
         shutil.rmtree(folder / "again", ignore_errors=True)
-        with redirect_stderr(io.StringIO()):  # a progress bar a call
+        with redirect_stderr(io.StringIO()):  # the progress bar
             preprocess(folder / "photographs", folder / "again", setting.resolution, workers, None)
 
     return {
@@ -97,7 +97,7 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
 
 
 def backward(loss: Tensor, network: nn.Module) -> None:
-    """Gradients of the network's parameters, and away with them."""
+    """Compute the gradients of the network's parameters and drop them."""
     loss.backward()
     network.zero_grad(set_to_none=True)
 
@@ -155,30 +155,27 @@ def transformer_stages(networks: Networks, images: int) -> dict[str, Stage]:
 
 
 def optimiser_step(optimizer: Optimizer) -> Callable[[], object]:
-    """Unscaling, clipping and AdamW, on gradients that are there already."""
+    """Unscaling, clipping and AdamW on given gradients."""
     gradients = [torch.full_like(parameter, 1e-6) for parameter in optimizer.parameters]
     loss = torch.zeros((), device=gradients[0].device, requires_grad=True)
 
     def work() -> None:
         for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
             parameter.grad = gradient
-        optimizer.update(loss)
+        optimizer.backward_and_step(loss)
 
     return work
 
 
 def step_stages(networks: Networks, images: int) -> dict[str, Stage]:
-    """What follows the gradients, and both steps as a whole."""
+    """Optimisers and EMA, and both training steps as a whole."""
     nets, _, cfg, batch, draws = networks
-    tokens = encoder_tokens(nets.encoders, batch.pixels, cfg)
-    cached = batch._replace(tokens=tuple(token.half() for token in tokens))
     updates = [optimiser_step(optimizer) for optimizer in (nets.opt_vae, nets.opt_disc, nets.opt_sit)]
     return {
         "three optimisers": Stage(lambda: [update() for update in updates], images),
         "EMA": Stage(lambda: update_ema(nets.ema, nets.sit, cfg.ema_decay), images),
         "joint step": Stage(lambda: train_repae.repae_step(nets, batch, draws, cfg), images),
         "frozen step": Stage(lambda: ldm_step(nets, batch, draws, cfg), images),
-        "frozen step, cached tokens": Stage(lambda: ldm_step(nets, cached, draws, cfg), images),
     }
 
 

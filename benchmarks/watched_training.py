@@ -1,10 +1,10 @@
-"""train_repae.py as it is, watched from within, and killed on the way: what `benchmarks.gpu_check` starts.
+"""Run train_repae.py under observation and kill it: the process that `benchmarks.gpu_check` starts.
 
     python -m benchmarks.watched_training FACTS.json WARM_UP LAST [flags of train_repae.py]
 
-Its first WARM_UP steps may compile. From then on it counts what is compiled anew and where graphs break, and, but for
-the steps at which the log is written, where the host waits for the device. After step LAST it writes FACTS.json and
-kills itself, so that no signal handler and no exit hook has a part in what the next start finds.
+The first WARM_UP steps may compile. After them it counts recompiled graphs and graph breaks, and records where the host
+waits for the device, except at steps that write the log. After step LAST it writes FACTS.json and kills itself by
+SIGKILL, so that no signal handler and no exit hook runs.
 """
 
 import json
@@ -31,11 +31,11 @@ READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "
 
 
 class Watched:
-    """The step function of a training script, with what happens in it and between two calls written down.
+    """A training script's step function that records what happens in it and between two calls.
 
     Attributes:
         strict: whether the host must not wait for the device now.
-        waits: where it did all the same, one line each.
+        waits: the lines of code where it did.
     """
 
     def __init__(self, step: Callable, facts: Path, warm_up: int, last: int):
@@ -44,7 +44,6 @@ class Watched:
         self.steps = self.compiled = self.first_step = 0
 
     def __call__(self, nets, batch, draws, cfg) -> dict[str, Tensor | None]:
-        """One step; the time until the next call counts to it."""
         number = batch.step + 1
         if number > self.last:
             self.end(batch.pixels.device)
@@ -59,7 +58,7 @@ class Watched:
         return metrics
 
     def begin(self, device: torch.device) -> None:
-        """The warm-up is over: count from now on."""
+        """Count from now on."""
         self.compiled = counters["stats"]["unique_graphs"]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -67,12 +66,10 @@ class Watched:
             warnings.showwarning = lambda message, *_: "synchronizing" in str(message) and self.wait()
             torch.cuda.set_sync_debug_mode("warn")
             return
-        for name in READS:  # no device to wait for: that a value is read stands for it
+        for name in READS:  # a CPU has no device to wait for: watch for reads of values instead
             setattr(torch.Tensor, name, self.reading(getattr(torch.Tensor, name)))
 
     def reading(self, method: Callable) -> Callable:
-        """`method` of a tensor, which gives its value to the host."""
-
         def read(*args, **kwargs):
             self.wait()
             return method(*args, **kwargs)
@@ -80,41 +77,38 @@ class Watched:
         return read
 
     def wait(self) -> None:
-        """Write down the project's own line that waits, if it must not."""
+        """Record the project's line that waits, if it must not."""
         if self.strict:
             frames = [frame for frame in traceback.extract_stack() if is_ours(frame.filename)]
             self.waits.append(f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "outside of the project")
 
     def end(self, device: torch.device) -> None:
-        """Write the facts, and die."""
+        """Write the facts and kill this process."""
         on_gpu = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         facts = {
             "first_step": self.first_step,
             "graphs": counters["stats"]["unique_graphs"],
             "recompiled": counters["stats"]["unique_graphs"] - self.compiled,
             "graph_breaks": sum(counters["graph_break"].values()),
             "waits": sorted(set(self.waits)),
-            "memory": torch.cuda.max_memory_allocated(device)
-            if on_gpu
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "memory": peak if on_gpu else peak * 1024,  # ru_maxrss is in KiB
         }
         self.facts.write_text(json.dumps(facts))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_ours(file: str) -> bool:
-    """Whether a source file is the project's own, and not this one."""
     return Path(file).is_relative_to(OWN) and "site-packages" not in file and file != __file__
 
 
 def compile_eagerly(modules, args, device: torch.device) -> None:
-    """In place of `compile_in_place`, which compiles for GPUs only: without generating code, which takes minutes."""
+    """Replaces `compile_in_place`, which compiles for GPUs only; it generates no code, which would take minutes."""
     for module in modules:
         module.compile(backend="aot_eager")
 
 
 def main() -> None:
-    """Train, watched."""
     facts, warm_up, last, *flags = sys.argv[1:]
     sys.argv = ["train_repae.py", *flags]
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""Everything that training needs, made up: photographs, shards, and random weights for every network.
+"""A folder with all that training needs: random photographs, their shards, and random weights of every network.
 
-Nothing is downloaded, and no number of a benchmark depends on what weights are.
+Nothing is downloaded; the benchmarks' numbers do not depend on the values of weights.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,9 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """The networks that are looked at, and on what.
+    """The networks that are measured, their precision and the size of their inputs.
 
-    `batch` is of one process; `sampling_steps` and `photos` decide how long sampling and preprocessing are looked at;
-    the learning rate is what lets losses fall within a few steps.
+    `batch` is that of one process. `photos` are preprocessed. Losses fall within a few steps at `learning_rate`.
     """
 
     vae: str
@@ -46,7 +45,7 @@ TINY = Setting("f4d4-tiny", "SiT-XXS/2", "efficientnet-lite0", 2, 32, 4, "no", 2
 
 
 def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth random picture with a little grain, which JPEG compresses about as well as photographs."""
+    """A smooth random picture with some noise, which JPEG compresses about as well as photographs."""
     random = np.random.RandomState(seed)
     coarse = Image.fromarray(random.randint(0, 256, (12, 16, 3)).astype(np.uint8))
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
@@ -55,7 +54,6 @@ def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """`count` JPEG files in CLASSES folders."""
     for i in range(count):
         path = folder / f"class{i % CLASSES}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +78,7 @@ def write_weights(folder: Path, setting: Setting) -> None:
 
 
 def make_workspace(folder: Path, setting: Setting, workers: int) -> None:
-    """Photographs, shards and weights in `folder`, as far as they are not there."""
+    """Write the photographs, shards and weights that `folder` lacks."""
     if not (folder / "photographs").is_dir():
         write_photographs(folder / "photographs", setting.photos)
     if not (folder / "data" / "images" / "index.json").is_file():

@@ -1,17 +1,15 @@
-"""`--config FILE`: flags from a file, such as a published experiment's of configs/presets/ or another run's args.json.
+"""`--config FILE`: flags from a file, such as a preset of configs/presets/ or another run's args.json.
 
-A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`, of which
-each script takes its own. Flags beside the sections count for every script that reads the file, and each must have
-them; a section goes before them, and the command line before everything. Values are checked by the script's parser, as
-if they stood on the command line; null leaves a flag's default, and a list is a flag given several times or, where it
-cannot be, joined by commas.
+A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`. A script
+reads the flags outside all sections and those of its own section. The command line overrides the section, which
+overrides the flags outside. null leaves a flag at its default. A list gives a repeatable flag several times; other
+flags take it joined by commas.
 """
 
 import argparse
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,106 +25,98 @@ SCRIPTS = (
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
     """The flags of the command line `argv` (None: this process's) and of the file that its --config names.
 
-    The first process prints where each is from, in training always, else if there is a file. What comes back has no
-    `config`: a run begun by a file continues by the same flags from anywhere.
+    Rank 0 prints which flags the command line and the file set: in training always, elsewhere if there is a file. The
+    result has no `config`, so that args.json holds the flags themselves.
 
     Args:
-        parser: the script's, with all its flags.
-        script: its name, one of SCRIPTS, which is that of its section.
+        parser: the script's parser, with all its flags.
+        script: the script's name, one of SCRIPTS, which is the name of its section.
 
     Raises:
-        UserError: a flag is wrong or missing, on the command line or, then named, in the file.
+        UserError: a flag is wrong or missing; the message begins with the file's name if the file is at fault.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="YAML or JSON of flags, or of sections named after scripts, like configs/presets/* or a run's args.json; "
-        "the command line goes before it",
+        "the command line overrides it",
     )
-    given, _ = flags_set(parser, argv)
+    defaults, _ = parse_into(parser, [], {})
+    given, complaint = parse_into(parser, argv, dict.fromkeys(defaults))
+    given = {name: value for name, value in given.items() if value is not None}
     path = given.pop("config", None)
-    words = {} if path is None else file_words(parser, path, script)
-    from_file = [name for name in words if name not in given]
-    args = parser.parse_args([*(word for name in from_file for word in words[name]), *argv])
+    del defaults["config"]
+    words = {} if path is None else read_words(path, script, defaults)
+    words = {name: part for name, part in words.items() if name not in given}
+    try:
+        args = parser.parse_args([word for part in words.values() for word in part] + argv)
+    except UserError as error:
+        if str(error) == complaint:
+            raise
+        raise UserError(f"--config {path}: {error}") from None
     del args.config
     if (path or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
-        print(describe(vars(args), {"the command line": given, str(path): from_file}), flush=True)
+        for source, names in (("the command line", given), (path, words)):
+            text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
+            if names:
+                print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)
     return args
 
 
-def flags_set(parser: Parser, words: list[str]) -> tuple[dict, str]:
-    """What the `words` of a command line set, without defaults, and the parser's complaint, if it has one.
+def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, str]:
+    """`values` updated by the `words` of a command line, and the parser's complaint, if any.
 
-    It also complains of required flags that are not among them, but after all are read.
+    argparse sets defaults only for flags that are missing from `values`. It reports missing required flags after it
+    has read all words.
     """
-    found = argparse.Namespace(**{action.dest: None for action in parser._actions})
-    complaint = ""
+    found, complaint = argparse.Namespace(**values), ""
     try:
         parser.parse_args(words, found)
     except UserError as error:
         complaint = str(error)
-    return {name: value for name, value in vars(found).items() if value is not None}, complaint
+    return vars(found), complaint
 
 
-def file_words(parser: Parser, path: str, script: str) -> dict[str, list[str]]:
-    """What a file says of a script's flags, as words of a command line, by flag.
+def read_words(path: str, script: str, defaults: dict[str, object]) -> dict[str, list[str]]:
+    """The flags that a file sets for `script`, as words of a command line, by name; `defaults` has all known names.
 
     Raises:
-        UserError: one line that begins with the file's name; no such file, no such flag, or not such a value.
+        UserError: there is no such file, or it has an unknown key or a value that cannot be written as words.
     """
-
     what = f"--config {path}"
-    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    words = {}
-    for key, value in chosen_keys(read_yaml(path, what), script, what).items():
-        if (name := key.replace("-", "_")) not in flags:
-            raise UserError(f"{what}: unknown key {key!r}; did you mean {nearest(name, [*flags, *SCRIPTS])!r}?")
-        words[name] = [] if value is None else spelled(flags[name], value, f"{what}: {key}")
-        for word in words[name]:
-            accepted, complaint = flags_set(parser, [word])
-            if name not in accepted:
-                raise UserError(f"{what}: {complaint}")
-    return {name: part for name, part in words.items() if part}
-
-
-def chosen_keys(config: dict, script: str, what: str) -> dict[str, object]:
-    """The keys of a file that are for `script`: those of its section, and those beside all sections."""
-    config = {str(key): value for key, value in config.items()}
+    config = {str(key): value for key, value in read_yaml(path, what).items()}
     sections = [key for key in config if key in SCRIPTS]
     if sections and script not in sections:
         raise UserError(f"{what}: no section {script}: in it, but {', '.join(sections)}")
     section = config.get(script) or {}
     if not isinstance(section, dict):
         raise UserError(f"{what}: {script} is {section!r}, expected a section of flags")
-    return {key: value for key, value in config.items() if key not in SCRIPTS} | section
+    words = {}
+    for key, value in ({key: value for key, value in config.items() if key not in SCRIPTS} | section).items():
+        if (name := key.replace("-", "_")) not in defaults:
+            raise UserError(f"{what}: unknown key {key!r}; did you mean {nearest(name, [*defaults, *SCRIPTS])!r}?")
+        if value is not None:
+            words[name] = to_words(name, value, defaults[name], f"{what}: {key}")
+    return words
 
 
-def spelled(action: argparse.Action, value: object, what: str) -> list[str]:
-    """A flag of the parser with a file's `value`, as words of a command line; none for a flag that is left away."""
-    if action.nargs == 0:
+def to_words(name: str, value: object, default: object, what: str) -> list[str]:
+    """A file's `value` of the flag `name` as words of a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{what} is {value!r}, expected true or false")
-        return action.option_strings[:1] if value else action.option_strings[1:]
+        if value == default:
+            return []
+        return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     if any(isinstance(part, (dict, list, type(None))) for part in values):
         raise UserError(f"{what} is {value!r}, expected a value or a list of them")
-    # YAML takes the words yes and no for booleans: no precision, --mixed-precision no, is one
+    # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
     texts = [("yes" if part else "no") if isinstance(part, bool) else str(part) for part in values]
-    repeatable = isinstance(action.default, list)
-    return [f"{action.option_strings[0]}={text}" for text in (texts if repeatable else [",".join(texts)])]
-
-
-def describe(flags: dict[str, object], sources: dict[str, Iterable[str]]) -> str:
-    """All `flags`, those of each of the `sources` first and then the defaults, wrapped to 120 columns."""
-    named = {name for names in sources.values() for name in names}
-    parts = {f"flags from {source}": names for source, names in sources.items()}
-    parts["defaults"] = [name for name in flags if name not in named]
-    lines = []
-    for what, names in parts.items():
-        text = f"{what}: " + "  ".join(f"{name}={flags[name]}" for name in names)
-        lines += textwrap.wrap(text, 120, subsequent_indent="    ", break_on_hyphens=False) if names else []
-    return "\n".join(lines)
+    repeatable = isinstance(default, list)
+    return [f"--{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
 
 
 def load_loss_config(path: str) -> VAELossConfig:
@@ -156,7 +146,7 @@ def load_loss_config(path: str) -> VAELossConfig:
 
 
 def read_yaml(path: str, what: str) -> dict:
-    """The mapping in a YAML file, interpolations resolved; a UserError that begins with `what` if there is none."""
+    """The mapping in a YAML file, with interpolations resolved; a UserError that begins with `what` if it has none."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

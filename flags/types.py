@@ -1,7 +1,4 @@
-"""Command-line flags of the training scripts, in groups that a script composes. argparse is the only schema.
-
-Names and defaults are the reference's, so that its command lines and args.json files keep their meaning.
-"""
+"""Types of command-line flags: each checks a word of the command line, and names the nearest entry of a table."""
 
 import argparse
 import math
@@ -12,7 +9,7 @@ from errors import UserError, unknown_name
 
 
 def one_of(what: str, known: Iterable[str]):
-    """An argparse type that takes the names of a table and, for any other, names the nearest."""
+    """An argparse type: one of `known` names; the error for any other suggests the nearest."""
     known = list(known)
 
     def check(name: str) -> str:
@@ -24,7 +21,7 @@ def one_of(what: str, known: Iterable[str]):
 
 
 def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
-    """An argparse type: a finite int or float within bounds."""
+    """An argparse type: an int or float within bounds; NaN is refused."""
 
     def check(text: str):
         try:
@@ -43,7 +40,7 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, be
 
 
 def model(name: str) -> str:
-    """An argparse type: a row of the transformers, or one without its patch size, which the VAE then decides."""
+    """An argparse type: a row of the transformers, or one without its patch size, which the VAE decides."""
     from models.sit import SIT_SIZES, SiT_models
 
     return one_of("model", [*SiT_models, *SIT_SIZES])(name)
@@ -60,7 +57,7 @@ def vae(name: str) -> str:
 
 
 class VAEName(argparse.Action):
-    """Store the name of a VAE; one of diffusers has its weights with it, unless another flag names others."""
+    """Store the name of a VAE; diffusers:PATH_OR_ID also sets the flag of its weights, unless that one is given."""
 
     def __init__(self, *args, weights: str, **options):
         super().__init__(*args, type=vae, metavar="NAME", **options)
@@ -75,7 +72,7 @@ class VAEName(argparse.Action):
 
 
 def checked(text: str, check: Callable[[str], object]) -> str:
-    """`text`, if `check` has nothing against it; argparse's error, if it raises a UserError."""
+    """`text`; an error of argparse if `check` raises a UserError."""
     try:
         check(text)
     except UserError as error:

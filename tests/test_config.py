@@ -116,7 +116,6 @@ def test_every_script_takes_its_own_section_and_the_flags_beside(script, tmp_pat
         "preprocessing": {"imagenet_path": "tree"},
         "save_vae_weights": {"repae_ckpt": "joint.pt"},
         "cache_latents": {"vae_ckpt_path": "vae.pt"},
-        "cache_tokens": {"enc_type": "mae-vit-l", "tokens_name": "mae"},
         "generate": {"exp_path": "run"},
         "evaluate": {"samples": "a.npz", "reference": "b.npz"},
     }.get(script, {"exp_name": "run"})
@@ -191,15 +190,13 @@ def test_mistakes_on_the_command_line_and_missing_flags_are_told_as_without_a_fi
         assert str(error.value).startswith(message)
 
 
-def test_what_was_resolved_is_printed_once_by_the_first_process(tmp_path, monkeypatch, capsys):
-    flags = from_file(tmp_path, "exp_name: x\nbatch_size: 8", "--batch-size", 4, "--no-compile")
+def test_rank_0_prints_which_flags_the_command_line_and_the_file_set(tmp_path, monkeypatch, capsys):
+    from_file(tmp_path, "exp_name: x\nbatch_size: 8", "--batch-size", 4, "--no-compile")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "flags from the command line: batch_size=4  compile=False"
-    assert lines[1] == f"flags from {tmp_path}/flags.yaml: exp_name=x"
-    assert lines[2].startswith("defaults: output_dir=exps  ")
-    assert len(lines) < 25
-    assert max(map(len, lines)) <= 120
-    assert sorted(" ".join(lines).count(f" {name}=") for name in flags) == [1] * len(flags)
+    assert lines == [
+        "flags from the command line: batch_size=4  compile=False",
+        f"flags from {tmp_path}/flags.yaml: exp_name=x",
+    ]
     monkeypatch.setenv("RANK", "1")
     from_file(tmp_path, "exp_name: x")
     assert capsys.readouterr().out == ""

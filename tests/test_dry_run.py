@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 import published
 import train_repae
 from benchmarks.flops import CONFIG, build_batch, build_nets, stage_flops
-from benchmarks.scaling import TINY as TINY_NETS
 from scripts import LAST, TINY, TINY_SIT, call, run, torchrun
 from test_flags import OneProcess
 from train_ldm_only import ldm_step
@@ -23,6 +22,7 @@ from training.vae_step import VAENets
 from weights.checkpoint_io import read_checkpoint
 from weights.vae import open_vae
 
+TINY_NETS = {"vae": "f4d4-tiny", "model": "SiT-XXS/2", "enc_type": "efficientnet-lite0", "resolution": 32}
 LATENT = (4, 8, 8)
 
 

@@ -4,7 +4,6 @@ import argparse
 import importlib
 from pathlib import Path
 
-import cache_tokens
 import pytest
 import torch
 
@@ -30,6 +29,7 @@ COMMON = {
     "resume_step": 0,
     "continue_train_exp_dir": None,
     "wandb_history_path": None,
+    "prediction": "v",
     "dry_run": False,
     "offline": False,
     "compile": True,
@@ -71,7 +71,6 @@ JOINT = {
     "max_train_steps": 400000,
     "learning_rate": 1e-4,
     "path_type": "linear",
-    "prediction": "v",
     "weighting": "uniform",
     "enc_type": "dinov2-vit-b",
     "enc_ckpt": [],
@@ -97,7 +96,6 @@ FROZEN = {
     "vae": "f16d32",
     "vae_ckpt": "pretrained/e2e-vavae-400k/e2e-vavae-400k.pt",
     "vae_latents_name": "e2e-vavae-400k",
-    "cached_tokens": None,
 }
 CACHE = {
     "vae_arch": "f16d32",
@@ -109,15 +107,6 @@ CACHE = {
     "mirrored": False,
     "num_workers": 4,
     "allow_tf32": True,
-}
-CACHE_TOKENS = {
-    **{key: CACHE[key] for key in CACHE if not key.startswith("vae_")},
-    "enc_ckpt": [],
-    "token_grid": None,
-    "dtype": "float16",
-    "mixed_precision": "no",
-    "resample_tokens": False,
-    "offline": False,
 }
 GENERATE = {
     "offline": False,
@@ -199,9 +188,6 @@ def test_defaults_of_caching_extraction_and_sampling():
         "compile": True,
         "offline": False,
     }
-    names = {"enc_type": "mae-vit-l", "tokens_name": "mae"}
-    tokens = cache_tokens.parse_args(["--enc-type", "mae-vit-l", "--tokens-name", "mae"])
-    assert vars(tokens) == {**CACHE_TOKENS, **names}
     assert vars(generate.parse_args(["--exp-path", "run"])) == {**GENERATE, "exp_path": Path("run")}
     expected = {"repae_ckpt": Path(path), "vae_name": "e2e-vae", "save_dir": Path("exps")}
     expected |= {"vae": None, "vae_ckpt": None, "format": "pt", "offline": False, "metrics": []}
@@ -225,15 +211,13 @@ def test_booleans_can_be_negated():
 
 
 class OneProcess:
-    """What `build` asks of a run."""
+    """The parts of a Run that `build` uses."""
 
-    device = torch.device("cpu")
+    device, directory = torch.device("cpu"), Path("exps/x")
+    print = log = staticmethod(lambda text: None)
 
     def prepare(self, module):
         return module
-
-    def print(self, text):
-        pass
 
 
 @pytest.fixture
