@@ -27,7 +27,7 @@ from errors import Parser, UserError, run_script
 from flags.config import parse_flags
 from flags.groups import add_offline_flag
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
-from models.numerics import AUTOCAST_DTYPES, to_host
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, to_host
 from storage.files import locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles
 from training.build import compile_in_place, use_tf32
@@ -106,42 +106,36 @@ def class_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not like 207,360") from None
 
 
-def check_labels(args: argparse.Namespace, experiment: Experiment) -> None:
-    """Raise a UserError for classes or guidance that the experiment does not have."""
-    classes = experiment.sit.num_classes
+def check_run(args: argparse.Namespace, run: Experiment) -> None:
+    """Raise a UserError for classes, guidance or an interpolant that the run was not trained with."""
+    classes, path_type = run.sit.num_classes, run.flags["path_type"]
     if wrong := [label for label in args.classes or [] if not 0 <= label < classes]:
         raise UserError(f"--classes {wrong[0]}: the run has classes 0 to {classes - 1}")
-    if args.cfg_scale > 1 and experiment.sit.null_label is None:
+    if args.cfg_scale > 1 and run.sit.null_label is None:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
+    if args.path_type not in (None, path_type):
+        raise UserError(f"--path-type {args.path_type}: the run was trained with {path_type}; leave the flag out")
 
 
-def trained_path_type(path_type: str | None, experiment: Experiment) -> str:
-    """The interpolant that the experiment was trained with; a UserError if --path-type names another."""
-    trained = experiment.flags["path_type"]
-    if path_type not in (None, trained):
-        raise UserError(f"--path-type {path_type}: the run was trained with {trained}; leave the flag out")
-    return trained
-
-
-def describe(args: argparse.Namespace, experiment: Experiment) -> dict:
-    """Everything that shaped the samples."""
+def describe(args: argparse.Namespace, run: Experiment) -> dict:
+    """Everything that determines the samples."""
     guided = args.cfg_scale > 1
     return {
-        "experiment": experiment.name,
-        "train_steps": experiment.step,
-        "model": experiment.flags["model"],
-        "model_fingerprint": fingerprint(experiment.sit.state_dict()),
-        "vae": experiment.flags["vae"],
-        "vae_fingerprint": fingerprint(experiment.vae.state_dict()),
+        "experiment": run.name,
+        "train_steps": run.step,
+        "model": run.flags["model"],
+        "model_fingerprint": fingerprint(run.sit.state_dict()),
+        "vae": run.flags["vae"],
+        "vae_fingerprint": fingerprint(run.vae.state_dict()),
         "count": args.num_fid_samples,
-        "resolution": experiment.flags["resolution"],
-        "num_classes": experiment.sit.num_classes,
+        "resolution": run.flags["resolution"],
+        "num_classes": run.sit.num_classes,
         "labels": args.classes or args.labels,
         "seed": args.global_seed,
         "mode": args.mode,
         "num_steps": args.num_steps,
         "heun": args.heun,
-        "path_type": args.path_type,
+        "path_type": run.flags["path_type"],
         "time_convention": TIME_CONVENTION,
         "cfg_scale": args.cfg_scale,
         "guidance_low": args.guidance_low if guided else None,
@@ -153,7 +147,7 @@ def describe(args: argparse.Namespace, experiment: Experiment) -> dict:
 
 
 def environment(args: argparse.Namespace, state) -> dict:
-    """What made the samples without shaping more than their rounding."""
+    """What made the samples without determining more than their rounding."""
     on_gpu = state.device.type == "cuda"
     return {
         "command": sys.argv,
@@ -166,10 +160,10 @@ def environment(args: argparse.Namespace, state) -> dict:
     }
 
 
-def set_name(args: argparse.Namespace, experiment: Experiment) -> str:
+def set_name(args: argparse.Namespace, run: Experiment) -> str:
     """Folder and file name of the samples, the reference's."""
     guidance = f"cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
-    return f"{experiment.name}_{experiment.step:07d}_{guidance}"
+    return f"{run.name}_{run.step:07d}_{guidance}"
 
 
 def compiles(args: argparse.Namespace, state) -> bool:
@@ -178,37 +172,49 @@ def compiles(args: argparse.Namespace, state) -> bool:
     return args.compile and pays and state.device.type == "cuda"
 
 
-def make_missing(files: SampleFiles, experiment: Experiment, args: argparse.Namespace, state) -> None:
-    """Make this process's share of the missing samples: every world-th batch that lacks one.
+def sampling_settings(args: argparse.Namespace, path_type: str, device: torch.device) -> Sampling:
+    """The settings of the sampler that the flags give."""
+    return Sampling(
+        seed=args.global_seed,
+        mode=args.mode,
+        num_steps=args.num_steps,
+        heun=args.heun,
+        path_type=path_type,
+        cfg_scale=args.cfg_scale,
+        guidance_low=args.guidance_low,
+        guidance_high=args.guidance_high,
+        labels=args.labels,
+        classes=tuple(args.classes or ()),
+        autocast=autocast_factory(device, args.mixed_precision),
+    )
 
-    What is in a batch does not depend on what is missing, and so neither does how its pixels are rounded. While a batch
-    is sampled, those before it go to the host and to the disk.
+
+def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, state) -> None:
+    """Make this process's share of the missing samples: every world-th batch in which one is missing.
+
+    Batches are always made whole, so that rounding does not depend on what is missing. While a batch is sampled, the
+    previous ones are copied to the host and written.
     """
-    missing = set(files.missing())
-    sampling = Sampling.from_flags(args, state.device)
-    state.wait_for_everyone()  # all see the same ones missing before the first is written
-    size = args.pproc_batch_size
-    everything = list(range(args.num_fid_samples))
-    batches = [everything[i : i + size] for i in range(0, len(everything), size)]
+    missing = files.missing()
+    sampling = sampling_settings(args, run.flags["path_type"], state.device)
+    state.wait_for_everyone()  # all processes see the same samples missing before the first one is written
+    size, world = args.pproc_batch_size, state.num_processes
+    batches = [range(first, min(first + size, files.count)) for first in range(0, files.count, size)]
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
+    done = files.count - sum(map(len, batches))
     with (
-        tqdm(total=len(everything), unit="sample", desc="sampling", disable=not state.is_main_process) as bar,
+        tqdm(total=files.count, initial=done, unit="sample", desc="sampling", disable=not state.is_main_process) as bar,
         writing_behind(bar.update) as write,
     ):
-        bar.update(len(everything) - len(missing))
-        for first in range(0, len(batches), state.num_processes):
-            together = batches[first : first + state.num_processes]
+        for first in range(0, len(batches), world):
+            together = batches[first : first + world]
             if state.process_index < len(together):
-                indices = together[state.process_index]
-                # rows beyond the last sample, which are thrown away, keep compiled code to one shape
+                indices = list(together[state.process_index])
+                # repeated rows keep compiled code to one shape; they are thrown away
                 filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
-                pixels = sample_pixels(experiment.sit, experiment.vae, filled, sampling)[: len(indices)]
-                if not missing.issuperset(indices):
-                    rows = [row for row, index in enumerate(indices) if index in missing]
-                    indices, pixels = [indices[row] for row in rows], pixels[rows]
+                pixels = sample_pixels(run.sit, run.vae, filled, sampling)[: len(indices)]
                 pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
-                count = sum(len(missing.intersection(batch)) for batch in together)
-                write(files.writes(indices, pixels), wait, count)
+                write(files.writes(indices, pixels), wait, sum(map(len, together)))
 
 
 def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
@@ -227,28 +233,26 @@ def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Load, sample what is missing, and put it together."""
+    """Load the run, make the missing samples and write what is wanted of them."""
     args = parse_args()
     use_tf32(args.tf32)
     state = process_state()
-    experiment = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args))
-    check_labels(args, experiment)
-    args.path_type = trained_path_type(args.path_type, experiment)
-    samples = describe(args, experiment)
-    files = SampleFiles(args.sample_dir, set_name(args, experiment), samples, args.png, args.npz)
+    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args))
+    check_run(args, run)
+    files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run), args.png, args.npz)
     files.check()
     what = f"{files.count} samples of {files.resolution} px"
     require_space(args.sample_dir, files.bytes_needed, what)
-    for network in (experiment.sit, experiment.vae):
+    for network in (run.sit, run.vae):
         network.to(state.device)
         cast_weights(network, args.mixed_precision)
     args.compile = compiles(args, state)
-    compile_in_place([*experiment.sit.blocks, experiment.vae.decoder], args, state.device)
+    compile_in_place([*run.sit.blocks, run.vae.decoder], args, state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
             files.begin(environment(args, state))
         state.wait_for_everyone()
-        make_missing(files, experiment, args, state)
+        make_missing(files, run, args, state)
         state.wait_for_everyone()
         if state.is_main_process:
             files.finish()

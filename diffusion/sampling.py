@@ -1,6 +1,5 @@
 """Samples of a trained transformer and its VAE as functions of (seed, index): for generate.py, and for evaluation."""
 
-import argparse
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from models.autoencoder import AutoencoderKL, image_to_pixels
-from models.numerics import AUTOCAST_DTYPES, autocast_factory, to_device
+from models.numerics import AUTOCAST_DTYPES, to_device
 from models.sit import SiT
 
 
@@ -28,25 +27,8 @@ class Sampling:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     labels: str = "random"
-    classes: tuple[int, ...] | None = None
+    classes: tuple[int, ...] = ()
     autocast: Callable[[], AbstractContextManager] = nullcontext
-
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace, device: torch.device) -> "Sampling":
-        """What generate.py's flags say."""
-        return cls(
-            seed=args.global_seed,
-            mode=args.mode,
-            num_steps=args.num_steps,
-            heun=args.heun,
-            path_type=args.path_type,
-            cfg_scale=args.cfg_scale,
-            guidance_low=args.guidance_low,
-            guidance_high=args.guidance_high,
-            labels=args.labels,
-            classes=tuple(args.classes) if args.classes else None,
-            autocast=autocast_factory(device, args.mixed_precision),
-        )
 
 
 def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:

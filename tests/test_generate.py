@@ -1,7 +1,8 @@
-"""Sampling: draws that depend on seed and index alone, files that are exactly what was asked for."""
+"""Sampling: draws that depend on seed and index alone; exactly the files that were asked for."""
 
 import errno
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -26,13 +27,12 @@ from diffusion.sampling import (
     sample_pixels,
     sampling_noise,
 )
-from errors import UserError
 from models.autoencoder import image_to_pixels
 from models.numerics import AUTOCAST_DTYPES
 from models.sit import SiT_models
 from scripts import call
 from storage.files import WAITING
-from storage.sample_files import SampleFiles, read_npz
+from storage.sample_files import SampleFiles
 from weights.checkpoint_io import fingerprint
 from weights.trained_run import REFERENCE_DEFAULTS, load_experiment, load_transformer
 
@@ -49,6 +49,12 @@ def runs(tmp_path_factory):
     return root
 
 
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def sample(run, folder, *flags, count=7):
     """Run generate.py in this process; the path of the samples without suffix."""
     flags = ("--exp-path", run, "--sample-dir", folder, "--num-fid-samples", count, "--num-steps", 3, *flags)
@@ -58,17 +64,26 @@ def sample(run, folder, *flags, count=7):
     return manifest.with_suffix("")
 
 
-def refused(run, folder) -> str:
-    """What generate.py says, in one line, where `sample` would not get its way."""
-    flags = ("--exp-path", run, "--sample-dir", folder, "--num-fid-samples", 7, "--num-steps", 3)
-    code, stderr = call("generate.py", *flags)
-    assert (code, stderr.count("error: ")) == (2, 1)
-    return stderr
+@pytest.fixture(scope="module")
+def made(runs, tmp_path_factory):
+    """Seven samples of the joint run as PNGs and npz; the path without suffix."""
+    return sample(runs / "joint", tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def again(made, tmp_path):
+    """A copy of `made` that a test may change."""
+    shutil.copytree(made.parent, tmp_path / "again")
+    return tmp_path / "again" / made.name
+
+
+def npz_of(path):
+    return path.with_name(path.name + ".npz")
 
 
 def pixels_of(path) -> np.ndarray:
     """The samples in an npz."""
-    return np.load(path.with_name(path.name + ".npz"))["arr_0"]
+    return np.load(npz_of(path))["arr_0"]
 
 
 def test_draws_are_functions_of_seed_and_index():
@@ -95,8 +110,12 @@ def test_draws_are_those_of_a_generator_a_sample(shape):
 
 
 def label_of(flags: list[str], index: int, classes: int = 10) -> int:
+    return sample_label(settings(*flags), classes, index)
+
+
+def settings(*flags: str) -> Sampling:
     args = generate.parse_args(["--exp-path", "x", *flags])
-    return sample_label(Sampling.from_flags(args, torch.device("cpu")), classes, index)
+    return generate.sampling_settings(args, "linear", torch.device("cpu"))
 
 
 def test_labels():
@@ -143,23 +162,22 @@ def test_sampler_flags_change_the_samples(runs, tmp_path):
     assert len(set(made.values())) == len(made)
 
 
-def test_pngs_and_npz_hold_the_same_and_nothing_else(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + ".json", path.name + ".npz"]
-    assert [entry.name for entry in sorted(path.iterdir())] == [f"{i:06d}.png" for i in range(7)]
-    stored = np.load(tmp_path / (path.name + ".npz"))
+def test_pngs_and_npz_hold_the_same_and_nothing_else(made):
+    assert sorted(entry.name for entry in made.parent.iterdir()) == [
+        *(made.name, made.name + ".json", made.name + ".npz"),
+    ]
+    assert [entry.name for entry in sorted(made.iterdir())] == [f"{i:06d}.png" for i in range(7)]
+    stored = np.load(npz_of(made))
     assert stored.files == ["arr_0"]
     assert (stored["arr_0"].shape, stored["arr_0"].dtype) == ((7, 32, 32, 3), np.uint8)
     for i, row in enumerate(stored["arr_0"]):
-        assert np.array_equal(row, np.asarray(Image.open(path / f"{i:06d}.png")))
-    assert np.array_equal(np.stack(list(read_npz(tmp_path / (path.name + ".npz")))), stored["arr_0"])
+        assert np.array_equal(row, np.asarray(Image.open(made / f"{i:06d}.png")))
 
 
-def test_either_alone_by_flag(runs, tmp_path):
-    both = pixels_of(sample(runs / "joint", tmp_path / "both"))
+def test_either_alone_by_flag(runs, made, tmp_path):
     only_npz = sample(runs / "joint", tmp_path / "npz", "--no-png")
     assert not only_npz.exists()
-    assert np.array_equal(pixels_of(only_npz), both)
+    assert np.array_equal(pixels_of(only_npz), pixels_of(made))
     only_png = sample(runs / "joint", tmp_path / "png", "--no-npz")
     assert len(list(only_png.glob("*.png"))) == 7
     assert not list((tmp_path / "png").glob("*.npz"))
@@ -196,94 +214,90 @@ def test_the_manifest_says_what_shaped_the_samples(runs, tmp_path):
     assert manifest["made_with"]["torch"] == torch.__version__
 
 
-def keep(files: SampleFiles, indices: list[int], pixels: np.ndarray) -> None:
-    for write in files.writes(indices, pixels):
-        write()
-
-
 def files_of(path, npz=True, png=True) -> SampleFiles:
     """The set that generate.py made at `path`."""
     samples = json.loads(path.with_name(path.name + ".json").read_text())["samples"]
     return SampleFiles(path.parent, path.name, samples, png, npz)
 
 
-def test_an_interrupted_set_is_finished_from_what_is_there(runs, tmp_path):
-    whole = pixels_of(sample(runs / "joint", tmp_path / "whole"))
-    path = sample(runs / "joint", tmp_path / "again")
-    path.with_name(path.name + ".npz").unlink()  # as if it had stopped before the npz
-    (path / "000000.png").unlink()
-    (path / "000003.png").write_bytes(b"")  # as after a power cut
-    (path / ".000004.png.1.tmp").write_bytes(b"half")
-    kept = (path / "000002.png").stat().st_mtime_ns
-    assert files_of(path).missing() == [0, 3]
-    sample(runs / "joint", tmp_path / "again")
-    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
-    assert (path / "000002.png").stat().st_mtime_ns == kept
-    assert sorted(entry.name for entry in path.iterdir()) == [f"{i:06d}.png" for i in range(7)]
-
-
-def test_without_pngs_parts_are_kept_until_the_npz_is_whole(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path, "--no-png")
-    whole = pixels_of(path)
-    path.with_name(path.name + ".npz").unlink()
-    files = files_of(path, png=False)
+@pytest.mark.parametrize("form", [(), ("--no-png",)])
+def test_an_interrupted_set_resumes_from_its_parts(runs, again, form):
+    whole = pixels_of(again)
+    npz_of(again).unlink()
+    files = files_of(again, png=not form)
     files.parts.mkdir()
     mark = np.full((3, 32, 32, 3), 7, np.uint8)
-    keep(files, [1, 2, 5], mark)
-    keep(files, [6], mark[:1])
-    (files.parts / "000004-1.npz").write_bytes(b"cut short")
-    (files.parts / "000005-1.npz").write_bytes(b"")
-    other = SampleFiles(tmp_path, path.name, {**files.samples, "seed": 9}, png=False, npz=True)
-    keep(other, [0, 3], mark[:2])  # samples that other flags made are not taken for these
-    assert files.missing() == [0, 3, 4]
-    sample(runs / "joint", tmp_path, "--no-png")
-    assert np.array_equal(pixels_of(path)[[1, 2, 5, 6]], np.full((4, 32, 32, 3), 7))
-    assert np.abs(pixels_of(path)[[0, 3, 4]].astype(int) - whole[[0, 3, 4]]).max() <= 1
+    for indices in ([0, 1, 2], [3, 4]):
+        for write in files.writes(indices, mark[: len(indices)]):
+            write()
+    assert files.missing() == {5, 6}
+    if not form:
+        (again / "000004.png").unlink()  # as if the process was killed after the part and before the PNG
+        (again / ".000005.png.1.tmp").write_bytes(b"half")
+        assert files.missing() == {4, 5, 6}
+    sample(runs / "joint", again.parent, "--pproc-batch-size", 3, *form)
+    assert np.array_equal(pixels_of(again)[:3], mark)
+    assert np.abs(pixels_of(again)[3:].astype(int) - whole[3:]).max() <= 1  # 3, 4 and 5 are one batch, made whole
     assert not files.parts.exists()
+    if not form:
+        assert [entry.name for entry in sorted(again.iterdir())] == [f"{i:06d}.png" for i in range(7)]
+        assert np.array_equal(np.asarray(Image.open(again / "000006.png")), pixels_of(again)[6])
 
 
-def test_what_is_there_in_one_form_is_not_sampled_again_for_another(runs, tmp_path, monkeypatch):
-    path = sample(runs / "joint", tmp_path, "--no-npz")
+def test_without_an_npz_a_set_resumes_from_its_pngs(runs, again):
+    whole = pixels_of(again)
+    npz_of(again).unlink()
+    (again / "000003.png").unlink()
+    kept = (again / "000002.png").stat().st_mtime_ns
+    assert files_of(again, npz=False).missing() == {3}
+    sample(runs / "joint", again.parent, "--no-npz", "--pproc-batch-size", 2)
+    assert np.abs(np.asarray(Image.open(again / "000003.png")).astype(int) - whole[3]).max() <= 1
+    assert (again / "000002.png").stat().st_mtime_ns != kept  # of the same batch
+    assert not npz_of(again).exists()
+    assert not files_of(again).parts.exists()
+
+
+def test_a_finished_set_is_not_sampled_again(runs, again, monkeypatch):
     monkeypatch.setattr(generate, "sample_pixels", None)
-    sample(runs / "joint", tmp_path)
-    from_pngs = pixels_of(path)
-    for png in path.iterdir():
-        png.unlink()
-    sample(runs / "joint", tmp_path, "--grid")
-    assert np.array_equal(from_pngs, np.stack([np.asarray(Image.open(path / f"{i:06d}.png")) for i in range(7)]))
-    assert path.with_name(path.name + ".png").is_file()
+    before = {entry: entry.stat().st_mtime_ns for entry in again.parent.rglob("*")}
+    left, other = (again.parent / f".{name}.npz.123.tmp" for name in (again.name, "other_0000001_cfg1.0-0.0-1.0"))
+    for path in (left, other):
+        path.write_bytes(b"half")
+    for flags in (("--pproc-batch-size", 2), ("--no-npz",)):
+        sample(runs / "joint", again.parent, *flags)
+    after = {entry: entry.stat().st_mtime_ns for entry in again.parent.rglob("*") if entry != other}
+    assert after == before  # what a killed process left of this set is gone as well
+    assert other.exists()
+    shutil.rmtree(again)
+    sample(runs / "joint", again.parent, "--no-png", "--grid")
+    assert again.with_name(again.name + ".png").is_file()
 
 
-def test_the_npz_is_made_of_raw_parts_and_no_png_is_read(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("storage.sample_files.read_png", None)
-    path = sample(runs / "joint", tmp_path, "--pproc-batch-size", 3)
-    assert not path.with_name(path.name + ".parts").exists()
-    whole = pixels_of(path)
-    path.with_name(path.name + ".npz").unlink()
-    for index in (0, 1, 2, 5):
-        (path / f"{index:06d}.png").unlink()
-    files = files_of(path)
-    files.parts.mkdir()
-    (write_part, *write_pngs) = files.writes([0, 1, 2], whole[:3])
-    write_part()  # and killed after the first of its PNGs
-    write_pngs[0]()
-    assert files.missing() == [5]
-    monkeypatch.undo()
-    sample(runs / "joint", tmp_path, "--pproc-batch-size", 3)
-    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
-    assert np.array_equal(pixels_of(path)[:5], whole[:5])
-    for index, row in enumerate(pixels_of(path)):
-        assert np.array_equal(row, np.asarray(Image.open(path / f"{index:06d}.png")))
+def test_what_cannot_be_resumed_is_one_line(runs, again):
+    flags = ("--exp-path", runs / "joint", "--sample-dir", again.parent, "--num-fid-samples", 7, "--num-steps", 3)
+
+    def refused(message: str) -> None:
+        code, stderr = call("generate.py", *flags)
+        assert (code, stderr.count("error: ")) == (2, 1)
+        assert message in stderr
+
+    (again / "000001.png").unlink()  # PNGs are not made from an npz
+    refused(f"{again} lacks PNGs; delete {npz_of(again)} and run the same again to make them, or add --no-png")
+    npz_of(again).write_bytes(npz_of(again).read_bytes()[:40])
+    refused(f"{npz_of(again)}: not a readable npz")
+    np.savez(npz_of(again), arr_0=np.zeros((6, 32, 32, 3), np.uint8))
+    refused(f"{npz_of(again)} is not of this set; delete")
+    again.with_name(again.name + ".json").unlink()
+    refused(f"no {again.name}.json says how it was made")
 
 
-def test_the_space_that_a_set_still_needs(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path)
-    images = {form: files_of(path, *form).bytes_needed / (3 * 32 * 32) for form in ((True, True), (False, True))}
-    assert images == {(True, True): 0, (False, True): 0}
-    path.with_name(path.name + ".npz").unlink()
-    (path / "000003.png").unlink()
-    for (npz, png), needed in {(True, True): 1 + 1 + 7, (False, True): 1, (True, False): 1 + 7}.items():
-        assert files_of(path, npz, png).bytes_needed == needed * 3 * 32 * 32
+def test_the_space_that_a_set_still_needs(again):
+    assert files_of(again).bytes_needed == 0
+    npz_of(again).unlink()
+    (again / "000003.png").unlink()
+    # raw pixels of parts, PNGs and npz
+    for (npz, png), needed in {(True, True): 7 + 7 + 7, (True, False): 7 + 7, (False, True): 1}.items():
+        assert files_of(again, npz, png).bytes_needed == needed * 3 * 32 * 32
 
 
 def test_batches_are_written_while_others_are_sampled_and_few_wait(runs, tmp_path, monkeypatch):
@@ -350,7 +364,7 @@ def test_interrupted_sampling_leaves_undone_what_is_not_begun(runs, tmp_path, mo
         patch.setattr(SampleFiles, "_write_part", slowly)
         assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 130
     (parts,) = tmp_path.glob("*.parts")
-    assert len(list(parts.glob("*.npz"))) == 1  # the one that was being written
+    assert len(list(parts.glob("*.npy"))) == 1  # the one that was being written
     assert not list(parts.glob(".*.tmp"))
     assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 0
 
@@ -410,99 +424,13 @@ def test_sampling_projects_no_tokens():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_cast_once_give_what_autocast_gives(precision):
     sit, vae = published.fresh_sit().requires_grad_(False), published.fresh_vae().requires_grad_(False)
-    flags = ["--exp-path", "x", "--mixed-precision", precision, "--num-steps", "3", "--path-type", "linear"]
-    sampling = Sampling.from_flags(generate.parse_args(flags), torch.device("cpu"))
+    sampling = settings("--mixed-precision", precision, "--num-steps", "3")
     before = sample_pixels(sit, vae, [0, 1], sampling)
     for network in (sit, vae):
         cast_weights(network, precision)
     casts = Counter(parameter.dtype for parameter in sit.parameters())
     assert casts[AUTOCAST_DTYPES[precision]] > casts[torch.float32] > 0
     assert torch.equal(sample_pixels(sit, vae, [0, 1], sampling), before)
-
-
-def flip_a_bit(path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut_short(path) -> None:
-    path.write_bytes(path.read_bytes()[:40])
-
-
-def swap(path) -> None:
-    Image.new("RGB", (8, 8)).save(path)
-
-
-def one_more(path) -> None:
-    swap(path.with_name("000009.png"))
-
-
-@pytest.mark.parametrize(
-    ("spoilt", "how", "message"),
-    [
-        ("000003.png", cut_short, "000003.png: damaged"),
-        ("000003.png", swap, "000003.png: damaged, or no sample of this set"),
-        ("000003.png", one_more, "holds 000009.png, which is not of this set"),
-        ("npz", cut_short, ".npz: damaged"),
-        ("npz", flip_a_bit, ".npz: damaged (its checksum differs)"),
-    ],
-)
-def test_damage_is_named_and_made_again(runs, tmp_path, spoilt, how, message):
-    path = sample(runs / "joint", tmp_path)
-    npz = path.with_name(path.name + ".npz")
-    whole = pixels_of(path)
-    if spoilt == "npz":
-        (path / "000001.png").unlink()
-        how(npz)
-    else:
-        npz.unlink()
-        how(path / spoilt)
-    assert message in refused(runs / "joint", tmp_path)
-    (npz if spoilt == "npz" else path / ("000009.png" if how is one_more else spoilt)).unlink()
-    sample(runs / "joint", tmp_path)
-    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
-    assert len(list(path.glob("*.png"))) == 7
-
-
-def test_a_damaged_part_is_made_again(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path, "--no-png")
-    whole = pixels_of(path)
-    path.with_name(path.name + ".npz").unlink()
-    files = files_of(path, png=False)
-    files.parts.mkdir()
-    keep(files, [0, 1, 2], whole[:3])
-    (part,) = files.parts.glob("*.npz")
-    flip_a_bit(part)
-    with pytest.raises(UserError, match="was damaged .* and is removed"):
-        list(files.in_order())
-    sample(runs / "joint", tmp_path, "--no-png")
-    assert np.abs(pixels_of(path).astype(int) - whole).max() <= 1
-
-
-def test_what_a_killed_process_left_is_cleared_away(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path)
-    left = tmp_path / f".{path.name}.npz.123.tmp"
-    left.write_bytes(b"half")
-    other = tmp_path / ".other_0000001_cfg1.0-0.0-1.0.npz.123.tmp"
-    other.write_bytes(b"another set's")
-    sample(runs / "joint", tmp_path)
-    assert not left.exists()
-    assert other.exists()
-
-
-def test_a_finished_set_stays_as_it_is(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path)
-    before = {entry: entry.stat().st_mtime_ns for entry in tmp_path.rglob("*") if entry.is_file()}
-    sample(runs / "joint", tmp_path, "--pproc-batch-size", 2)
-    assert before == {entry: entry.stat().st_mtime_ns for entry in tmp_path.rglob("*") if entry.is_file()}
-    assert path.exists()
-
-
-def test_samples_of_unknown_origin_are_refused(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path)
-    path.with_name(path.name + ".json").unlink()
-    assert "no joint_0400000_cfg1.5-0.0-1.0.json says how it was made" in refused(runs / "joint", tmp_path)
 
 
 @pytest.mark.parametrize("kept", [("--no-png", "--no-npz"), ("--no-png",), ("--no-npz",)])
