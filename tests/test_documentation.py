@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import math
 import re
 import shlex
@@ -14,19 +15,21 @@ import pytest
 from dataset import open_images
 from errors import UserError
 from scripts import ROOT
-from storage.photographs import parse_labels
 from training.log import Watch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (
-    *("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents", "cache_tokens"),
+    *("preprocessing", "train_vae", "train_repae", "train_ldm_only", "cache_latents"),
     *("generate", "evaluate", "save_vae_weights"),
 )
-# of launchers, SLURM, argparse, pytest and benchmarks
+ROOMS = ("diffusion", "flags", "loss", "metrics", "models", "storage", "training", "weights")
+# flags of launchers, SLURM, argparse, pytest and benchmarks
 OTHERS_FLAGS = {
     *("nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"),
-    *("local_addr", "requeue", "help", "device", "tables"),
+    *("local_addr", "requeue", "help", "device"),
 }
+# how many command lines the pages with most of them have at least
+COMMAND_LINES = {"README.md": 14, "own-data.md": 10, "many-machines.md": 3, "networks.md": 3, "metrics.md": 2}
 
 
 def test_every_test_that_the_reliability_page_names_is_there():
@@ -53,22 +56,35 @@ def test_links_lead_somewhere(page):
 
 
 def headings(page: Path) -> set[str]:
-    """What links call the headings of a page."""
+    """The anchors of a page."""
     found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_the_map_of_the_code_has_a_line_for_each_file():
+    files = {f"{room}/{file.name}" for room in ROOMS for file in (ROOT / room).glob("*.py")}
+    files = {file for file in files if not file.endswith("__init__.py")} | {file.name for file in ROOT.glob("*.py")}
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "docs/code.md").read_text(encoding="utf8"), re.MULTILINE)
+    assert sorted(named) == sorted(files)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_the_pages_mention_exist(page):
+    for file in re.findall(r"`([\w/]+\.(?:py|yaml|sbatch))`", page.read_text(encoding="utf8")):
+        assert (ROOT / file).exists(), f"{page.name} mentions {file}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_that_the_pages_mention_exist(page):
     known = set(OTHERS_FLAGS)
-    for source in (*ROOT.glob("*.py"), ROOT / "flags/groups.py", ROOT / "flags/config.py"):
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("flags/*.py")):
         known |= set(re.findall(r'"--([a-z0-9-]+)"', source.read_text(encoding="utf8")))
     for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", page.read_text(encoding="utf8")):
         assert flag in known or flag.removeprefix("no-") in known, f"{page.name} mentions --{flag}"
 
 
 def text_of(node: ast.AST) -> str:
-    """What an expression of string literals says, with … for what is put into it."""
+    """The text of an expression of string literals, with … in place of its values."""
     if isinstance(node, ast.Constant):
         return {str: str, bytes: bytes.decode}.get(type(node.value), lambda _: "…")(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -79,7 +95,7 @@ def text_of(node: ast.AST) -> str:
 
 
 def texts(node: ast.AST) -> Iterator[str]:
-    """Every text below a node, whole: not the parts of a formatted one."""
+    """Every text below a node; a formatted one as a whole."""
     if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
         yield text_of(node)
     if not isinstance(node, ast.JoinedStr):
@@ -88,7 +104,7 @@ def texts(node: ast.AST) -> Iterator[str]:
 
 
 def said_by_the_source() -> Iterator[str]:
-    """Every text in the source, and what the watch over numbers puts together from several."""
+    """Every text in the source, and the message that the watch over numbers composes."""
     for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
         if "tests" not in file.parts:
             yield from texts(ast.parse(file.read_text(encoding="utf8")))
@@ -96,7 +112,7 @@ def said_by_the_source() -> Iterator[str]:
 
 
 def as_pattern(message: str) -> re.Pattern:
-    """What finds a message of the page in a text: … stands for anything."""
+    """A pattern that finds a message of the page in a text: … stands for anything."""
     return re.compile(".+".join(map(re.escape, message.split("…"))))
 
 
@@ -115,7 +131,7 @@ def test_every_warning_of_the_source_is_on_the_troubleshooting_page():
     warnings = {text for text in said_by_the_source() if text.startswith("warning: ")}
     assert warnings
     for warning in warnings:
-        # one that says nothing itself, "warning: …: …", is as good as any
+        # a warning without words of its own, "warning: …: …", matches any
         found = any(as_pattern(message).search(warning) or as_pattern(warning).search(message) for message in explained)
         assert found, f"not explained: {warning}"
 
@@ -128,7 +144,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
             text += line + "\n"
             try:
                 words = shlex.split(text, comments=True)
-            except ValueError:  # a quotation goes on in the next line
+            except ValueError:  # a quotation that continues in the next line
                 continue
             text = ""
             if words:
@@ -147,7 +163,7 @@ def test_the_scripts_take_the_command_lines_of_the_pages(page):
         except UserError as error:
             pytest.fail(f"{page.name}: {shlex.join(words)}: {error}")
         taken += 1
-    assert taken >= {"README.md": 15, "own-data.md": 10}.get(page.name, 0)
+    assert taken >= COMMAND_LINES.get(page.name, 0)
 
 
 def test_the_programs_on_the_page_about_own_data_do_what_it_says(tiny_data, tmp_path, monkeypatch):
@@ -156,7 +172,8 @@ def test_the_programs_on_the_page_about_own_data_do_what_it_says(tiny_data, tmp_
     (tmp_path / "birds").mkdir()
     (tmp_path / "labels.csv").write_text("a/1.png,3\nb.png,0\n")
     exec(labels, {})
-    assert parse_labels((tmp_path / "birds/dataset.json").read_bytes(), "") == {"a/1.png": 3, "b.png": 0}
+    written = json.loads((tmp_path / "birds/dataset.json").read_text(encoding="utf8"))
+    assert written == {"labels": [["a/1.png", 3], ["b.png", 0]]}
     (tmp_path / "data").symlink_to(tiny_data)
     exec(reference, {})
     pixels, images = np.load(tmp_path / "reference.npz")["arr_0"], open_images(tiny_data)

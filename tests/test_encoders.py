@@ -126,8 +126,8 @@ def test_every_row_at_full_size_gives_its_tokens(name, resolution):
     assert token_shape(spec, spec.grid(resolution)) == (1, (resolution // 16) ** 2, spec.embed_dim)
 
 
-def test_the_readme_lists_every_row():
-    lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8").splitlines()
+def test_the_page_about_networks_lists_every_row():
+    lines = (Path(__file__).parent.parent / "docs/networks.md").read_text(encoding="utf8").splitlines()
     for name, spec in ENCODERS.items():
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in Encoder(spec, 16).parameters())
