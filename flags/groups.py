@@ -74,7 +74,7 @@ def add_run_flags(parser: argparse.ArgumentParser, max_train_steps: int = 400000
         "--sampling-steps", type=POSITIVE, default=10000, help="write pictures every N steps (default: %(default)s)"
     )
     group.add_argument(
-        "--resume-step", type=COUNT, default=0, help="go back, once, to this step's checkpoint (default: the latest)"
+        "--resume-step", type=COUNT, default=0, help="start from the checkpoint of this step (default: the latest)"
     )
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
     group.add_argument(
