@@ -13,51 +13,42 @@ import torch
 from torch import Tensor
 
 from dataset import open_images, open_latents
-from diffusion.previews import sample_grid
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import parse_flags
 from training.build import (
     build_transformer_nets,
     check_data,
-    choose_patch,
+    find_vae,
+    identity_of,
+    print_plan,
     transformer_draws,
     transformer_step_options,
     use_tf32,
 )
 from training.distributed import unwrap
-from training.dry_run import dry_run
-from training.evaluation import build_evaluation
+from training.evaluation import Previews
 from training.loop import Batch, Run
 from training.randomness import Draws
-from training.state import TrainingState
-from training.transformer_step import (
-    TransformerNets,
-    TransformerStepConfig,
-    encoder_tokens,
-    update_transformer,
-)
-from training.vae_step import detached
+from training.transformer_step import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
 from weights.checkpoint_io import fingerprint, same_statistics
-from weights.downloads import is_offline
-from weights.encoders import encoder_fingerprints
-from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae
+from weights.vae import VAESource, known_statistics, latent_shape, load_vae
 
 
 def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: TransformerStepConfig) -> dict[str, Tensor | None]:
-    """One step on one batch of cached moments; updates `nets` in place and returns its metrics as scalars.
+    """One step on one batch of cached moments; updates `nets` in place and returns its metrics as detached scalars.
 
-    As `repae_step`, `draws` holds every random number, so the step is deterministic.
+    As in `repae_step`, `draws` holds every random number, so the step is deterministic.
     """
-    # 1. The frozen encoders' tokens of the images.
+    # 1. Tokens of the frozen encoders, the targets of alignment.
     zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
-    # 2. A sample of the cached posterior, normalised by the VAE's statistics, which stay as they are.
+    # 2. A sample of the cached posterior, normalised by the VAE's statistics, which do not change.
     mean, std = batch.moments.to(draws.posterior.dtype).chunk(2, dim=1)
     z_norm = unwrap(nets.sit).bn.by_running_statistics(mean + std * draws.posterior)
 
-    # 3. Transformer update, and the average that samples are drawn from.
-    return detached(update_transformer(nets, z_norm, batch.labels, zs, draws, cfg))
+    # 3. Transformer update, and its EMA, which samples are drawn from.
+    return update_transformer(nets, z_norm, batch.labels, zs, draws, cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace, source: VAESource):
-    """The cached latents that the flags name, with their images if an encoder looks at them.
+    """The cached latents that the flags name, with their images if an encoder needs them.
 
     Raises:
         UserError: they are missing, too few, of another size, or have more classes than the transformer.
@@ -100,12 +91,12 @@ def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: ar
 
 
 def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
-    """Let restored networks normalise by the VAE's `statistics`, if their average did.
+    """Set the normaliser of restored networks to the VAE's `statistics`, which their EMA normalised by.
 
-    A joint run's average does, since the statistics were taken from it; its transformer was a little ahead.
+    The statistics of a joint run's VAE are those of its EMA; the statistics of its transformer are slightly newer.
 
     Raises:
-        UserError: the average normalises by others: it was trained on another VAE.
+        UserError: the EMA normalises by others: it was trained on another VAE.
     """
     if not same_statistics(nets.ema.latent_statistics(), statistics):
         raise UserError(
@@ -117,18 +108,8 @@ def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], ar
 
 
 def evaluation_images(args: argparse.Namespace):
-    """The images that samples are compared to, if they are compared to any of --data-dir."""
+    """The images of --data-dir if samples are compared to them, else None."""
     return open_images(args.data_dir, args.resolution) if args.eval_steps and not args.eval_reference else None
-
-
-def build(
-    args: argparse.Namespace, run: Run, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]
-) -> tuple[TransformerNets, TrainingState]:
-    """Everything that trains, on this process's device, as the flags say."""
-    torch.manual_seed(args.seed)
-    nets = build_transformer_nets(args, run, latent, statistics)
-    state = TrainingState({"model": nets.sit, "ema": nets.ema}, {"opt": nets.opt_sit}, tensors={})
-    return nets, state
 
 
 def main() -> None:
@@ -136,37 +117,26 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
     run = Run(args)
-    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
-    choose_patch(args, source.config)
+    source = find_vae(args)
     data = open_data(args, source)
     statistics = known_statistics(source, run.print)
     vae = load_vae(source).eval().requires_grad_(False)
-    vae_fingerprint = fingerprint(vae.state_dict())
-    check_vae(data, vae_fingerprint, statistics, args, run)
-    nets, state = build(args, run, data.shape, statistics)
-    identity = {
-        "data": data.image_fingerprint,
-        "latents": data.fingerprint,
-        "vae": vae_fingerprint,
-        "architecture": source.config.described(),
-        "encoders": encoder_fingerprints(args, nets.encoders),
-    }
-    run.begin(state, identity, check=lambda: keep_normaliser(nets, statistics, args))
+    weights = fingerprint(vae.state_dict())
+    check_vae(data, weights, statistics, args, run)
+    torch.manual_seed(args.seed)
+    nets = build_transformer_nets(args, run, data.shape, statistics)
+    identity = identity_of(args, source, nets, data=data.image_fingerprint, latents=data.fingerprint, vae=weights)
+    run.begin(nets, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
-    vae.to(run.device)
-    evaluation = build_evaluation(args, run, evaluation_images(args))
+    previews = Previews(args, run, vae.to(run.device), nets.ema, reference=evaluation_images(args))
     if args.dry_run:
-        dry_run(run, data, ldm_step, nets, cfg, frozen={"VAE": vae})
+        print_plan(run, data, nets, data.shape)
         return
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, data.shape, step, batch.rows).to(run.device)
-        metrics = ldm_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_sit.scaler_metrics("sit")})
-        if run.due(args.sampling_steps) and run.is_main:
-            run.save_image("samples", sample_grid(nets.ema, vae, args.seed, cfg.autocast))
-        if evaluation is not None and run.due(args.eval_steps):
-            run.evaluate(evaluation, nets.ema, vae)
+        run.log(ldm_step(nets, batch, draws, cfg))
+        previews.show()
     run.end()
 
 

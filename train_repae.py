@@ -7,58 +7,52 @@ Starts from a VAE, its latent statistics and its discriminator (train_vae.py mak
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dataset import open_images
-from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.transport import interpolate
 from errors import Parser, run_script
-from flags import config, groups
-from flags.config import parse_flags
+from flags import groups
+from flags.config import load_loss_config, parse_flags
 from loss.alignment import alignment_loss
-from loss.vae_loss import VAELossConfig, first_gan_step
 from models.autoencoder import pixels_to_image
 from training.build import (
     build_transformer_nets,
     build_vae_nets,
-    check_data,
-    choose_patch,
+    find_vae,
+    identity_of,
+    print_plan,
+    training_images,
     transformer_draws,
     transformer_step_options,
     use_tf32,
     warn_of_untrained_discriminator,
 )
 from training.distributed import frozen_call, unwrap
-from training.dry_run import dry_run
-from training.evaluation import build_evaluation
-from training.log import normaliser_drift
+from training.evaluation import Previews
 from training.loop import Batch, Run
 from training.randomness import Draws
-from training.state import TrainingState
 from training.transformer_step import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
-from training.vae_step import VAENets, VAEStepConfig, detached, update_discriminator, vae_objective
-from weights.downloads import is_offline
-from weights.encoders import encoder_fingerprints
-from weights.vae import VAESource, known_statistics, latent_shape, open_vae
+from training.vae_step import VAENets, VAEStepConfig, update_discriminator, vae_objective
+from weights.vae import VAESource, known_statistics, latent_shape
 
 
 @dataclass
 class JointNets(VAENets, TransformerNets):
-    """All networks of the joint step; vae, discriminator and sit may be wrapped for several processes."""
+    """All networks of the joint step; vae, discriminator and sit may be wrapped in DistributedDataParallel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointStepConfig(VAEStepConfig, TransformerStepConfig):
-    """Numbers of the joint step."""
+    """Constants of the joint step."""
 
     vae_align_proj_coeff: float = 1.5
 
 
 def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig) -> dict[str, Tensor | None]:
-    """One joint step on one batch; updates `nets` in place and returns its metrics as scalars on the device.
+    """One joint step on one batch; updates `nets` in place and returns its metrics as detached scalars on the device.
 
     `draws` holds every random number, so the step is deterministic. Gradient norms are those before clipping, and None
     before the last micro-batch of an accumulated step.
@@ -66,32 +60,33 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     sit = unwrap(nets.sit)
     image = pixels_to_image(batch.pixels).to(draws.noise.dtype)
 
-    # 1. The frozen encoders' tokens are what representations align to.
+    # 1. Tokens of the frozen encoders, the targets of alignment.
     zs = encoder_tokens(nets.encoders, batch.pixels, cfg)
 
     # 2. The VAE's posterior, a sample z of it, and the reconstruction.
     with cfg.autocast():
         posterior, z, recon = nets.vae(image, draws.posterior)
 
-    # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks; z is normalised by
-    #    the running statistics, which stay as they are, and no label is dropped. The diffusion loss has no part in it.
+    # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks. z is normalised by
+    #    the running statistics, which do not change, and no label is dropped. The diffusion loss is not part of it.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
     if zs:
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
         with cfg.autocast():
             _, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=sit.encoder_depth)
-        metrics["vae_align_loss"] = alignment_loss(tokens, zs)
-        vae_loss = vae_loss + cfg.vae_align_proj_coeff * metrics["vae_align_loss"]
-    metrics |= {"vae_loss": vae_loss, "grad_norm_vae": nets.opt_vae.backward_and_step(vae_loss)}
+        vae_align_loss = alignment_loss(tokens, zs)
+        metrics["vae_align_loss"] = vae_align_loss.detach()
+        vae_loss = vae_loss + cfg.vae_align_proj_coeff * vae_align_loss
+    metrics |= {"vae_loss": vae_loss.detach(), "grad_norm_vae": nets.opt_vae.backward_and_step(vae_loss)}
 
     # 4. Discriminator update on the image and the detached reconstruction.
     metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
 
-    # 5. Transformer update on the detached z, with the t and noise of 3; batch statistics normalise z and move the
-    #    running ones; labels are dropped.
-    # 6. The average that samples are drawn from, batch-norm statistics included.
+    # 5. Transformer update on the detached z, with the same t and noise as in 3. Batch statistics normalise z and move
+    #    the running statistics; labels are dropped.
+    # 6. EMA of the transformer, batch-norm statistics included; samples are drawn from it.
     metrics |= update_transformer(nets, sit.bn(z.detach()), batch.labels, zs, draws, cfg)
-    return detached(metrics)
+    return metrics
 
 
 def command_line() -> Parser:
@@ -112,27 +107,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_flags(command_line(), argv, "train_repae")
 
 
-def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[JointNets, TrainingState]:
-    """Everything that trains, on this process's device, as the flags say, starting from the VAE that was found."""
-    latent = latent_shape(source, args.resolution)
+def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
+    """All networks and optimisers, on this process's device."""
     torch.manual_seed(args.seed)
+    latent, statistics = latent_shape(source, args.resolution), known_statistics(source, run.print)
     vae_nets = build_vae_nets(args, run, source)
-    statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent, statistics)
-    nets = JointNets(**vars(vae_nets), **vars(transformer_nets))
-    bn = unwrap(nets.sit).bn
-    state = TrainingState(
-        networks={"model": nets.sit, "ema": nets.ema, "vae": nets.vae, "discriminator": nets.discriminator},
-        optimizers={"opt": nets.opt_sit, "opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
-        tensors={"lecam": nets.lecam, "bn_start": torch.stack([bn.running_mean, bn.running_var])},
-    )
-    return nets, state
+    return JointNets(**vars(vae_nets), **vars(transformer_nets))
 
 
-def step_config(args: argparse.Namespace, loss: VAELossConfig, device: torch.device) -> JointStepConfig:
-    """The step's numbers as the flags say."""
+def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConfig:
+    """The step's constants, from the flags."""
     return JointStepConfig(
-        loss=loss,
+        loss=load_loss_config(args.loss_cfg_path),
         disc_warmup_steps=args.disc_warmup_steps,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
         **transformer_step_options(args, device),
@@ -143,40 +130,23 @@ def main() -> None:
     """Parse, build, loop."""
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = open_images(args.data_dir, args.resolution)
-    check_data(data, args)
-    loss = config.load_loss_config(args.loss_cfg_path)
+    data = training_images(args)
     run = Run(args)
-    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
-    choose_patch(args, source.config)
-    nets, state = build(args, run, source)
-    encoders = encoder_fingerprints(args, nets.encoders)
-    architecture = source.config.described()
-    identity = {"data": data.fingerprint, "loss": asdict(loss), "encoders": encoders, "architecture": architecture}
-    run.begin(state, identity, gan_start=first_gan_step(loss))
-    warn_of_untrained_discriminator(args, run, loss)
-    cfg = step_config(args, loss, run.device)
-    shown = evenly_spaced(data, 32)
-    evaluation = build_evaluation(args, run, data)
+    cfg = step_config(args, run.device)
+    source = find_vae(args)
     latent = latent_shape(source, args.resolution)
+    nets = build(args, run, source)
+    run.begin(nets, identity_of(args, source, nets, data=data.fingerprint), cfg.loss)
+    warn_of_untrained_discriminator(args, run, cfg.loss)
+    previews = Previews(args, run, unwrap(nets.vae), nets.ema, originals=data, reference=data)
     if args.dry_run:
-        dry_run(run, data, repae_step, nets, cfg)
+        print_plan(run, data, nets, latent)
         return
 
     for step, batch in run.steps(data):
         draws = transformer_draws(args, latent, step, batch.rows).to(run.device)
-        metrics = repae_step(nets, batch, draws, cfg)
-        health = (
-            nets.opt_sit.scaler_metrics("sit")
-            | nets.opt_vae.scaler_metrics("vae")
-            | nets.opt_disc.scaler_metrics("disc")
-        )
-        run.log({**metrics, **health, **normaliser_drift(unwrap(nets.sit).bn, state.tensors["bn_start"])})
-        if run.due(args.sampling_steps) and run.is_main:
-            run.save_image("samples", sample_grid(nets.ema, unwrap(nets.vae), args.seed, cfg.autocast))
-            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
-        if evaluation is not None and run.due(args.eval_steps):
-            run.evaluate(evaluation, nets.ema, unwrap(nets.vae))
+        run.log(repae_step(nets, batch, draws, cfg))
+        previews.show()
     run.end()
 
 

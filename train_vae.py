@@ -11,29 +11,31 @@ trains nothing: it measures the latents of a VAE on these images, and writes its
 """
 
 import argparse
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from dataset import open_images
-from diffusion.previews import evenly_spaced, reconstruction_grid
 from errors import Parser, UserError, run_script
-from flags import config, groups
-from flags.config import parse_flags
-from loss.vae_loss import first_gan_step
+from flags import groups
+from flags.config import load_loss_config, parse_flags
 from models.autoencoder import AutoencoderKL, pixels_to_image
 from models.numerics import autocast_factory
-from training.build import build_vae_nets, check_data, use_tf32, warn_of_untrained_discriminator
+from training.build import (
+    build_vae_nets,
+    find_vae,
+    identity_of,
+    print_plan,
+    training_images,
+    use_tf32,
+    warn_of_untrained_discriminator,
+)
 from training.distributed import unwrap
-from training.dry_run import dry_run
+from training.evaluation import Previews
 from training.loop import Batch, Run
 from training.randomness import Draws, step_draws
-from training.state import TrainingState
-from training.vae_step import VAENets, VAEStepConfig, detached, latent_statistics, update_discriminator, vae_objective
+from training.vae_step import VAENets, VAEStepConfig, latent_statistics, update_discriminator, vae_objective
 from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically
-from weights.downloads import is_offline
-from weights.vae import VAESource, latent_shape, load_discriminator, load_vae, open_vae
+from weights.vae import VAESource, latent_shape, load_discriminator, load_vae
 
 
 def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> dict[str, Tensor | None]:
@@ -42,9 +44,8 @@ def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> d
     with cfg.autocast():
         posterior, _, recon = nets.vae(image, draws.posterior)
     loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
-    metrics |= {"vae_loss": loss, "grad_norm_vae": nets.opt_vae.backward_and_step(loss)}
-    metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
-    return detached(metrics)
+    metrics |= {"vae_loss": loss.detach(), "grad_norm_vae": nets.opt_vae.backward_and_step(loss)}
+    return metrics | update_discriminator(nets, image, recon, cfg, batch.step)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,29 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build(args: argparse.Namespace, run: Run, source: VAESource) -> tuple[VAENets, TrainingState]:
-    """Everything that trains, on this process's device, as the flags say."""
-    torch.manual_seed(args.seed)
-    nets = build_vae_nets(args, run, source)
-    state = TrainingState(
-        networks={"vae": nets.vae, "discriminator": nets.discriminator},
-        optimizers={"opt_vae": nets.opt_vae, "opt_disc": nets.opt_disc},
-        tensors={"lecam": nets.lecam},
-    )
-    return nets, state
-
-
 def write_vae(args: argparse.Namespace, run: Run, vae: AutoencoderKL, discriminator: nn.Module | None, data) -> None:
     """Measure the latents' statistics over all images and write the VAE's files; also a discriminator, if any."""
-    statistics = latent_statistics(
-        vae,
-        data,
-        run.micro_batch,
-        args.num_workers,
-        run.accelerator.process_index,
-        run.world,
-        run.device,
-    )
+    rank = run.accelerator.process_index
+    statistics = latent_statistics(vae, data, run.micro_batch, args.num_workers, rank, run.world, run.device)
     if run.is_main:
         files = vae_files(run.directory / f"{args.exp_name}.pt")
         parts = {files.weights: vae.state_dict(), files.statistics: statistics}
@@ -96,7 +78,7 @@ def write_vae(args: argparse.Namespace, run: Run, vae: AutoencoderKL, discrimina
             parts[files.discriminator] = discriminator.state_dict()
         for path, part in parts.items():
             write_atomically(part, path)
-        run.print("wrote " + ", ".join(str(path) for path in parts))
+        run.print("wrote " + ", ".join(map(str, parts)))
 
 
 def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None:
@@ -109,47 +91,42 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
         raise UserError("--stats-only measures a trained VAE; name one by --vae-ckpt, or --vae diffusers:PATH_OR_ID")
     vae = load_vae(source).eval().requires_grad_(False)
     discriminator = load_discriminator(args.disc_pretrained_ckpt) if args.disc_pretrained_ckpt else None
-    there = run.directory / f"{args.exp_name}.pt"
-    if vae_files(there).statistics.is_file():
-        run.print(f"warning: statistics of an earlier time are replaced: {vae_files(there).statistics}")
-    if there.exists() and fingerprint(read_checkpoint(there)) != fingerprint(vae.state_dict()):
-        raise UserError(f"{there} holds another VAE; delete it, or choose another --exp-name")
+    files = vae_files(run.directory / f"{args.exp_name}.pt")
+    if files.statistics.is_file():
+        run.print(f"warning: statistics of an earlier time are replaced: {files.statistics}")
+    if files.weights.exists() and fingerprint(read_checkpoint(files.weights)) != fingerprint(vae.state_dict()):
+        raise UserError(f"{files.weights} holds another VAE; delete it, or choose another --exp-name")
     write_vae(args, run, vae.to(run.device), discriminator, data)
+    run.end()
 
 
 def main() -> None:
     """Parse, build, loop, write."""
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = open_images(args.data_dir, args.resolution)
-    check_data(data, args)
-    loss = config.load_loss_config(args.loss_cfg_path)
+    data = training_images(args)
     run = Run(args)
-    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    loss, autocast = load_loss_config(args.loss_cfg_path), autocast_factory(run.device, args.mixed_precision)
+    cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
+    source = find_vae(args)
     latent = latent_shape(source, args.resolution)
     if args.stats_only:
         measure(args, run, source, data)
-        run.end()
         return
-    nets, state = build(args, run, source)
-    identity = {"data": data.fingerprint, "loss": asdict(loss), "architecture": source.config.described()}
-    run.begin(state, identity, gan_start=first_gan_step(loss))
+    torch.manual_seed(args.seed)
+    nets = build_vae_nets(args, run, source)
+    run.begin(nets, identity_of(args, source, nets, data=data.fingerprint), loss)
     if source.weights is not None:
         warn_of_untrained_discriminator(args, run, loss)
-    autocast = autocast_factory(run.device, args.mixed_precision)
-    cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
-    shown = evenly_spaced(data, 32)
+    previews = Previews(args, run, unwrap(nets.vae), originals=data)
     if args.dry_run:
-        dry_run(run, data, vae_step, nets, cfg)
+        print_plan(run, data, nets, latent)
         return
 
     for step, batch in run.steps(data):
         draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)
-        metrics = vae_step(nets, batch, draws, cfg)
-        run.log({**metrics, **nets.opt_vae.scaler_metrics("vae"), **nets.opt_disc.scaler_metrics("disc")})
-        if run.due(args.sampling_steps) and run.is_main:
-            run.save_image("reconstructions", reconstruction_grid(unwrap(nets.vae), shown, cfg.autocast))
-
+        run.log(vae_step(nets, batch, draws, cfg))
+        previews.show()
     write_vae(args, run, unwrap(nets.vae), unwrap(nets.discriminator), data)
     run.end()
 

@@ -18,7 +18,6 @@ from cache_latents import encode
 from dataset import open_images
 from diffusion.sampling import Sampling, cast_weights, decode_pixels, sample_pixels
 from diffusion.transport import diffusion_loss, interpolate
-from flags import config
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
 from models.numerics import to_device
@@ -82,11 +81,11 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     args = train_repae.parse_args(training_flags(folder, setting, "benchmark"))
     run = Run(args)
     source = open_vae(args.vae, args.vae_ckpt, offline=True)
-    nets, _ = train_repae.build(args, run, source)
+    nets = train_repae.build(args, run, source)
     sampled = copy.deepcopy(nets.ema)
     cast_weights(sampled, setting.precision)
     compile_in_place(sampled.blocks, args, run.device)
-    cfg = train_repae.step_config(args, config.load_loss_config(args.loss_cfg_path), run.device)
+    cfg = train_repae.step_config(args, run.device)
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)
     rows = Rows(0, setting.batch)

@@ -53,7 +53,7 @@ def add_run_flags(parser: Parser, max_train_steps: int = 400000) -> None:
     add(group, "--check-ranks", 1000, COUNT, "compare the states of all ranks every N steps and before a checkpoint")
     add(group, "--sampling-steps", 10000, POSITIVE, "write pictures every N steps")
     group.add_argument(
-        "--resume-step", type=COUNT, default=0, help="go back, once, to this step's checkpoint (default: the latest)"
+        "--resume-step", type=COUNT, default=0, help="start from the checkpoint of this step (default: the latest)"
     )
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
     group.add_argument(

@@ -55,7 +55,7 @@ def test_frozen_vae_training_starts_from_it_too(tmp_path):
         checkpoints=checkpoints, print=print, prepare=lambda module: module, device=torch.device("cpu")
     )
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets, _ = train_ldm_only.build(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
+    nets = train_ldm_only.build_transformer_nets(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
     for sit in (nets.sit, nets.ema):
         assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
 

@@ -237,7 +237,7 @@ def built(tmp_path, vgg_weights):
         --disc-warmup-steps 5 --lpips-vgg-ckpt {vgg_weights}"""
     args = train_repae.parse_args(flags.split())
     source = open_vae(args.vae, args.vae_ckpt, offline=True)
-    return args, stats, train_repae.build(args, OneProcess(), source)[0]
+    return args, stats, train_repae.build(args, OneProcess(), source)
 
 
 def test_flags_reach_the_networks_and_the_optimisers(built):
@@ -257,9 +257,9 @@ def test_flags_reach_the_networks_and_the_optimisers(built):
 
 def test_flags_reach_the_step(built):
     args, _, _ = built
-    cfg = train_repae.step_config(args, VAELossConfig(kl_weight=0.5), torch.device("cpu"))
+    cfg = train_repae.step_config(args, torch.device("cpu"))
     numbers = (cfg.path_type, cfg.proj_coeff, cfg.vae_align_proj_coeff, cfg.ema_decay, cfg.loss.kl_weight)
-    assert (*numbers, cfg.disc_warmup_steps) == ("cosine", 0.7, 2.5, 0.5, 0.5, 5)
+    assert (*numbers, cfg.disc_warmup_steps) == ("cosine", 0.7, 2.5, 0.5, 1e-6, 5)
     with cfg.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.float16
 

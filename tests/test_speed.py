@@ -53,7 +53,7 @@ def test_moments_of_another_layout_continue_as_their_own():
         for parameter in optimizer.parameters:
             gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        optimizer.update(torch.zeros((), requires_grad=True))
+        optimizer.backward_and_step(torch.zeros((), requires_grad=True))
 
     def optimizer_of(network: torch.nn.Module) -> Optimizer:
         return Optimizer(network.parameters(), torch.device("cpu"))

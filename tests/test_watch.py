@@ -147,7 +147,7 @@ def test_half_precision_whose_gradients_always_overflow_stops(joint, monkeypatch
 def test_weights_that_are_not_finite_are_not_saved(started, monkeypatch):
     folder, flags = started
     before = files_of(folder)
-    monkeypatch.setattr("training.precision.nn.utils.clip_grad_norm_", spoil_gradients)
+    monkeypatch.setattr("training.optimizer.nn.utils.clip_grad_norm_", spoil_gradients)
     code, said = call("train_repae.py", *flags, "--max-train-steps", 4)
     assert code == 2
     assert "error: step 4: model." in said

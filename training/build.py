@@ -1,11 +1,13 @@
-"""Building the networks that a command line asks for, with their starting weights."""
+"""What the training scripts build from their flags: data, VAE, networks with their starting weights, optimisers."""
 
 import argparse
+import shutil
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from dataset import open_images
 from errors import UserError
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import VAEConfig
@@ -13,32 +15,77 @@ from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory
 from models.sit import SiT, SiT_models
+from storage.files import nearest_existing
 from training.loop import Run
 from training.optimizer import Optimizer
 from training.randomness import Draws, Rows, step_draws
 from training.transformer_step import TransformerNets, copy_for_ema
 from training.vae_step import VAENets
 from weights.downloads import is_offline
-from weights.encoders import load_encoders
+from weights.encoders import encoder_fingerprints, load_encoders
 from weights.features import load_lpips
 from weights.trained_run import start_from_trained
-from weights.vae import VAESource, load_discriminator, load_vae
+from weights.vae import VAESource, load_discriminator, load_vae, open_vae
+
+
+def training_images(args: argparse.Namespace):
+    """The images in --data-dir.
+
+    Raises:
+        UserError: they are missing, too few, of another size, or have more classes than the transformer.
+    """
+    images = open_images(args.data_dir, args.resolution)
+    check_data(images, args)
+    return images
+
+
+def check_data(data, args: argparse.Namespace) -> None:
+    """Raise a UserError if a data set of dataset.py has fewer images than a batch, or more classes than the model."""
+    if len(data) < args.batch_size:
+        raise UserError(f"{data.source} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
+    num_classes = getattr(args, "num_classes", data.num_classes)  # a VAE has none
+    if data.num_classes > num_classes:
+        raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
+
+
+def find_vae(args: argparse.Namespace) -> VAESource:
+    """The VAE of --vae and --vae-ckpt, which also completes a --model without a patch size."""
+    source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
+    if "model" in args:
+        choose_patch(args, source.config)
+    return source
+
+
+def choose_patch(args: argparse.Namespace, config: VAEConfig) -> None:
+    """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders.
+
+    At a downsampling of 8 SiT-XL becomes SiT-XL/2, at 16 or more SiT-XL/1.
+    """
+    if args.model not in SiT_models:
+        args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
+
+
+def identity_of(args: argparse.Namespace, source: VAESource, nets, **fingerprints: str) -> dict:
+    """The fingerprints of data and weights that must stay the same when a run continues (training/resume_checks.py)."""
+    identity = {"architecture": source.config.described(), **fingerprints}
+    if isinstance(nets, TransformerNets):
+        identity["encoders"] = encoder_fingerprints(args, nets.encoders)
+    return identity
 
 
 def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:
-    """A fresh SiT as the flags say, for latents (C,h,w), its normaliser started from a VAE's (scale, bias).
+    """A fresh SiT for latents (C,h,w), its normaliser started from a VAE's statistics (scale, bias).
 
     Raises:
         UserError: patch size or encoder depth do not fit.
     """
-    widths = tuple(spec.embed_dim for spec in encoder_specs(args.enc_type).values())
     try:
         sit = SiT_models[args.model](
             input_size=latent[1],
             in_channels=latent[0],
             num_classes=args.num_classes,
             class_dropout_prob=args.cfg_prob,
-            z_dims=widths,
+            z_dims=tuple(spec.embed_dim for spec in encoder_specs(args.enc_type).values()),
             projector=args.projector,
             encoder_depth=args.encoder_depth,
             bn_momentum=getattr(args, "bn_momentum", 0.1),
@@ -53,21 +100,12 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
     return sit
 
 
-def choose_patch(args: argparse.Namespace, config: VAEConfig) -> None:
-    """Complete a --model without a patch size by the one that makes a token of 16 x 16 pixels, as encoders have them.
-
-    At a downsampling of 8 SiT-XL becomes SiT-XL/2, at 16 or more SiT-XL/1.
-    """
-    if args.model not in SiT_models:
-        args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
-
-
 def build_transformer_nets(
     args: argparse.Namespace, run: Run, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]
 ) -> TransformerNets:
-    """The transformer, its average, its encoders and its optimiser as the flags say, on this process's device.
+    """The transformer, its average, its encoders and its optimiser, on this process's device.
 
-    It is for latents (C,h,w) with these statistics (scale, bias).
+    The latents are (C,h,w), with these statistics (scale, bias).
 
     Raises:
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
@@ -79,8 +117,45 @@ def build_transformer_nets(
     sit.recompute = args.gradient_checkpointing
     compile_in_place(sit.blocks, args, run.device)
     sit = run.prepare(sit)
-    opt_sit = Optimizer(sit.parameters(), learning_rate=args.learning_rate, **optimizer_options(args, run.device))
-    return TransformerNets(sit=sit, ema=ema, encoders=encoders, opt_sit=opt_sit)
+    return TransformerNets(sit, ema, encoders, build_optimizer(sit, args.learning_rate, args, run.device))
+
+
+def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAENets:
+    """The VAE, its discriminator, LPIPS and optimisers, on this process's device."""
+    if args.resolution < SMALLEST_IMAGE:
+        raise UserError(
+            f"--resolution {args.resolution} is too small for the discriminator, which needs at least {SMALLEST_IMAGE}"
+        )
+    vae = load_vae(source)
+    discriminator = load_discriminator(args.disc_pretrained_ckpt)
+    lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
+    # not the discriminator: recomputation would move its running statistics twice
+    vae.encoder.recompute = vae.decoder.recompute = lpips.net.recompute = args.gradient_checkpointing
+    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
+    vae, discriminator = run.prepare(vae), run.prepare(discriminator)
+    return VAENets(
+        vae=vae,
+        discriminator=discriminator,
+        lpips=lpips,
+        opt_vae=build_optimizer(vae, args.vae_learning_rate, args, run.device),
+        opt_disc=build_optimizer(discriminator, args.disc_learning_rate, args, run.device),
+        lecam=torch.zeros(2, device=run.device),
+    )
+
+
+def build_optimizer(network: nn.Module, learning_rate: float, args: argparse.Namespace, device: torch.device):
+    """AdamW for a network; the flags of all optimisers but the learning rate are the same."""
+    return Optimizer(
+        network.parameters(),
+        device,
+        learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        max_grad_norm=args.max_grad_norm,
+        mixed_precision=args.mixed_precision,
+        accumulation_steps=args.gradient_accumulation_steps,
+    )
 
 
 def transformer_draws(args: argparse.Namespace, latent: tuple[int, int, int], step: int, rows: Rows) -> Draws:
@@ -89,69 +164,48 @@ def transformer_draws(args: argparse.Namespace, latent: tuple[int, int, int], st
 
 
 def transformer_step_options(args: argparse.Namespace, device: torch.device) -> dict:
-    """What the flags say of the transformer's step, as keywords of TransformerStepConfig."""
-    return {
-        "autocast": autocast_factory(device, args.mixed_precision),
-        "path_type": args.path_type,
-        "proj_coeff": args.proj_coeff,
-        "spatial_norm": args.spatial_norm,
-        "ema_decay": args.ema_decay,
-    }
-
-
-def optimizer_options(args: argparse.Namespace, device: torch.device) -> dict:
-    """What the flags say of every optimiser alike, as keywords of Optimizer."""
-    return {
-        "device": device,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "epsilon": args.adam_epsilon,
-        "max_grad_norm": args.max_grad_norm,
-        "mixed_precision": args.mixed_precision,
-        "accumulation_steps": args.gradient_accumulation_steps,
-    }
-
-
-def check_data(data, args: argparse.Namespace) -> None:
-    """Raise a UserError if a data set of dataset.py has fewer images than a batch, or more classes than the model."""
-    if len(data) < args.batch_size:
-        raise UserError(f"{data.source} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
-    num_classes = getattr(args, "num_classes", data.num_classes)  # a VAE has none
-    if data.num_classes > num_classes:
-        raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
-
-
-def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAENets:
-    """The VAE that was found, its discriminator, LPIPS and optimisers as the flags say, on this process's device."""
-    if args.resolution < SMALLEST_IMAGE:
-        raise UserError(
-            f"--resolution {args.resolution} is too small for the discriminator, which needs at least {SMALLEST_IMAGE}"
-        )
-    vae = load_vae(source)
-    discriminator = load_discriminator(args.disc_pretrained_ckpt)
-    lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
-    # not the discriminator: computing again would move its running statistics twice
-    vae.encoder.recompute = vae.decoder.recompute = lpips.net.recompute = args.gradient_checkpointing
-    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
-    vae, discriminator = run.prepare(vae), run.prepare(discriminator)
-    options = optimizer_options(args, run.device)
-    return VAENets(
-        vae=vae,
-        discriminator=discriminator,
-        lpips=lpips,
-        opt_vae=Optimizer(vae.parameters(), learning_rate=args.vae_learning_rate, **options),
-        opt_disc=Optimizer(discriminator.parameters(), learning_rate=args.disc_learning_rate, **options),
-        lecam=torch.zeros(2, device=run.device),
-    )
+    """The flags that are keywords of TransformerStepConfig."""
+    names = ("path_type", "proj_coeff", "spatial_norm", "ema_decay")
+    return {"autocast": autocast_factory(device, args.mixed_precision), **{name: getattr(args, name) for name in names}}
 
 
 def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
-    """Say so where a new run tunes its VAE against a discriminator that has not learnt anything yet."""
+    """Warn if a new run tunes its VAE against a fresh discriminator from the first step."""
     if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
         run.print(
             "warning: the VAE is tuned against an untrained discriminator from the start; better give "
             "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
         )
+
+
+def print_plan(run: Run, data, nets, latent: tuple[int, int, int]) -> None:
+    """--dry-run: print what a run that has begun consists of and what it will write, and end it.
+
+    A checkpoint holds 4 bytes of every parameter of the networks that are saved, and 8 more (AdamW's two moments) of
+    every one that is trained.
+    """
+    args, networks, last = run.args, run.state.networks, max(run.last_step(data), run.step)
+    modules = {name: net for name, net in vars(nets).items() if isinstance(net, nn.Module)}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in modules.items()}
+    sizes = ", ".join(f"{name} {count / 1e6:,.3g} M" for name, count in counts.items())
+    trained = sum(p.numel() for net in networks.values() for p in net.parameters() if p.requires_grad)
+    checkpoint = 4 * sum(p.numel() for net in networks.values() for p in net.parameters()) + 8 * trained
+    permanent = -(-last // args.checkpointing_steps) - run.step // args.checkpointing_steps
+    kept = permanent + args.keep_last + (getattr(args, "eval_steps", 0) > 0)
+    free = shutil.disk_usage(nearest_existing(run.directory)).free
+    tokens = f", {networks['ema'].grid ** 2} tokens" if "ema" in networks else ""
+    seen = last * args.batch_size
+    run.print(
+        f"""dry run: nothing was written, and no step was taken
+    data        {len(data):,} images of {args.resolution} px, {data.num_classes:,} classes
+    latents     {"x".join(map(str, latent))}{tokens}
+    parameters  {sizes}; trained {trained / 1e6:,.3g} M
+    steps       {last:,}, which are {seen / len(data):,.1f} epochs and {seen:,} images; {last - run.step:,} to do
+    disk        up to {kept} checkpoints of {checkpoint / 1e9:,.3g} GB each; {free / 1e9:,.3g} GB free"""
+    )
+    if kept * checkpoint > free:
+        run.print("warning: the checkpoints will not fit; free some space, or take a larger --checkpointing-steps")
+    run.end()
 
 
 def compile_in_place(modules: Iterable[nn.Module], args: argparse.Namespace, device: torch.device) -> None:

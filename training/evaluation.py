@@ -1,4 +1,4 @@
-"""The Fréchet distance of samples, measured as training goes: --eval-steps."""
+"""What training shows of its networks on the way: pictures (--sampling-steps) and Fréchet distances (--eval-steps)."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.sampling import Sampling, sample_pixels
 from errors import UserError
 from metrics.features import extract_features
@@ -19,12 +20,51 @@ from training.loop import Run
 from weights.features import check_feature_names, load_feature_networks
 
 REFERENCE_IMAGES = 50000  # of the training images, at most
+RECONSTRUCTIONS = 32
+
+
+class Previews:
+    """Shows samples of `ema`, reconstructions of 32 of the `originals`, and distances of samples to the reference.
+
+    Args:
+        args: the training script's flags.
+        run: what is logged to, and whose device is used.
+        vae: decodes samples, and is shown if there are originals.
+        ema: the averaged transformer, if one is trained.
+        originals: the training images, if the VAE is trained.
+        reference: the training images, which samples are compared to unless --eval-reference names others.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        run: Run,
+        vae: AutoencoderKL,
+        ema: SiT | None = None,
+        originals=None,
+        reference=None,
+    ):
+        self.args, self.run, self.vae, self.ema = args, run, vae, ema
+        self.autocast = autocast_factory(run.device, args.mixed_precision)
+        self.shown = None if originals is None else evenly_spaced(originals, RECONSTRUCTIONS)
+        self.evaluation = Evaluation(args, run, reference) if ema is not None and args.eval_steps else None
+
+    def show(self) -> None:
+        """Show what is due at the end of this step."""
+        run = self.run
+        if run.due(self.args.sampling_steps) and run.is_main:
+            if self.ema is not None:
+                run.save_image("samples", sample_grid(self.ema, self.vae, self.args.seed, self.autocast))
+            if self.shown is not None:
+                run.save_image("reconstructions", reconstruction_grid(self.vae, self.shown, self.autocast))
+        if self.evaluation is not None and run.due(self.args.eval_steps):
+            run.evaluate(self.evaluation, self.ema, self.vae)
 
 
 class Evaluation:
-    """Fréchet distances of `--eval-samples` samples of the average to a reference, in every one of `--eval-features`.
+    """Fréchet distances of `--eval-samples` samples of the average to a reference, in each of `--eval-features`.
 
-    Sample i is a function of (seed, i), as generate.py draws it with 50 Euler steps without guidance; processes share
+    Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
     the work, and the distance does not depend on their number.
 
     Args:
@@ -33,11 +73,11 @@ class Evaluation:
         images: the training images, the reference unless --eval-reference names another.
 
     Attributes:
-        judge: the name of the distance by which the best checkpoint is chosen: that of the first network.
+        judge: the name of the distance that chooses the best checkpoint: that of the first network.
         measure: what the distances depend on beside the networks that sample.
 
     Raises:
-        UserError: weights or reference cannot be had.
+        UserError: weights or reference are missing.
     """
 
     def __init__(self, args: argparse.Namespace, run: Run, images):
@@ -56,7 +96,7 @@ class Evaluation:
         self.moments = self.reference_moments(args, run, images)
 
     def reference_moments(self, args: argparse.Namespace, run: Run, images) -> dict[str, dict[str, Tensor]]:
-        """The reference's moments by network: stored ones, or those of its images, which a dry run does not look at."""
+        """The reference's moments by network: stored ones, or those of its images, which a dry run does not read."""
         stored = {}
         if args.eval_reference is not None:
             reference = open_reference(Path(args.eval_reference), "--eval-reference")
@@ -75,7 +115,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, ema: SiT, vae: AutoencoderKL) -> dict[str, float]:
-        """Distances by name (eval_fid, or eval_fd_NAME), on the first process."""
+        """Distances by name (eval_fid, or eval_fd_NAME), on rank 0."""
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
@@ -89,8 +129,3 @@ class Evaluation:
             if self.rank == 0:
                 distances |= compare(statistics, self.moments[network.name], None, ["fid"], network.name)
         return {f"eval_{name}": distance for name, distance in distances.items()}
-
-
-def build_evaluation(args: argparse.Namespace, run: Run, images) -> Evaluation | None:
-    """The evaluation that the flags ask for, or None."""
-    return Evaluation(args, run, images) if args.eval_steps else None

@@ -1,12 +1,13 @@
-"""What training logs: metrics.jsonl, which is the truth, and a tracker (wandb, tensorboard) beside it."""
+"""What training logs: metrics.jsonl, a tracker (wandb, tensorboard) beside it, and the watch for numbers that go wrong.
+
+metrics.jsonl holds one JSON record per step; when a run continues, the records after its checkpoint are dropped.
+"""
 
 import argparse
 import json
 import math
-import mmap
 import os
 import shlex
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from storage.files import replace_text, written_whole
 from training.distributed import mean_over_processes
 from weights.downloads import is_offline, one_line
 
-WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb adds 10. Its own 90 would keep all GPUs waiting where there is no network
-WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for as long as the server is away
+WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb's own 90 would keep all GPUs waiting where there is no network
+WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for the server indefinitely
 
 
 class MetricsLog:
@@ -32,7 +33,7 @@ class MetricsLog:
         accelerator: accelerate's, which opens the tracker.
         args: the run's flags.
         directory: the run's folder.
-        log: prints a line on the first process.
+        log: a callable that prints on rank 0.
     """
 
     def __init__(self, accelerator, args: argparse.Namespace, directory: Path, log: Callable[[str], None]):
@@ -46,74 +47,35 @@ class MetricsLog:
         self.clock = time.monotonic()
 
     def open(self, step: int) -> None:
-        """Drop what was logged after `step`, which will be logged again, and start the tracker."""
+        """Drop the records after `step`, which will be logged again, and start the tracker."""
         if self.accelerator.is_main_process:
-            if step == 0 and self.file.exists() and self.file.stat().st_size:
-                before = shutil.copyfile(self.file, self.file.with_name("metrics-before-restart.jsonl"))
-                self.log(
-                    f"warning: there are logged steps, but no checkpoint; beginning again, the log is kept as {before}"
-                )
             truncate_log(self.file, step)
         if self.args.report_to == "none":
             return
         try:
             if not self.accelerator.log_with:
                 raise ModuleNotFoundError("the package is not installed")
-            options = self._tracker_options(step)
-            online = self.args.report_to == "wandb" and self.accelerator.is_main_process
-            self._start_wandb(options) if online else self._start_tracker(options)
+            if self.args.report_to == "wandb" and self.accelerator.is_main_process:
+                self._start_wandb()
+            else:
+                self._start_tracker({"purge_step": step + 1} if self.accelerator.is_main_process else {})
         except Exception as error:
             self._without_tracker(error)
 
     def _start_tracker(self, options: dict) -> None:
-        """Open the tracker, and give it the flags as the run's configuration."""
         config = vars(self.args)
         if self.args.report_to == "tensorboard":  # which takes neither lists nor None
             config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items()}
         self.accelerator.init_trackers("repa-e", config=config, init_kwargs={self.args.report_to: options})
 
-    def _start_wandb(self, options: dict) -> None:
-        """wandb; in its offline mode, whose files can be uploaded later, where it has no key or cannot be reached.
-
-        It never asks for a key, as it would on a terminal, and waits for seconds, not for minutes.
-        """
-        import wandb
-
-        try:
-            mode = options.get("mode", wandb.setup().settings.mode)
-            if mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise PermissionError("no API key; `wandb login` stores one")
-            self._start_tracker(options)
-        except Exception as error:
-            files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
-            self.log(
-                f"warning: wandb cannot be used online ({one_line(error)}); "
-                f"it keeps its files here, which `wandb sync {files}` uploads"
-            )
-            self.accelerator.trackers = []
-            wandb.teardown(exit_code=1)  # else the run's identity counts as in use
-            self._start_tracker({**options, "mode": "offline"})
-
-    def _without_tracker(self, error: Exception) -> None:
-        """A tracker that fails never stops a run."""
-        self.accelerator.trackers = []
-        self.log(
-            f"warning: {self.args.report_to} is not available ({one_line(error)}); "
-            "metrics.jsonl is written all the same"
-        )
-
-    def _tracker_options(self, step: int) -> dict:
-        """wandb goes on with the run of the identity in wandb-id.txt; tensorboard forgets what came after `step`."""
-        if not self.accelerator.is_main_process:
-            return {}
-        if self.args.report_to == "tensorboard":
-            return {"purge_step": step + 1}
+    def _start_wandb(self) -> None:
+        """Start wandb with the run id of wandb-id.txt; offline if there is no API key or no network."""
         import wandb
 
         identity = self.directory / "wandb-id.txt"
         if not identity.is_file() or not identity.read_text(encoding="utf8").strip():
             replace_text(identity, os.urandom(4).hex())
-        return {
+        options = {
             "name": self.args.exp_name,
             "id": identity.read_text(encoding="utf8"),
             "resume": "allow",
@@ -122,11 +84,32 @@ class MetricsLog:
                 init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_INIT_TIMEOUT)),
                 finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_FINISH_TIMEOUT)),
             ),
-            **({"mode": "offline"} if is_offline(self.args) else {}),
         }
+        mode = "offline" if is_offline(self.args) else wandb.setup().settings.mode
+        try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise PermissionError("no API key; `wandb login` stores one")
+            self._start_tracker({**options, "mode": mode})
+        except Exception as error:
+            files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
+            self.log(
+                f"warning: wandb cannot be used online ({one_line(error)}); "
+                f"it keeps its files here, which `wandb sync {files}` uploads"
+            )
+            self.accelerator.trackers = []
+            wandb.teardown(exit_code=1)  # else the run id counts as in use
+            self._start_tracker({**options, "mode": "offline"})
+
+    def _without_tracker(self, error: Exception) -> None:
+        """Go on without a tracker that failed."""
+        self.accelerator.trackers = []
+        self.log(
+            f"warning: {self.args.report_to} is not available ({one_line(error)}); "
+            "metrics.jsonl is written all the same"
+        )
 
     def close(self) -> None:
-        """Let the tracker finish; what it has not uploaded by then it keeps in its files."""
+        """Finish the tracker; what it has not uploaded by then stays in its files."""
         try:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -135,32 +118,32 @@ class MetricsLog:
         self.accelerator.trackers = []
 
     def start_clock(self) -> None:
-        """From now on it is training time, by which images a second are counted."""
+        """Count training time, which images_per_second is computed from, from now on."""
         self.clock = time.monotonic()
-
-    def add(self, step: int, metrics: dict[str, Tensor | None], step_complete: bool) -> None:
-        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
-        self.micro_metrics.append(metrics)
-        if step_complete:
-            values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
-            self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
-            self.micro_metrics = []
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Within it is no training time, by which images a second are counted."""
+        """Within, time does not count as training time."""
         started = time.monotonic()
         try:
             yield
         finally:
             self.clock += time.monotonic() - started
 
+    def add(self, step: int, metrics: dict[str, Tensor | None], step_complete: bool) -> None:
+        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for the device."""
+        self.micro_metrics.append(metrics)
+        if step_complete:
+            values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
+            self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
+            self.micro_metrics = []
+
     def add_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Log `values` with the metrics of `step`."""
         self.evaluations[step] = values
 
     def add_picture(self, step: int, name: str, picture: Tensor) -> None:
-        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
+        """Write a picture (3,H,W) uint8 to the run's folder `name`; the tracker gets it with the next `write`."""
         from PIL import Image
 
         folder = self.directory / name
@@ -171,9 +154,9 @@ class MetricsLog:
         self.pictures.append((step, name, array))
 
     def fetch(self) -> list[dict[str, float]]:
-        """The metrics of all steps added since the last call, averaged over processes in one reduction.
+        """The metrics of all steps added since the last call, averaged over ranks in one reduction.
 
-        Here the host waits for the device. `write` will write them.
+        The host waits for the device. `write` writes them.
         """
         if not self.pending:
             return []
@@ -191,7 +174,7 @@ class MetricsLog:
         return records
 
     def write(self, sync: bool) -> dict[str, float]:
-        """Append to the file, on the disk for certain if `sync`, and to the tracker; returns the last record."""
+        """Append the fetched records to the file, with fsync if `sync`, and to the tracker; returns the last one."""
         for record in self.records:
             record.update(self.evaluations.pop(record["step"], {}))
         if self.accelerator.is_main_process:
@@ -211,34 +194,23 @@ class MetricsLog:
         for record in self.records:
             step = record["step"]
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-            for name, picture in [(name, picture) for at, name, picture in self.pictures if at == step]:
-                self._track_picture(name, picture, step)
-
-    def _track_picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        for tracker in self.accelerator.trackers:
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: picture[None]}, step=step, **options)
+            pictures = {name: picture[None] for at, name, picture in self.pictures if at == step}
+            for tracker in self.accelerator.trackers if pictures else ():
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(pictures, step=step, **options)
 
 
 def truncate_log(path: Path, step: int) -> None:
-    """Drop what stands in metrics.jsonl after the last record of a step that is not after `step`.
-
-    That is found from the end, and what stands before is left as it is: a log may be of millions of steps.
-    """
-    if not path.exists() or (end := path.stat().st_size) == 0:
-        return
-    with open(path, "rb+") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            while end:
-                start = text.rfind(b"\n", 0, end - 1) + 1
-                if is_record(text[start:end], step):
-                    break
-                end = start
-        file.truncate(end)
+    """Drop the lines of metrics.jsonl after the last whole record of a step up to `step`; earlier lines stay."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    while lines and not is_record(lines[-1], step):
+        lines.pop()
+    if path.exists():
+        os.truncate(path, sum(map(len, lines)))
 
 
 def is_record(line: bytes, step: int) -> bool:
-    """Whether this is a whole line of the log, of a step that is not after `step`; what a crash cut short is none."""
+    """Whether this is a whole line of the log, of a step up to `step`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, TypeError, KeyError):
@@ -246,26 +218,26 @@ def is_record(line: bytes, step: int) -> bool:
 
 
 def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN and no infinity."""
+    """`record` with null for NaN and infinity, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
 # consecutive steps after which a gradient that is exactly 0 counts as vanished
 VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10}
-# the discriminator may win for a while, but not for ever: its hinge loss then is 0, and it learns nothing any more
+# the discriminator may win for a while, with a hinge loss of 0, but then learns nothing any more
 COLLAPSED = {"grad_norm_disc": 1000}
-SKIPPED = 20  # consecutive steps that float16 skips; from the scale it starts with, 17 take it below the floor
+SKIPPED = 20  # consecutive steps that float16 skips; from the initial loss scale, 17 take it below the lowest
 LOWEST_LOSS_SCALE = 1.0
 
 
 class Watch:
-    """Finds the first step of a run after which going on is pointless.
+    """Finds the first step after which training cannot recover.
 
     Args:
-        scaled: whether losses are scaled (float16): now and then a gradient then overflows, and its step is skipped.
+        scaled: whether losses are scaled (float16); single gradients then overflow, and their steps are skipped.
 
     Attributes:
-        gan_start: 1-based step from which on a discriminator learns.
+        gan_start: 1-based step from which the discriminator learns.
     """
 
     def __init__(self, scaled: bool):
@@ -273,7 +245,7 @@ class Watch:
         self.zero, self.skipped = Counter(), Counter()
 
     def reason_to_stop(self, records: list[dict[str, float]]) -> str | None:
-        """What is wrong, naming step and term, with the metrics of consecutive steps that come next; None: nothing."""
+        """What is wrong with the metrics of the next consecutive steps, naming step and term; None if nothing is."""
         for record in records:
             for name, value in record.items():
                 if (wrong := self._wrong(record["step"], name, value)) is not None:

@@ -1,27 +1,29 @@
 """One training run: its folder, processes and loop.
 
-`for step, batch in run.steps(data):` owns reading, resuming, logging intervals, saving, signals and progress; what a
-step does stays in the script, where it is read.
+`for step, batch in run.steps(data):` reads, resumes, logs at intervals, saves, obeys signals and shows progress; the
+training step itself stays in the script.
 """
 
 import argparse
 import atexit
 import json
-import math
 import os
+import resource
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError, lost_process
+from loss.vae_loss import VAELossConfig, first_gan_step
 from models.numerics import to_device
 from storage.files import locked, remove_leftovers, replace_text, require_writable
 from training.distributed import (
@@ -35,22 +37,25 @@ from training.distributed import (
     tensor_not_finite,
 )
 from training.log import MetricsLog, Watch
-from training.randomness import DRAWS, BatchOrder, Rows
-from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
-from training.state import CheckpointFolder, TrainingState
+from training.randomness import BatchOrder, Rows
+from training.resume_checks import (
+    FORKABLE,
+    FROZEN_RESUMABLE,
+    RESUMABLE,
+    refuse_changed_flags,
+    refuse_other_processes,
+)
+from training.state import CheckpointFolder, TrainingState, state_of
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
-if TYPE_CHECKING:
-    from training.evaluation import Evaluation
-
-LOG_INTERVAL = 10  # steps between two looks of the host at the device's metrics
+LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
 CONTINUES = "The same command continues from there"
 
 
 class Batch(NamedTuple):
-    """What one process trains on at one micro-batch."""
+    """What one rank trains on at one micro-batch."""
 
     pixels: Tensor  # (B,3,R,R) uint8
     labels: Tensor  # (B,) int64
@@ -84,7 +89,7 @@ class Run:
         self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
-            mixed_precision="no",  # precision is training/optimizer.py's
+            mixed_precision="no",  # training/optimizer.py does it
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(
                 project_dir=str(self.directory), logging_dir=str(self.directory / args.logging_dir)
@@ -103,32 +108,32 @@ class Run:
                 f"--batch-size {args.batch_size} (over all processes) is no multiple of {self.world} processes x "
                 f"{args.gradient_accumulation_steps} accumulation steps"
             )
+        self.micro_batch = args.batch_size // share
         self.print(
             f"batch: {args.batch_size} images a step = {self.world} processes x {args.gradient_accumulation_steps} "
-            f"accumulation steps x {args.batch_size // share}, on {self.device.type}, precision {args.mixed_precision}"
+            f"accumulation steps x {self.micro_batch}, on {self.device.type}, precision {args.mixed_precision}"
         )
-        self.micro_batch = args.batch_size // share
         self.step = 0
         self.step_complete = False
         self.state: TrainingState | None = None
+        self.identity: dict = {}
         self.wrapped: list[nn.Module] = []
         self.metrics = MetricsLog(self.accelerator, args, self.directory, self.print)
         self.watch = Watch(scaled=args.mixed_precision == "fp16")
         self.hosts = host_group()
-        self.signal = self.agreed_signal = 0  # that asked this process, and with it all, to stop
+        self.signal = self.agreed_signal = 0  # that asked this process, and then all processes, to stop
         self.saved_at = time.monotonic()
-        self.identity: dict = {}
         self.resources = ExitStack()
 
     def print(self, text: str) -> None:
-        """Print on the first process, above any progress bar."""
+        """Print on rank 0, above any progress bar."""
         if self.is_main:
             from tqdm import tqdm
 
             tqdm.write(text)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """`module` on this process's device and, with several processes, wrapped to average gradients over them."""
+        """`module` on this process's device, wrapped in DistributedDataParallel if there are several processes."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose successors behave otherwise
             module = self.accelerator.prepare_model(module)
@@ -137,42 +142,38 @@ class Run:
 
     def begin(
         self,
-        state: TrainingState,
+        nets,
         identity: dict,
+        loss: VAELossConfig | None = None,
         check: Callable[[], None] = lambda: None,
-        gan_start: float = math.inf,
     ) -> None:
-        """Take charge of `state`: restore it from the run's checkpoint if there is one, and open the log.
+        """Restore a step's networks and optimisers from the run's checkpoint, if there is one, and open the log.
 
-        `identity` is what beside the flags makes this run the run it is: a fingerprint of its data, its loss weights.
-        `check` may refuse what was restored, before anything is written. `gan_start` is the 1-based step from which on
-        a discriminator learns. With --dry-run nothing is written.
+        With --dry-run nothing is written.
+
+        Args:
+            nets: the step's networks and optimisers, as `state_of` takes them.
+            identity: fingerprints of data and weights, which must stay the same when the run continues.
+            loss: the VAE's loss, if the VAE is trained.
+            check: may refuse what was restored, before anything is written.
 
         Raises:
-            UserError: another process has the run, or the checkpoint is missing, damaged, of other networks or made
-                with other flags or data; processes were started differently; or what `check` raises.
+            UserError: another process has the run; the checkpoint is missing, damaged, of other networks or made with
+                other flags or data; processes were started differently; or what `check` raises.
         """
-        self.state, self.identity = state, {**identity, "draws": DRAWS}
-        self.watch.gan_start = gan_start
+        self.state = state_of(nets)
+        self.identity = {**identity, **({} if loss is None else {"loss": asdict(loss)})}
+        if loss is not None:
+            self.watch.gan_start = first_gan_step(loss)
         refuse_other_processes(vars(self.args), self.identity, self.hosts)
-        path = on_first_process(self._choose_checkpoint, self.hosts)
-        if path is not None:
-            checkpoint = self._read_chosen(Path(path))
-            own = Path(path).parent == self.checkpoints.directory
-            free = RESUMABLE if own else RESUMABLE | FORKABLE
-            refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
-            if own and "draws" not in (checkpoint.get("identity") or {}):
-                self.print(
-                    f"warning: {path} is of an earlier version; random numbers and order of images are others now"
-                )
-            self.step = state.restore(checkpoint, path)
+        if (path := on_first_process(self._choose_checkpoint, self.hosts)) is not None:
+            self._restore(Path(path))
             check()
             self.print(f"continuing after step {self.step} from {path}")
-        self._check_processes()  # all have read their checkpoint, and nothing of it has been moved yet
+        self._check_processes()
         if self.args.dry_run:
             return
         if self.is_main:
-            self.checkpoints.take_over(self.args.resume_step, self.step, self.metrics.file)
             replace_text(self.directory / "args.json", json.dumps(vars(self.args), indent=4) + "\n")
         self.metrics.open(self.step)
 
@@ -186,12 +187,17 @@ class Run:
         path = self.checkpoints.to_continue(self.args.resume_step, self.args.continue_train_exp_dir)
         return None if path is None else str(path)
 
-    def _read_chosen(self, path: Path) -> dict:
-        """The checkpoint that the first process chose, and found whole."""
+    def _restore(self, path: Path) -> None:
+        """Restore the checkpoint that rank 0 chose and found whole."""
         if not path.is_file():
             where = f"process 0 continues from {path}, but process {self.accelerator.process_index} has no such file"
             raise UserError(f"{where}; put --output-dir where every machine sees it")
-        return read_checkpoint(path, verify=False)
+        checkpoint = read_checkpoint(path, verify=False)
+        free = RESUMABLE if self.state.trains_vae else FROZEN_RESUMABLE
+        if path.parent != self.checkpoints.directory:
+            free = free | FORKABLE
+        refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
+        self.step = self.state.restore(checkpoint, str(path))
 
     def last_step(self, data) -> int:
         """The 1-based step after which training on `data` ends."""
@@ -204,37 +210,29 @@ class Run:
         and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
 
         Raises:
-            UserError: a loss that is not finite.
+            UserError: a loss is not finite, or see `Watch`.
         """
         from tqdm import tqdm
 
-        args = self.args
-        last = self.last_step(data)
-        order = BatchOrder(
-            len(data),
-            args.batch_size,
-            args.seed,
-            self.step,
-            last,
-            self.accelerator.process_index,
-            self.world,
-            args.gradient_accumulation_steps,
-        )
+        args, last, first = self.args, self.last_step(data), self.step
+        rank, accumulation = self.accelerator.process_index, self.args.gradient_accumulation_steps
+        order = BatchOrder(len(data), args.batch_size, args.seed, first, last, rank, self.world, accumulation)
         batches = iter(self._loader(data, order))
         atexit.register(end_workers)
-        bar = tqdm(total=last, initial=self.step, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
+        bar = tqdm(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.metrics.start_clock()
         self.saved_at = time.monotonic()
         try:
-            for step in range(self.step, last):
+            for step in range(first, last):
                 self.step = step + 1
-                for micro in range(args.gradient_accumulation_steps):
+                for micro in range(accumulation):
                     pixels, labels, *moments = to_device(next(batches), self.device)
-                    self.step_complete = micro == args.gradient_accumulation_steps - 1
+                    self.step_complete = micro == accumulation - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
-                        rows = order.micro_batch_rows(micro)
-                        yield self.step, Batch(pixels, labels, step, rows, *moments)
+                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), *moments)
+                if step == first:
+                    self.print(f"peak memory of the first step: {peak_memory(self.device) / 2**30:.2f} GiB a process")
                 self._finish_step(bar, last)
         except SystemExit:
             # a launcher that sees one process end signals the others, which are about to end with the same code
@@ -246,7 +244,7 @@ class Run:
                 signal.signal(kind, handler)
 
     def end(self) -> None:
-        """Close trackers, process group and the lock on the run's folder."""
+        """Close the tracker, the process group and the lock on the run's folder."""
         self.metrics.close()
         self.accelerator.end_training()
         self.resources.close()
@@ -267,15 +265,18 @@ class Run:
         return self.step_complete and self.step % interval == 0
 
     def log(self, metrics: dict[str, Tensor | None]) -> None:
-        """Keep a micro-batch's metrics (scalars on the device, or None) without waiting for them."""
-        self.metrics.add(self.step, metrics, self.step_complete)
+        """Log a micro-batch's metrics (scalars on the device, or None), and what the state adds to them.
+
+        The host does not wait for the device.
+        """
+        self.metrics.add(self.step, {**metrics, **self.state.metrics()}, self.step_complete)
 
     def save_image(self, name: str, picture: Tensor) -> None:
-        """Write a picture (3,H,W) uint8 to the run's folder NAME, named by the step; trackers get it with the log."""
+        """Write a picture (3,H,W) uint8 to the run's folder `name`, named by the step; the tracker gets it too."""
         self.metrics.add_picture(self.step, name, picture)
 
-    def evaluate(self, evaluation: "Evaluation", *nets: nn.Module) -> None:
-        """Log what an evaluation of `nets` at this step finds, and keep the state as best.pt if it is the best yet."""
+    def evaluate(self, evaluation, *nets: nn.Module) -> None:
+        """Log the distances that an `Evaluation` of `nets` finds, and keep the state as best.pt if it is the best."""
         self._fetch_and_check()
         self._check_state()
         with self.metrics.clock_stopped():
@@ -289,17 +290,17 @@ class Run:
         return self.state.to_dict(vars(self.args), self.step, self.identity)
 
     def _finish_step(self, bar, last: int) -> None:
-        """Agree with the other processes on what is due, look at the numbers, and only then write."""
+        """Check the numbers, then log and save what is due, and stop if a signal asked for it."""
         bar.update()
         stop, rolling = self._sync_stop_and_save(last)
         permanent = self.step == last or self.due(self.args.checkpointing_steps)
         save = stop or rolling or permanent
-        look = save or self.due(LOG_INTERVAL)
-        if look:
+        fetch = save or self.due(LOG_INTERVAL)
+        if fetch:
             self._fetch_and_check()
         if save or (self.args.check_ranks and self.due(self.args.check_ranks)):
             self._check_state()
-        if look:
+        if fetch:
             latest = self.metrics.write(sync=save)
             bar.set_postfix({name: f"{latest[name]:.3g}" for name in list(latest)[1:5]}, refresh=False)
         if save:
@@ -308,7 +309,7 @@ class Run:
                     self.checkpoints.save(self._state_dict(), permanent, self.args.keep_last)
             self.saved_at = time.monotonic()
         if stop:
-            all_reduce_max([0], self.hosts)  # all wait: a launcher that sees one process end ends the others
+            all_reduce_max([0], self.hosts)  # a barrier: a launcher that sees one process end ends the others
             self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {CONTINUES}")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
@@ -322,7 +323,7 @@ class Run:
         minutes = self.args.checkpointing_minutes
         overdue = self.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
         try:
-            # one that arrives from here on is for the next step: all must see the same
+            # a signal that arrives from here on counts at the next step, so that all processes agree
             self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
         except RuntimeError as error:
             if (how := lost_process(error)) is None:
@@ -331,23 +332,19 @@ class Run:
         return self.agreed_signal > 0 and self.step < last, bool(overdue)
 
     def _check_processes(self) -> None:
-        """Raise a UserError unless what a checkpoint would hold is the same on every process, to the bit."""
+        """Raise a UserError unless the state is the same on every rank, to the bit."""
         if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
             advice = "Look for faulty memory, or for machines with other software"
             self._stop(f"step {self.step}: processes differ in {name}", advice)
 
     def _check_state(self) -> None:
-        """Raise a UserError unless what a checkpoint would hold is finite, and the same on every process."""
+        """Raise a UserError unless the state is finite, and the same on every rank."""
         self._check_processes()
         if (name := tensor_not_finite(self.state.named_tensors(), self.device)) is not None:
             self._stop(f"step {self.step}: {name} is not finite", self._another_recipe())
 
     def _fetch_and_check(self) -> None:
-        """Fetch the metrics of all steps since the last look, and stop the run if they say that it is lost.
-
-        Raises:
-            UserError: naming step and term.
-        """
+        """Fetch the metrics of all steps since the last call; raise a UserError if training cannot recover."""
         if (reason := self.watch.reason_to_stop(self.metrics.fetch())) is not None:
             self.metrics.write(sync=False)
             self._stop(reason, self._another_recipe())
@@ -366,20 +363,27 @@ class Run:
         if self.signal and kind == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = kind
-        if self.is_main:  # a signal may come in the middle of a print, which must not be entered twice
+        if self.is_main:  # os.write: a signal may interrupt a print, which cannot be entered twice
             os.write(2, b"\nsaving as soon as this step is done; Ctrl-C again stops without\n")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: what PyTorch allocated on a GPU, or the process's resident memory on CPUs."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def ignore_signals(_: int) -> None:
-    """A data worker leaves signals, which job managers send to every process, to the training process."""
+    """Let a data worker ignore signals, which job managers send to every process; the training process handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """Kill data workers that are left at exit: they ignore the SIGTERM by which multiprocessing would end them."""
+    """Kill data workers that are left at exit, which ignore the SIGTERM of multiprocessing."""
     import multiprocessing
 
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises an error for a worker killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises an error for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()

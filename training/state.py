@@ -1,18 +1,19 @@
-"""A run's folder of checkpoints: which one to continue from, and which ones to keep."""
+"""What a checkpoint of training holds, and a run's folder of checkpoints: which to continue from, which to keep."""
 
 import errno
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from diffusion.transport import TIME_CONVENTION
 from errors import UserError
 from storage.files import replace_text
 from training.distributed import unwrap
+from training.log import normaliser_drift
 from training.optimizer import Optimizer
 from weights.checkpoint_io import (
     BEST_CHECKPOINT,
@@ -23,30 +24,34 @@ from weights.checkpoint_io import (
     write_atomically,
 )
 
+# keys of a checkpoint, which are the reference's, and the fields of a step's networks that they hold
+NETWORKS = {"model": "sit", "ema": "ema", "vae": "vae", "discriminator": "discriminator"}
+OPTIMIZERS = {"opt": "opt_sit", "opt_vae": "opt_vae", "opt_disc": "opt_disc"}
+
 
 class TrainingState:
-    """Everything that a checkpoint holds, registered once by name: saving and loading are the same list.
+    """Everything that a checkpoint holds, registered once by name; saving and loading use the same list.
 
     Args:
-        networks: key -> network (wrapped or not); the reference's keys are model, ema, vae, discriminator.
-        optimizers: key -> Optimizer; the reference's keys are opt, opt_vae, opt_disc.
+        networks: key -> network, wrapped or not.
+        optimizers: key -> Optimizer.
         tensors: further tensors, restored in place.
     """
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        optimizers: dict[str, Optimizer],
-        tensors: dict[str, Tensor],
-    ):
+    def __init__(self, networks: dict[str, nn.Module], optimizers: dict[str, Optimizer], tensors: dict[str, Tensor]):
         self.networks = {name: unwrap(network) for name, network in networks.items()}
         self.optimizers = optimizers
         self.tensors = tensors
 
+    @property
+    def trains_vae(self) -> bool:
+        """Whether the VAE is trained. Results then depend on the micro-batches that batch statistics are taken from."""
+        return "vae" in self.networks
+
     def to_dict(self, args: dict, step: int, identity: dict | None = None) -> dict:
         """The checkpoint after `step` steps, plain data only.
 
-        `args` holds every flag by its underscore name, `identity` what else makes this run the run it is.
+        `args` holds every flag by its underscore name, `identity` the fingerprints of data and weights.
         """
         return {
             **{name: network.state_dict() for name, network in self.networks.items()},
@@ -60,12 +65,21 @@ class TrainingState:
         }
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a name that says where it belongs; all are the same on every process."""
+        """Every tensor by its full name; all are the same on every rank."""
         found = {f"tensors.{name}": tensor for name, tensor in self.tensors.items()}
         for name, network in self.networks.items():
             found.update({f"{name}.{key}": value for key, value in network.state_dict().items()})
         for name, optimizer in self.optimizers.items():
             found.update({f"{name}.{key}": value for key, value in optimizer.named_tensors().items()})
+        return found
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What is logged of the state itself: loss scales (float16), and how far the latent normaliser has drifted."""
+        found = {}
+        for key, optimizer in self.optimizers.items():
+            found |= optimizer.scaler_metrics(OPTIMIZERS[key].removeprefix("opt_"))
+        if "bn_start" in self.tensors:
+            found |= normaliser_drift(self.networks["model"].bn, self.tensors["bn_start"])
         return found
 
     def restore(self, checkpoint: dict, source: str) -> int:
@@ -91,51 +105,66 @@ class TrainingState:
         return checkpoint["steps"]
 
 
-class CheckpointFolder:
-    """The checkpoints of one run; only the run's first process calls this.
+def state_of(nets) -> TrainingState:
+    """The state of a step's networks and optimisers.
 
-    Those of --checkpointing-steps stay. The others (by time, by a signal) are listed in rolling.json, and all but the
-    newest few are deleted again. A checkpoint that is found damaged is renamed to NAME.damaged.
+    Joint training also keeps the statistics (2,C) that the latent normaliser started with, for `normaliser_drift`.
+    """
+    fields = vars(nets)
+    tensors = {"lecam": nets.lecam} if "lecam" in fields else {}
+    if {"vae", "sit"} <= fields.keys():
+        bn = unwrap(nets.sit).bn
+        tensors["bn_start"] = torch.stack([bn.running_mean, bn.running_var])
+    networks = {key: fields[name] for key, name in NETWORKS.items() if name in fields}
+    return TrainingState(networks, {key: fields[name] for key, name in OPTIMIZERS.items() if name in fields}, tensors)
+
+
+class CheckpointFolder:
+    """The checkpoints of one run; only the first rank uses it.
+
+    Checkpoints of --checkpointing-steps are permanent. Those saved by time or by a signal are rolling: rolling.json
+    lists them in the order in which they were written, and all but the newest few are deleted.
 
     Args:
         directory: RUN/checkpoints.
-        log: prints a line.
+        log: a callable that prints on rank 0.
     """
 
     def __init__(self, directory: Path, log: Callable[[str], None]):
         self.directory, self.log = directory, log
         self.rolling_note = directory / "rolling.json"
         self.best_note = directory / "best.json"
-        self.damaged: list[Path] = []
 
     def to_continue(self, resume_step: int, elsewhere: str | None) -> Path | None:
-        """The newest checkpoint that is whole; the first time that --resume-step is given, the one it names.
+        """The newest whole checkpoint, or that of `resume_step` if it is given; None if there are no checkpoints.
 
-        Without checkpoints of its own the run starts from those of the run `elsewhere`, if that is given.
+        A run without checkpoints starts from those of the run folder `elsewhere`, if that is given.
 
         Raises:
-            UserError: there is none where there should be, or every one is damaged.
+            UserError: the checkpoint asked for is missing or damaged, or all are damaged.
         """
         if self.directory.is_symlink() and not self.directory.exists():
-            raise UserError(
-                f"{self.directory}: a link to {self.directory.readlink()}, which is not there; mount or mend it"
-            )
-        own = numbered_checkpoints(self.directory)
-        if own and resume_step and self.superseded(resume_step).exists():
-            where = self.superseded(resume_step)
-            self.log(f"this run went back to step {resume_step} before; to do so again, rename {where}")
-            resume_step = 0
-        folder = self.directory if own or elsewhere is None else Path(elsewhere) / "checkpoints"
-        if resume_step:
-            chosen = checkpoint_path(self.directory, resume_step)
-            if not chosen.is_file() and elsewhere is not None:
-                chosen = checkpoint_path(Path(elsewhere) / "checkpoints", resume_step)
-            read_checkpoint(chosen)
-            return chosen
+            raise UserError(f"{self.directory}: a link to {self.directory.readlink()}, which is not there; mount it")
+        folder = self.directory
+        if elsewhere is not None:
+            if not numbered_checkpoints(folder):
+                folder = Path(elsewhere) / "checkpoints"
+            elif not checkpoint_path(folder, resume_step).is_file():
+                resume_step = 0  # it names a checkpoint of the other run, from which this run has gone on since
         candidates = numbered_checkpoints(folder)
         if elsewhere is not None and not candidates:
             raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
-        return self._newest_whole(candidates)
+        if not resume_step:
+            return self._newest_whole(candidates)
+        chosen = checkpoint_path(folder, resume_step)
+        read_checkpoint(chosen)
+        later = ", ".join(path.name for path in candidates if int(path.stem) > resume_step)
+        if later and folder == self.directory:
+            self.log(
+                f"warning: --resume-step {resume_step} leaves later checkpoints in {folder} ({later}); delete them, or "
+                "a start without --resume-step continues from the newest"
+            )
+        return chosen
 
     def _newest_whole(self, candidates: list[Path]) -> Path | None:
         for path in reversed(candidates):
@@ -145,7 +174,6 @@ class CheckpointFolder:
                 if isinstance(error, OSError) and error.errno != errno.EIO:
                     raise
                 self.log(f"warning: {error}; trying the one before")
-                self.damaged.append(path)
             else:
                 return path
         if candidates:
@@ -155,66 +183,38 @@ class CheckpointFolder:
             )
         return None
 
-    def superseded(self, resume_step: int) -> Path:
-        """Where --resume-step puts what came after that step."""
-        return self.directory / f"superseded-by-resume-at-{resume_step:07d}"
-
-    def take_over(self, resume_step: int, step: int, log: Path) -> None:
-        """Make the folder that of a run that continues after `step`: damaged checkpoints get another name, and with
-        --resume-step later ones are put aside, so that the same command goes on from here instead of coming back."""
-        for path in self.damaged:
-            if path.parent == self.directory:
-                path.rename(path.with_name(path.name + ".damaged"))
-        if resume_step and not self.superseded(resume_step).exists():
-            self._put_aside(self.superseded(resume_step), step, log)
-
-    def _put_aside(self, place: Path, step: int, log: Path) -> None:
-        unfinished = place.with_suffix(".tmp")
-        unfinished.mkdir(parents=True, exist_ok=True)
-        for path in numbered_checkpoints(self.directory):
-            if int(path.stem) > step:
-                path.rename(unfinished / path.name)
-        if read_note(self.best_note).get("step", 0) > step:
-            # the note last: without it, the best checkpoint would be taken for none
-            for path in filter(Path.exists, (self.directory / BEST_CHECKPOINT, self.best_note)):
-                path.rename(unfinished / path.name)
-        if log.exists():
-            shutil.copyfile(log, unfinished / log.name)
-        unfinished.rename(place)
-
     def save(self, content: dict, permanent: bool, keep_last: int) -> None:
-        """Write the checkpoint `content`, then delete all but the newest `keep_last` of those that are not permanent.
+        """Write the checkpoint `content`, then delete all but the `keep_last` rolling ones that were written last.
 
         Raises:
-            OSError: it cannot be written; those that are there stay.
+            OSError: it cannot be written; the checkpoints that exist stay.
         """
         step = content["steps"]
         path = checkpoint_path(self.directory, step)
         self.directory.mkdir(parents=True, exist_ok=True)
         rolling = self.rolling()
         permanent |= path.is_file() and step not in rolling
-        rolling = rolling - {step} if permanent else rolling | {step}
+        rolling = [other for other in rolling if other != step] + ([] if permanent else [step])
         self._note_rolling(rolling)
         write_atomically(content, path)
-        there = sorted(step for step in rolling if checkpoint_path(self.directory, step).is_file())
-        old = there[: max(len(there) - keep_last, 0)]
-        for step in old:
-            checkpoint_path(self.directory, step).unlink()
-        self._note_rolling(set(there) - set(old))
+        there = [step for step in rolling if checkpoint_path(self.directory, step).is_file()]
+        for old in there[:-keep_last]:
+            checkpoint_path(self.directory, old).unlink()
+        self._note_rolling(there[-keep_last:])
 
-    def rolling(self) -> set[int]:
-        """Steps of checkpoints that may be deleted; if the list is lost, none may."""
-        steps = read_note(self.rolling_note).get("steps", [])
-        return {step for step in steps if isinstance(step, int)} if isinstance(steps, list) else set()
+    def rolling(self) -> list[int]:
+        """Steps of the checkpoints that may be deleted; none if their list is lost."""
+        steps = read_note(self.rolling_note).get("steps")
+        return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
 
-    def _note_rolling(self, steps: set[int]) -> None:
+    def _note_rolling(self, steps: list[int]) -> None:
         if steps != self.rolling():
-            replace_text(self.rolling_note, json.dumps({"steps": sorted(steps)}) + "\n")
+            replace_text(self.rolling_note, json.dumps({"steps": steps}) + "\n")
 
     def save_if_best(self, content: dict, measure: str, judge: str, values: dict[str, float]) -> None:
-        """Keep `content` as best.pt if values[judge] is the lowest yet; another `measure` starts afresh.
+        """Keep `content` as best.pt if values[judge] is the lowest so far under the same `measure`.
 
-        best.json says what was measured, the best one's step and its values.
+        best.json holds the measure, the best step and its values.
         """
         best = read_note(self.best_note)
         if best.get("measure") != measure or values[judge] < best.get("values", {}).get(judge, math.inf):

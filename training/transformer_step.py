@@ -1,4 +1,4 @@
-"""The transformer's update, which joint training and training on a frozen VAE share."""
+"""The transformer's update, which joint training and training on a frozen VAE share, and its EMA."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from training.randomness import Draws
 
 @dataclass
 class TransformerNets:
-    """The transformer, its average and the frozen encoders it aligns to; sit may be wrapped for several processes."""
+    """The transformer, its EMA and the frozen encoders it aligns to; sit may be wrapped in DistributedDataParallel."""
 
     sit: nn.Module
     ema: SiT
@@ -28,7 +28,7 @@ class TransformerNets:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerStepConfig:
-    """Numbers of the transformer's step; spatial_norm is iREPA's gamma, None without that normalisation."""
+    """Constants of the transformer's step; spatial_norm is iREPA's gamma, None without that normalisation."""
 
     autocast: Callable[[], AbstractContextManager]
     path_type: str = "linear"
@@ -41,7 +41,7 @@ class TransformerStepConfig:
 def encoder_tokens(
     encoders: list[Callable[[Tensor], Tensor]], pixels: Tensor, cfg: TransformerStepConfig
 ) -> list[Tensor]:
-    """The frozen encoders' tokens (B,T,D_k) of uint8 pixels (B,3,R,R): what representations align to."""
+    """The frozen encoders' tokens (B,T,D_k) of uint8 pixels (B,3,R,R), the targets of alignment."""
     with cfg.autocast():
         zs = [encoder(pixels) for encoder in encoders]
     return [z if cfg.spatial_norm is None else spatial_normalise(z, cfg.spatial_norm) for z in zs]
@@ -51,19 +51,19 @@ def update_transformer(
     nets: TransformerNets, z_norm: Tensor, labels: Tensor, zs: list[Tensor], draws: Draws, cfg: TransformerStepConfig
 ) -> dict[str, Tensor | None]:
     """Update the transformer by diffusion (SiT, Ma et al., arXiv 2401.08740) and alignment (REPA, Yu et al.,
-    2410.06940), then its average.
+    2410.06940), then its EMA.
 
     Args:
         nets: updated in place.
         z_norm: normalised latents (B,C,h,w), without a graph.
-        labels: (B,) int64; those that `draws.drop` names are replaced by the null label.
-        zs: the encoders' tokens, (B,T,D_k) each; none means no alignment.
+        labels: (B,) int64; where `draws.drop` is true, they are replaced by the null label.
+        zs: the encoders' tokens, (B,T,D_k) each; empty without alignment.
         draws: noise, t and drop are used.
-        cfg: the step's numbers.
+        cfg: the step's constants.
 
     Returns:
-        metrics as scalars on the device; the gradient's norm is the one before clipping, and None before the last
-        micro-batch of an accumulated step.
+        metrics as detached scalars on the device; the gradient norm is the one before clipping, and None before the
+        last micro-batch of an accumulated step.
     """
     sit = unwrap(nets.sit)
     if sit.null_label is not None:
@@ -72,10 +72,11 @@ def update_transformer(
     with cfg.autocast():
         prediction, tokens = nets.sit(x_t, draws.t, labels)
     loss = diffusion_loss(prediction.to(velocity.dtype), velocity).mean()
-    metrics = {"denoising_loss": loss}
+    metrics = {"denoising_loss": loss.detach()}
     if zs:
-        metrics["proj_loss"] = alignment_loss(tokens, zs)
-        loss = loss + cfg.proj_coeff * metrics["proj_loss"]
+        alignment = alignment_loss(tokens, zs)
+        metrics["proj_loss"] = alignment.detach()
+        loss = loss + cfg.proj_coeff * alignment
     metrics["grad_norm_sit"] = nets.opt_sit.backward_and_step(loss)
     if metrics["grad_norm_sit"] is not None:
         update_ema(nets.ema, sit, cfg.ema_decay)
@@ -83,7 +84,7 @@ def update_transformer(
 
 
 def copy_for_ema(model: nn.Module) -> nn.Module:
-    """A frozen copy of `model` to average into."""
+    """A frozen copy of `model`, in eval mode."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 

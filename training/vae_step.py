@@ -1,4 +1,4 @@
-"""What training the VAE alone and training it jointly have in common: its loss, its discriminator, its statistics."""
+"""The VAE's loss, its discriminator's update and its latent statistics, for training it alone or jointly."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,7 +29,7 @@ class VAENets:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEStepConfig:
-    """Numbers of the VAE's step; disc_warmup_steps is how long the discriminator learns before the VAE hears of it."""
+    """Constants of the VAE's step; in the first disc_warmup_steps only the discriminator is trained adversarially."""
 
     loss: VAELossConfig
     autocast: Callable[[], AbstractContextManager]
@@ -41,7 +41,7 @@ def vae_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The VAE loss of a reconstruction; the discriminator is frozen, but in training mode as in the reference.
 
-    Returns the scalar to minimise, and its terms with the reconstruction's PSNR in dB.
+    Returns the scalar to minimise, and its detached terms with the reconstruction's PSNR in dB.
     """
     with cfg.autocast():
         (logits_fake,) = frozen_call(nets.discriminator, recon)
@@ -49,24 +49,23 @@ def vae_objective(
     total, metrics = vae_loss(
         image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step, cfg.disc_warmup_steps
     )
-    metrics["psnr"] = psnr(image, recon)
-    return total, metrics
+    return total, detached({**metrics, "psnr": psnr(image, recon)})
 
 
 def update_discriminator(
     nets: VAENets, image: Tensor, recon: Tensor, cfg: VAEStepConfig, step: int
 ) -> dict[str, Tensor | None]:
-    """One discriminator update on images and detached reconstructions; returns its metrics."""
+    """One discriminator update on images and detached reconstructions; returns its metrics, detached."""
     with cfg.autocast():
         logits_real, logits_fake = nets.discriminator(image, recon.detach())
     total, metrics = discriminator_loss(logits_real, logits_fake, nets.lecam, cfg.loss, step)
     update_lecam(nets.lecam, metrics["logits_real"], metrics["logits_fake"], cfg.loss.lecam_ema_decay)
-    return {**metrics, "grad_norm_disc": nets.opt_disc.backward_and_step(total)}
+    return {**detached(metrics), "grad_norm_disc": nets.opt_disc.backward_and_step(total)}
 
 
-def detached(metrics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """`metrics` without their graphs."""
-    return {name: None if value is None else value.detach() for name, value in metrics.items()}
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def psnr(image: Tensor, recon: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ def psnr(image: Tensor, recon: Tensor) -> Tensor:
 
 
 class LatentMoments:
-    """Mean and variance of each channel of posterior samples, without drawing any, over images that come in batches.
+    """Mean and variance of each channel of posterior samples over batches of images, in closed form.
 
     E[z] = E[mean], Var[z] = E[mean² + std²] - E[z]², in float64.
     """
@@ -94,7 +93,7 @@ class LatentMoments:
         self.count += mean.numel() // mean.shape[1]
 
     def statistics(self) -> dict[str, Tensor]:
-        """Scale 1/sqrt(var) and bias mean, (1,C,1,1) float32 each, over all processes; call once."""
+        """Scale 1/sqrt(var) and bias mean, (1,C,1,1) float32 each, over all ranks; call once."""
         if distributed_world_size() > 1:
             dist.all_reduce(self.sums)
             dist.all_reduce(self.count)
@@ -107,10 +106,7 @@ class LatentMoments:
 def latent_statistics(
     vae: AutoencoderKL, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Scale and bias of the latents of all images, as `LatentMoments` gives them.
-
-    Each process reads its share of `data`.
-    """
+    """Scale and bias of the latents of all images, as `LatentMoments` gives them; each rank reads its share."""
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
