@@ -5,19 +5,18 @@ cache_latents.py. Both are map-style datasets that any number of workers may use
 
     python dataset.py --verify data
 
-reads all shards below a folder and names each that is damaged. What it names can be deleted: the script that made it
-makes it again.
+reads all shards of a data directory and names each that is damaged. It can be deleted: the script that made it makes it
+again.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
-from storage.shards import SUFFIX, Layout, Shards, read_index, shard_name, verify_shard
+from storage.shards import Layout, Shards, read_index, shard_name, verify_shard
 
 IMAGE_FORMAT = "repae-images/2"
 LATENT_FORMAT = "repae-latents/2"
@@ -182,21 +181,6 @@ def open_latents(data_dir: str | Path, name: str, images: ImageDataset | None = 
     return latents
 
 
-def shard_folders(directory: Path) -> list[Path]:
-    """`directory` and the folders below it that hold an index or shards, sorted; links to folders are followed once."""
-    found, seen = [], set()
-    for folder, below, files in os.walk(directory, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below.sort()
-        if "index.json" in files or any(Path(name).stem.isdigit() and name.endswith(SUFFIX) for name in files):
-            found.append(Path(folder))
-    return found
-
-
 def verify_folder(folder: Path) -> int:
     """Compare the shards of a folder to its index; prints what is wrong, or that all is right. Returns the errors."""
     form = IMAGE_FORMAT if folder.name == images_directory("").name else LATENT_FORMAT
@@ -222,12 +206,15 @@ def verify_folder(folder: Path) -> int:
 
 
 def verify(directory: Path) -> None:
-    """Check every shard below a data directory, or in one folder of it, and print what was found.
+    """Check every shard of a data directory, or of one folder of it, and print what was found.
 
     Raises:
         UserError: there are none, or something is wrong.
     """
-    if not (folders := shard_folders(directory)):
+    names = ("index.json", shard_name(0))
+    below = sorted(directory.iterdir()) if directory.is_dir() else []
+    folders = [folder for folder in (directory, *below) if any((folder / name).is_file() for name in names)]
+    if not folders:
         raise UserError(f"{directory}: no shards below it; expected the --output-path of preprocessing.py")
     if errors := sum(map(verify_folder, folders)):
         raise UserError(f"{directory}: {errors} damaged or missing files; what to do is said above")

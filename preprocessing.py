@@ -33,6 +33,7 @@ from tqdm import tqdm
 from dataset import IMAGE_FORMAT, fingerprint_of, images_directory
 from errors import Parser, UserError, run_script
 from flags.config import parse_flags
+from flags.types import number
 from storage.files import locked, replace_text, require_space
 from storage.photographs import Skipped, Source, list_sources, read_image
 from storage.reference_hdf5 import is_hdf5, list_hdf5, opened_hdf5
@@ -41,7 +42,7 @@ from storage.shards import is_made_by, list_shards, read_header, refuse_other_sh
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
 SHARD_IMAGES = 512  # 101 MB at 256 px; a worker holds up to three copies in memory
-# errors of the machine, not of an image: they end the run instead of listing the file as skipped
+# errors of the machine or a network disk, not of an image: they end the run instead of listing the file as skipped
 MACHINE_ERRORS = {
     *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
     *(errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO),
@@ -73,10 +74,10 @@ def opened_root(root: Path) -> Iterator[Callable[[str], Path | BinaryIO]]:
 
 def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
     """Decode a shard's images and write it atomically; returns its number. A whole shard of this plan is left as is."""
-    number, sources = job
-    path = directory / shard_name(number)
+    i, sources = job
+    path = directory / shard_name(i)
     if is_made_by(path, plan):
-        return number
+        return i
     pixels = np.empty((len(sources), 3, resolution, resolution), np.uint8)
     labels, skipped = [], []
     with opened_root(root) as opened:
@@ -92,13 +93,13 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
                 skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
     tensors = {"pixels": pixels[: len(labels)], "labels": np.array(labels, np.int64)}
     write_shard(path, tensors, {"plan": plan, "skipped": skipped})
-    return number
+    return i
 
 
 def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]) -> tuple[dict, list[Skipped]]:
     """Write index.json and skipped.txt for `count` shards; returns the index and all that was skipped."""
-    for number in range(count):
-        found = read_header(directory / shard_name(number)).metadata["skipped"]
+    for i in range(count):
+        found = read_header(directory / shard_name(i)).metadata["skipped"]
         skipped = skipped + [Skipped(*entry) for entry in found]
     shards = list_shards(directory, count)
     index = {**index, "images": sum(shard["images"] for shard in shards), "skipped": len(skipped)}
@@ -184,23 +185,16 @@ def follow_main(main: int) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--imagenet-path",
-        type=Path,
-        required=True,
-        help="tree of images (a folder a class, or dataset.json), or images.h5",
-    )
+    at_least_1 = number(int, at_least=1)
+    images = "tree of images (a folder a class, or dataset.json), or images.h5"
+    parser.add_argument("--imagenet-path", type=Path, required=True, help=images)
     parser.add_argument(
         "--output-path", type=Path, default=Path("data"), help="shards go to its folder images/ (default: data)"
     )
-    parser.add_argument("--resolution", type=int, default=256, help="side of the square images (default: 256)")
-    parser.add_argument("--num-workers", type=int, default=16, help="parallel processes (default: 16)")
-    parser.add_argument("--max-images", type=int, help="use only the first N files in sorted order")
-    args = parse_flags(parser, argv, "preprocessing")
-    for name in ("resolution", "num_workers", "max_images"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-    return args
+    parser.add_argument("--resolution", type=at_least_1, default=256, help="side of the square images (default: 256)")
+    parser.add_argument("--num-workers", type=at_least_1, default=16, help="parallel processes (default: 16)")
+    parser.add_argument("--max-images", type=at_least_1, help="use only the first N files in sorted order")
+    return parse_flags(parser, argv, "preprocessing")
 
 
 def main() -> None:

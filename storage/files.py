@@ -104,10 +104,7 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, there is a file of that name, or it cannot be written to.
     """
     require_writable(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose a place that can be written to") from None
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             remove_leftovers(folder)

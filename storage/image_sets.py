@@ -7,7 +7,6 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from errors import UserError
 from storage.photographs import opened_image, refuse_more_than_memory
 
-LOOKED_AT = 64  # images, evenly spaced, by which the range of pixels is judged
+LOOKED_AT = 64  # images, evenly spaced, whose range of pixels is checked
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DAMAGE = (EOFError, ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
@@ -49,7 +48,7 @@ class FolderImages(Dataset):
     """The pictures below a folder, all RGB and of one size.
 
     Raises:
-        UserError: there is none, or, when it is read, one is damaged, of another size or without three channels.
+        UserError: there is none; when a picture is read, it is damaged, of another size or not RGB.
     """
 
     def __init__(self, folder: Path):
@@ -84,7 +83,7 @@ class FolderImages(Dataset):
 
 
 def describe(size: tuple[int, int]) -> str:
-    """Height and width in words."""
+    """Height and width as text."""
     return f"{size[0]}x{size[1]} px"
 
 
@@ -98,12 +97,11 @@ def npz_arrays(path: Path) -> list[str]:
 
 
 def map_member(path: Path, name: str) -> np.ndarray:
-    """An array of an npz, read-only, without reading it, so its checksum is not looked at; one that is compressed is
-    read into memory.
+    """An array of an npz, read-only: mapped, without comparing its checksum, or read into memory if it is compressed.
 
     Raises:
-        UserError: the file is missing or damaged, has no such array of numbers or text, or one that is compressed and
-            would not fit into memory.
+        UserError: the file is missing or damaged, holds no such array of numbers or text, or the array is compressed
+            and would not fit into memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -111,6 +109,9 @@ def map_member(path: Path, name: str) -> np.ndarray:
                 raise UserError(f"{path}: no {name.removesuffix('.npy')} inside, but {', '.join(archive.namelist())}")
             info = archive.getinfo(name)
             with archive.open(name) as file:
+                formats = np.lib.format
+                first = formats.read_magic(file) == (1, 0)
+                read_header = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
                 shape, fortran, dtype = read_header(file)
                 offset = file.tell()
             if dtype.hasobject:  # mapped, pickled objects would be taken for addresses
@@ -130,18 +131,11 @@ def map_member(path: Path, name: str) -> np.ndarray:
         raise UserError(f"{path}: not a readable npz ({error})") from None
 
 
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and dtype of the npy that `file` is at the beginning of."""
-    version = np.lib.format.read_magic(file)
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    return read[version[0]](file)
-
-
 def open_image_set(path: Path, what: str) -> Dataset:
     """The images of an npz or below a folder; `what` names them in messages.
 
     Raises:
-        UserError: there are none, or they are no 8-bit RGB images with grey levels from 0 to 255.
+        UserError: there are none, or they are not 8-bit RGB with levels from 0 to 255.
     """
     if path.is_dir():
         images = FolderImages(path)

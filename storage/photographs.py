@@ -108,32 +108,19 @@ def list_tree(root: Path) -> list[str]:
     Raises:
         UserError: a folder cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
     paths = []
-
-    def visit(folder: Path, above: frozenset[Path]) -> None:
-        here = folder.resolve()
-        if here in above:
-            return
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
-        for entry in entries:
-            if is_folder(entry):
-                visit(Path(entry.path), above | {here})
-            else:
-                paths.append(Path(entry.path).relative_to(root).as_posix())
-
-    visit(root, frozenset())
+    for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
+        here = Path(folder)
+        if here.resolve() in {above.resolve() for above in here.parents if above.is_relative_to(root)}:
+            below.clear()
+            continue
+        start = "" if here == root else f"{here.relative_to(root).as_posix()}/"
+        paths += [start + name for name in names]
     return sorted(paths)
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether a directory entry is a folder or a link to one; no for links that lead nowhere."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def parse_labels(content: bytes, where: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""From a joint checkpoint to samples, as a user types it: subprocesses, one and several, ours and published files."""
+"""From a joint checkpoint to samples, by one process and by several, from our own and from published files."""
 
 import json
 import shutil
@@ -11,16 +11,24 @@ import torch
 
 import preprocessing
 import published
-from dataset import open_images, open_latents
+from dataset import open_latents
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, call, interrupt, records, run, torchrun
+from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
+from test_files import quietly
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
+
+
+def done(script: str, *flags: object) -> str:
+    """Run a script's main in this process to a good end; what it printed."""
+    code, stdout, stderr = quietly(script, *flags)
+    assert code == 0, stderr
+    return stdout + stderr
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +39,8 @@ def world(tmp_path_factory) -> Path:
         patch.setattr(preprocessing, "SHARD_IMAGES", 4)
         make_data(root, per_class=6)
     checkpoint = published.write_run(root / "published", joint=True)
-    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
-    run("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
+    done("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
+    done("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
     return root
 
 
@@ -51,7 +59,7 @@ def frozen_flags(root: Path, name: str) -> tuple:
 @pytest.fixture(scope="module")
 def frozen(world) -> Path:
     """An uninterrupted frozen-VAE run of LAST steps."""
-    run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
+    done("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
     return world / "exps/whole"
 
 
@@ -67,21 +75,18 @@ def test_the_extracted_vae_is_the_published_runs(world):
     torch.testing.assert_close(bias.flatten(), published.STATISTICS["latents_bias"])
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_caching_gives_the_same_rows_on_any_number_of_processes(world, processes):
-    name = f"by-{processes}"
-    done = run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=torchrun(processes))
-    assert f"by {processes} processes" in done.stdout
-    for shard in ("00001", "00004"):  # what one process misses, another number of them makes
-        (world / "data" / name / f"{shard}.safetensors").unlink()
-    done = run("cache_latents.py", *cache_flags(world), "--vae-latents-name", name, launcher=ACCELERATE)
-    assert "by 1 processes" in done.stdout
-    one, several = open_latents(world / "data", "one"), open_latents(world / "data", name)
+def test_caching_gives_the_same_rows_on_any_number_of_processes(world):
+    flags = (*cache_flags(world), "--vae-latents-name", "several")
+    assert "by 3 processes" in run("cache_latents.py", *flags, launcher=torchrun(3)).stdout
+    for shard in ("00001", "00004"):  # what three processes miss, another number of them makes
+        (world / f"data/several/{shard}.safetensors").unlink()
+    assert "by 1 processes" in run("cache_latents.py", *flags, launcher=ACCELERATE).stdout
+    one, several = open_latents(world / "data", "one"), open_latents(world / "data", "several")
     assert len(several) == 18
     for i in range(18):
         assert several[i][1] == one[i][1]
         assert torch.equal(several[i][2], one[i][2])
-    indices = [json.loads((world / "data" / folder / "index.json").read_text()) for folder in ("one", name)]
+    indices = [json.loads((world / "data" / folder / "index.json").read_text()) for folder in ("one", "several")]
     assert indices[0] == indices[1]
 
 
@@ -112,8 +117,8 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
 
 def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
     flags = (*frozen_flags(world, "two"), "--max-train-steps", 3)
-    done = run("train_ldm_only.py", *flags, launcher=torchrun(2))
-    assert "4 images a step = 2 processes x" in done.stdout + done.stderr
+    process = run("train_ldm_only.py", *flags, launcher=torchrun(2))
+    assert "4 images a step = 2 processes x" in process.stdout + process.stderr
     log = records(world / "exps/two/metrics.jsonl")
     assert len(log) == 3
     for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
@@ -124,7 +129,7 @@ def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
 def test_without_an_encoder_no_images_are_needed(world, tmp_path):
     shutil.copytree(world / "data/one", tmp_path / "one")
     flags = ("--data-dir", tmp_path, "--enc-type", "none", "--max-train-steps", 1)
-    run("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags, launcher=ACCELERATE)
+    done("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags)
     assert "proj_loss" not in records(world / "exps/no-encoder/metrics.jsonl")[0]
 
 
@@ -134,8 +139,11 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
     for processes, batch in ((1, 7), (2, 2)):
         folder = tmp_path / str(processes)
         options = ("--sample-dir", folder, "--pproc-batch-size", batch)
-        done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
-        assert done.stdout.count("7 samples of 32 px: ") == 1
+        if processes == 1:
+            said = done("generate.py", *flags, *options)
+        else:
+            said = run("generate.py", *flags, *options, launcher=torchrun(processes)).stdout
+        assert said.count("7 samples of 32 px: ") == 1
         (path,) = folder.glob("*.npz")
         manifest = json.loads(path.with_suffix(".json").read_text())
         assert manifest["made_with"]["processes"] == processes
@@ -155,8 +163,8 @@ def test_training_goes_on_from_published_checkpoints(world, vgg_weights):
     ):
         length = ("--max-train-steps", published.STEP + 1, "--epochs", 10**6)
         source = ("--continue-train-exp-dir", world / name)
-        done = run(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
-        assert f"continuing after step {published.STEP} from {world / name}" in done.stdout + done.stderr
+        said = done(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
+        assert f"continuing after step {published.STEP} from {world / name}" in said
         saved = read_checkpoint(world / f"exps/{name}/checkpoints/{published.STEP + 1:07d}.pt")
         before = published.fresh_sit().state_dict()
         moved = saved["model"]["final_layer.linear.weight"] - before["final_layer.linear.weight"]
@@ -172,22 +180,6 @@ def frozen_or_joint(root: Path, script: str, name: str) -> tuple:
     return flags
 
 
-def test_reference_hdf5_trains_as_shards_do(world, frozen, vgg_weights):
-    """The same images and moments in the reference's files give the same run."""
-    latents = open_latents(world / "data", "one")
-    images = open_images(world / "data")
-    pixels, labels = zip(*(images[i] for i in range(18)), strict=True)
-    published.write_hdf5(world / "h5", list(pixels), list(labels), "one", [latents[i][2] for i in range(18)])
-    flags = (*frozen_flags(world, "hdf5"), "--data-dir", world / "h5", "--max-train-steps", 3)
-    done = run("train_ldm_only.py", *flags)
-    assert "does not say which VAE it was cached with" in done.stdout + done.stderr
-    assert records(world / "exps/hdf5/metrics.jsonl") == records(frozen / "metrics.jsonl")[:3]
-    joint = frozen_or_joint(world, "train_repae.py", "joint-hdf5")
-    paths = ("--data-dir", world / "h5", "--lpips-vgg-ckpt", vgg_weights, "--max-train-steps", 1)
-    run("train_repae.py", *joint, *paths)
-    assert len(records(world / "exps/joint-hdf5/metrics.jsonl")) == 1
-
-
 def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
     path = published.write_run(world / "other-vae", joint=False)
     content = torch.load(path, weights_only=False)
@@ -195,7 +187,7 @@ def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
         content[part][f"{prefix}bn.running_mean"] += 0.1
     torch.save(content, path)
     flags = ("--continue-train-exp-dir", world / "other-vae", "--max-train-steps", published.STEP + 1)
-    code, stderr = call("train_ldm_only.py", *frozen_flags(world, "wrong"), *flags, "--epochs", 10**6)
+    code, _, stderr = quietly("train_ldm_only.py", *frozen_flags(world, "wrong"), *flags, "--epochs", 10**6)
     assert code == 2
     assert "it was trained on another VAE" in stderr
     assert not (world / "exps/wrong/args.json").exists()
@@ -209,21 +201,20 @@ def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(w
     content["identity"] = {"loss": {"kl_weight": 1e-6}}
     torch.save(content, path)
     flags = ("--continue-train-exp-dir", world / "joint-source", "--max-train-steps", published.STEP + 1)
-    code, stderr = call("train_ldm_only.py", *frozen_flags(world, "from-joint"), *flags, "--epochs", 10**6)
-    assert code == 0, stderr
+    done("train_ldm_only.py", *frozen_flags(world, "from-joint"), *flags, "--epochs", 10**6)
     model = read_checkpoint(world / f"exps/from-joint/checkpoints/{published.STEP + 1:07d}.pt")["model"]
     torch.testing.assert_close(model["bn.running_mean"], published.STATISTICS["latents_bias"])
 
 
 def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
     flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
-    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
-    assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
+    process = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    assert process.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
 
 
 def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     checkpoint = max((whole_run / "checkpoints").glob("*.pt"))
-    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
+    done("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
     saved = read_checkpoint(checkpoint)
     vae = build_vae(published.VAE)
     load_weights(vae, read_checkpoint(tmp_path / "own/own.pt"), "own")
@@ -232,5 +223,5 @@ def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     torch.testing.assert_close(scale.flatten(), saved["ema"]["bn.running_var"].rsqrt())
     torch.testing.assert_close(bias.flatten(), saved["ema"]["bn.running_mean"])
     flags = ("--exp-path", whole_run, "--sample-dir", tmp_path, "--num-fid-samples", 2, "--num-steps", 2, "--no-png")
-    run("generate.py", *flags)
+    done("generate.py", *flags)
     assert len(list(tmp_path.glob("*.npz"))) == 1

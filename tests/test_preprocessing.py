@@ -172,7 +172,7 @@ def test_a_killed_worker_ends_with_a_message(tmp_path, monkeypatch):
 def many(tmp_path) -> tuple[list[str], Path]:
     """A command that preprocesses thousands of images, and the folder that its shards go to."""
     (tmp_path / "tree/only").mkdir(parents=True)
-    photo(0, 600, 600).save(tmp_path / "photo.png")
+    photo(0, 250, 250).save(tmp_path / "photo.png")
     for i in range(2000):
         (tmp_path / f"tree/only/{i:04d}.png").symlink_to(tmp_path / "photo.png")
     flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)

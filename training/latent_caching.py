@@ -25,11 +25,14 @@ from models.numerics import to_device, to_host
 from storage.files import locked, replace_text, require_space, writing_behind
 from storage.shards import is_made_by, list_shards, refuse_other_shards, shard_name, write_shard
 
-Encode = Callable[[Tensor], Tensor]
-
 
 def cache_latents(
-    directory: Path, index: dict, images: ImageDataset, encode: Encode, args: argparse.Namespace, state: PartialState
+    directory: Path,
+    index: dict,
+    images: ImageDataset,
+    encode: Callable[[Tensor], Tensor],
+    args: argparse.Namespace,
+    state: PartialState,
 ) -> None:
     """Write every shard that is not there yet, each by one process, and then the index.
 
@@ -45,12 +48,25 @@ def cache_latents(
         UserError: the folder holds something else or is being written to, the disk is too small, or a value is not
             finite.
     """
-    ends = np.cumsum(images.sizes).tolist()
+    ends, layout, plan = np.cumsum(images.sizes).tolist(), shard_layout(index), index["fingerprint"]
     shards = [(shard_name(i), range(end - images.sizes[i], end)) for i, end in enumerate(ends)]
     with locked(directory) if state.is_main_process else nullcontext():
         hint = "another VAE, other images, --dtype or --mirrored; delete it, or choose another --vae-latents-name"
-        refuse_other_shards(directory, index["fingerprint"], len(shards), hint)
-        write_shards(directory, index, images, shards, encode, args, state)
+        refuse_other_shards(directory, plan, len(shards), hint)
+        missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, plan)]
+        row_bytes = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
+        require_space(directory, row_bytes * sum(len(rows) for _, rows in missing), "the latents")
+        state.wait_for_everyone()  # all see the same ones missing before the first is written
+        share = missing[state.process_index :: state.num_processes]
+        batches = load_batches(images, [rows for _, rows in share], args, state.device)
+        total = sum(len(rows) for _, rows in share)
+        with (
+            tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
+            writing_behind(bar.update) as write,
+        ):
+            for name, rows in share:
+                arrays, wait = encode_shard(index, batches, len(rows), encode, state.device)
+                write([partial(write_finite, directory / name, arrays, {"plan": plan})], wait, len(rows))
         state.wait_for_everyone()
         if state.is_main_process:
             index = {**index, "shards": list_shards(directory, len(shards))}
@@ -59,35 +75,14 @@ def cache_latents(
             print(f"{what}, in {directory}, by {state.num_processes} processes")
 
 
-def write_shards(
-    directory: Path,
-    index: dict,
-    images: ImageDataset,
-    shards: list[tuple[str, range]],
-    encode: Encode,
-    args: argparse.Namespace,
-    state: PartialState,
-) -> None:
-    """Write this process's share of the missing shards: every world-th of them."""
-    missing = [(name, rows) for name, rows in shards if not is_made_by(directory / name, index["fingerprint"])]
-    row = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shard_layout(index).values())
-    require_space(directory, row * sum(len(rows) for _, rows in missing), "the latents")
-    state.wait_for_everyone()  # all see the same ones missing before the first is written
-    share = missing[state.process_index :: state.num_processes]
-    # batches end with their shard, so that rows do not depend on the processes
+def load_batches(
+    images: ImageDataset, shards: list[range], args: argparse.Namespace, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """Batches of pixels and labels; each ends with its shard, so that rows do not depend on the processes."""
     size = args.pproc_batch_size
-    batches = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
-    pinned = state.device.type == "cuda"
-    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pinned))
-    total = sum(len(rows) for _, rows in share)
-    metadata = {"plan": index["fingerprint"], "vae_fingerprint": index["vae_fingerprint"]}
-    with (
-        tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
-        writing_behind(bar.update) as write,
-    ):
-        for name, rows in share:
-            arrays, wait = encode_shard(index, loader, len(rows), encode, state.device)
-            write([partial(write_finite, directory / name, arrays, metadata)], wait, len(rows))
+    batches = [rows[first : first + size] for rows in shards for first in range(0, len(rows), size)]
+    pinned = device.type == "cuda"
+    return iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pinned))
 
 
 def write_finite(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
@@ -100,9 +95,9 @@ def write_finite(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> N
 
 
 def encode_shard(
-    index: dict, loader: Iterator, rows: int, encode: Encode, device: torch.device
+    index: dict, batches: Iterator, rows: int, encode: Callable[[Tensor], Tensor], device: torch.device
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
-    """The arrays of a shard, from the next `rows` images of `loader`, and a function that waits for their values."""
+    """The arrays of a shard, from the next `rows` images of `batches`, and a function that waits for their values."""
     layout = shard_layout(index)
     if not rows:  # a shard whose images could not be read
         arrays = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in layout.items()}
@@ -110,7 +105,7 @@ def encode_shard(
     dtype = getattr(torch, index["dtype"])
     parts, labels = {name: [] for name in layout}, []
     while sum(map(len, labels)) < rows:
-        pixels, their_labels = next(loader)
+        pixels, their_labels = next(batches)
         (pixels,) = to_device([pixels], device)
         parts["moments"].append(encode(pixels).to(dtype))
         if index["mirrored"]:
