@@ -24,12 +24,11 @@ from models.autoencoder import build_vae, pixels_to_image
 from models.discriminator import PatchDiscriminator
 from models.encoders import Encoder, encoder_specs
 from models.sit import SiT_models
-from train_ldm_only import ldm_step
-from train_repae import JointNets, JointStepConfig, repae_step
+from train_repae import JointNets, JointStepConfig
 from training.distributed import frozen_call
 from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.transformer_step import TransformerNets, copy_for_ema, encoder_tokens, update_transformer
+from training.transformer_step import copy_for_ema, encoder_tokens, update_transformer
 from training.vae_step import update_discriminator
 from weights.vae import latent_shape, open_vae
 
@@ -130,14 +129,16 @@ def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
 def stage_flops(
     vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
 ) -> dict[str, float]:
-    """Operations per image of the parts of the joint step, then of every stage."""
+    """Operations per image of the parts of the joint step, then of every stage.
+
+    A joint step is the sum of its parts, and a frozen-VAE step that of the encoders and the transformer's update.
+    """
     with torch.device("meta"):
         nets = build_nets(vae, model, enc_type, resolution, encoder_depth)
         batch, draws = build_batch(vae, resolution)
     found = joint_terms(nets, batch, draws)
-    found["joint step"] = count(repae_step, nets, batch, draws, CONFIG)
-    alone = TransformerNets(sit=nets.sit, ema=nets.ema, encoders=nets.encoders, opt_sit=nets.opt_sit)
-    found["frozen-VAE step"] = count(ldm_step, alone, batch, draws, CONFIG)
+    found["joint step"] = sum(found.values())
+    found["frozen-VAE step"] = found["encoders, forward"] + found["transformer's update"]
     found |= other_terms(nets, batch, draws)
     found["sampling"] = SAMPLING_STEPS * found["sampling, an evaluation"] + found["sampling, decoding"]
     return found

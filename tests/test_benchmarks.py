@@ -14,19 +14,21 @@ from benchmarks.watched_training import READS, Watched
 from benchmarks.workspace import make_workspace
 from models.sit import SiT_models
 from scripts import ROOT, call
+from train_ldm_only import ldm_step
+from train_repae import repae_step
 
 CPU = torch.device("cpu")
 
 
 def test_measuring_counts_calls_time_and_products():
-    a = torch.randn(64, 32)
+    a = torch.randn(256, 512)
     calls = []
 
     def work() -> None:
         calls.append(a @ a.T)
 
     found = measure(work, images=4, device=CPU, seconds=0)
-    assert (found.flops, found.images, found.runs) == (2 * 64 * 32 * 64, 4, 3)
+    assert (found.flops, found.images, found.runs) == (2 * 256 * 512 * 256, 4, 3)
     assert len(calls) == 6  # to warm up, to count, for memory, and three
     assert 0 < found.fastest <= found.median <= found.slowest
     assert found.memory > 10**7
@@ -53,12 +55,14 @@ def test_operations_of_a_transformer_are_those_of_its_matrices_and_its_attention
 
 
 def test_the_parts_of_a_joint_step_are_all_of_it():
-    found = flops.stage_flops("f4d4-tiny", "SiT-XXS/2", "efficientnet-lite0", 32, 2)
-    parts = list(found)[: list(found).index("joint step")]
-    assert sum(found[part] for part in parts) == pytest.approx(found["joint step"], rel=1e-9)
+    flags = ("f4d4-tiny", "SiT-XXS/2", "efficientnet-lite0", 32, 2)
+    found = flops.stage_flops(*flags)
     assert min(found.values()) > 0
-    frozen = found["encoders, forward"] + found["transformer's update"]
-    assert found["frozen-VAE step"] == pytest.approx(frozen, rel=1e-9)
+    with torch.device("meta"):
+        nets = flops.build_nets(*flags)
+        batch, draws = flops.build_batch("f4d4-tiny", 32)
+    for name, step in (("joint step", repae_step), ("frozen-VAE step", ldm_step)):
+        assert flops.count(step, nets, batch, draws, flops.CONFIG) == pytest.approx(found[name], rel=1e-9)
 
 
 @pytest.mark.slow
