@@ -7,7 +7,6 @@ attention in the forward and in the backward pass. Elementwise operations (norms
 they cost memory traffic rather than operations.
 """
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable
@@ -115,16 +114,6 @@ def joint_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
     }
 
 
-@torch.no_grad()
-def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
-    """Operations per image of caching, and of the parts of sampling."""
-    return {
-        "caching": count(lambda: nets.vae.encode(pixels_to_image(batch.pixels))),
-        "sampling, an evaluation": count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False)),
-        "sampling, decoding": count(nets.vae.decode, draws.noise),
-    }
-
-
 @functools.cache
 def stage_flops(
     vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
@@ -139,23 +128,22 @@ def stage_flops(
     found = joint_terms(nets, batch, draws)
     found["joint step"] = sum(found.values())
     found["frozen-VAE step"] = found["encoders, forward"] + found["transformer's update"]
-    found |= other_terms(nets, batch, draws)
+    with torch.no_grad():
+        found["caching"] = count(nets.vae.encode, pixels_to_image(batch.pixels))
+        found["sampling, an evaluation"] = count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False))
+        found["sampling, decoding"] = count(nets.vae.decode, draws.noise)
     found["sampling"] = SAMPLING_STEPS * found["sampling, an evaluation"] + found["sampling, decoding"]
     return found
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--vae", default="f8d4", help="name of a VAE")
     parser.add_argument("--model", default="SiT-XL/2", help="name of a transformer")
     parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--encoder-depth", type=int, default=8, help="block whose tokens are aligned")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     with torch.device("meta"):
         nets = build_nets(**vars(args))
     for name in ("vae", "discriminator", "sit"):

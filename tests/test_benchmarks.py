@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import flops
-from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, cases, check, restart_difference
+from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, check, restart_difference
 from benchmarks.measure import counted_flops, measure, profile
 from benchmarks.watched_training import READS, Watched
-from benchmarks.workspace import make_workspace
+from benchmarks.workspace import TINY, make_workspace
 from models.sit import SiT_models
 from scripts import ROOT, call
 from train_ldm_only import ldm_step
@@ -136,7 +136,7 @@ def test_every_failure_is_named(tmp_path, monkeypatch):
         second = {**good, "first_step": CHECKPOINT + 1, **(again or {})}
         runs = iter([({**good, **(first or {})}, before), (second, after)])
         monkeypatch.setattr("benchmarks.gpu_check.train", lambda *_: next(runs))
-        return check(tmp_path, cases(tiny=True)[0], "cpu")["failed"]
+        return check(tmp_path, "made-up", TINY, "cpu")["failed"]
 
     assert found() == []
     assert found(first={"recompiled": 2}) == found(again={"recompiled": 2}) == ["2 graphs recompiled"]
@@ -150,14 +150,13 @@ def test_every_failure_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tiny_training_passes_the_check(tmp_path):
     """Falling losses, the same ones after SIGKILL, nothing recompiled, no host that waits."""
-    (case,) = cases(tiny=True)
-    make_workspace(tmp_path, case.setting, workers=1)
-    found = check(tmp_path, case, "cpu")
+    make_workspace(tmp_path, TINY, workers=1)
+    found = check(tmp_path, "tiny", TINY, "cpu")
     assert found["failed"] == []
     assert found["graphs"] == 8  # all were compiled
     assert found["restart_difference"] == 0
     assert found["flops_per_second"] > 0
-    log = tmp_path / "exps" / case.name / "metrics.jsonl"
+    log = tmp_path / "exps/tiny/metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, LAST + 1))
 
 
