@@ -7,7 +7,6 @@ attention in the forward and in the backward pass. Elementwise operations (norms
 they cost memory traffic rather than operations.
 """
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable
@@ -25,12 +24,11 @@ from models.discriminator import PatchDiscriminator
 from models.encoder_table import encoder_specs
 from models.encoders import Encoder
 from models.sit import SiT_models
-from train_ldm_only import ldm_step
-from train_repae import JointNets, JointStepConfig, repae_step
+from train_repae import JointNets, JointStepConfig
 from training.distributed import frozen_call
 from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.transformer_step import TransformerNets, copy_for_ema, encoder_tokens, update_transformer
+from training.transformer_step import copy_for_ema, encoder_tokens, update_transformer
 from training.vae_step import update_discriminator
 from weights.vae import latent_shape, open_vae
 
@@ -117,45 +115,36 @@ def joint_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]
     }
 
 
-@torch.no_grad()
-def other_terms(nets: JointNets, batch: Batch, draws: Draws) -> dict[str, float]:
-    """Operations per image of caching, and of the parts of sampling."""
-    return {
-        "caching": count(lambda: nets.vae.encode(pixels_to_image(batch.pixels))),
-        "sampling, an evaluation": count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False)),
-        "sampling, decoding": count(nets.vae.decode, draws.noise),
-    }
-
-
 @functools.cache
 def stage_flops(
     vae: str, model: str, enc_type: str = "dinov2-vit-b", resolution: int = 256, encoder_depth: int = 8
 ) -> dict[str, float]:
-    """Operations per image of the parts of the joint step, then of every stage."""
+    """Operations per image of the parts of the joint step, then of every stage.
+
+    A joint step is the sum of its parts, and a frozen-VAE step that of the encoders and the transformer's update.
+    """
     with torch.device("meta"):
         nets = build_nets(vae, model, enc_type, resolution, encoder_depth)
         batch, draws = build_batch(vae, resolution)
     found = joint_terms(nets, batch, draws)
-    found["joint step"] = count(repae_step, nets, batch, draws, CONFIG)
-    alone = TransformerNets(sit=nets.sit, ema=nets.ema, encoders=nets.encoders, opt_sit=nets.opt_sit)
-    found["frozen-VAE step"] = count(ldm_step, alone, batch, draws, CONFIG)
-    found |= other_terms(nets, batch, draws)
+    found["joint step"] = sum(found.values())
+    found["frozen-VAE step"] = found["encoders, forward"] + found["transformer's update"]
+    with torch.no_grad():
+        found["caching"] = count(nets.vae.encode, pixels_to_image(batch.pixels))
+        found["sampling, an evaluation"] = count(lambda: nets.sit(draws.noise, draws.t, batch.labels, project=False))
+        found["sampling, decoding"] = count(nets.vae.decode, draws.noise)
     found["sampling"] = SAMPLING_STEPS * found["sampling, an evaluation"] + found["sampling, decoding"]
     return found
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--vae", default="f8d4", help="name of a VAE")
     parser.add_argument("--model", default="SiT-XL/2", help="name of a transformer")
     parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--encoder-depth", type=int, default=8, help="block whose tokens are aligned")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     with torch.device("meta"):
         nets = build_nets(**vars(args))
     for name in ("vae", "discriminator", "sit"):

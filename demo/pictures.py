@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from pathlib import Path
 
 import matplotlib
@@ -26,20 +25,17 @@ PANELS = {
     "Diffusion loss": {"denoising_loss": ""},
     "Alignment loss": {"vae_align_loss": " (through the VAE)", "proj_loss": ""},
 }
-# colours that the report's style sheet replaces by those of its theme
-INK, GRID = "#010101", "#020202"
-SERIES = {"vae": "#030301", "joint": "#030302", "frozen": "#030303"}
 RUNS = {"vae": "VAE alone", "joint": "joint", "frozen": "on the frozen tuned VAE"}
-CSS = {INK: "var(--muted)", GRID: "var(--grid)", **{color: f"var(--{run})" for run, color in SERIES.items()}}
+COLORS = {"vae": "#2a78d6", "joint": "#d9622b", "frozen": "#1f9e77"}
+GREY = "#808890"  # readable on light and dark pages
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, one a step."""
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, without the bias of its start."""
+    """Exponential moving average with bias correction."""
     average, weight, out = 0.0, 0.0, []
     for value in values:
         average, weight = SMOOTHING * average + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
@@ -47,11 +43,11 @@ def smooth(values: list[float]) -> list[float]:
     return out
 
 
-def draw_panel(
-    ax, metrics: dict[str, str], logs: dict[str, list[dict]], colors: dict[str, str], fontsize: int = 8
-) -> None:
-    """Curves of `metrics` in every run that has them. What the joint run continues, the VAE's, follows on the x axis;
-    transformers start at 0 both times."""
+def draw_panel(ax, metrics: dict[str, str], logs: dict[str, list[dict]], fontsize: int) -> None:
+    """Draw the curves of `metrics` in every run that has them.
+
+    The joint run continues the VAE, so its VAE curves follow those of the VAE alone; both transformers start at 0.
+    """
     for metric, suffix in metrics.items():
         for run, records in logs.items():
             if metric not in records[-1]:
@@ -60,34 +56,25 @@ def draw_panel(
             points = [(start + r["step"], r[metric]) for r in records if r[metric] is not None]
             steps, values = zip(*points, strict=True)
             style = "--" if suffix else "-"  # dashes, because the two alignment losses nearly coincide
-            ax.plot(steps, values, color=colors[run], alpha=0.22, linewidth=0.8)
-            ax.plot(steps, smooth(values), style, color=colors[run], linewidth=1.8, label=RUNS[run] + suffix)
+            ax.plot(steps, values, color=COLORS[run], alpha=0.22, linewidth=0.8)
+            ax.plot(steps, smooth(values), style, color=COLORS[run], linewidth=1.8, label=RUNS[run] + suffix)
     ax.set_xlabel("step", fontsize=fontsize)
     ax.tick_params(labelsize=fontsize, length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.grid(axis="y", linewidth=0.8)
-    ax.set_axisbelow(True)
+    ax.grid(axis="y", linewidth=0.6, alpha=0.4)
 
 
-def themed_svg(metrics: dict[str, str], logs: dict[str, list[dict]]) -> str:
-    """One panel as inline SVG whose colours are the page's variables and whose text is text."""
-    style = {
-        **{f"{name}.color": INK for name in ("text", "xtick", "ytick")},
-        "axes.labelcolor": INK,
-        "axes.edgecolor": GRID,
-        "grid.color": GRID,
-        "svg.fonttype": "none",
-    }
+def svg_panel(metrics: dict[str, str], logs: dict[str, list[dict]]) -> str:
+    """One panel as inline SVG with text as text, on a transparent background."""
+    style = {f"{name}.color": GREY for name in ("text", "xtick", "ytick", "grid")}
+    style |= {"axes.labelcolor": GREY, "axes.edgecolor": GREY, "svg.fonttype": "none"}
     with plt.rc_context(style):
         figure, ax = plt.subplots(figsize=(4.6, 2.7), constrained_layout=True)
-        draw_panel(ax, metrics, logs, SERIES, fontsize=11)
+        draw_panel(ax, metrics, logs, fontsize=11)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
         plt.close(figure)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", file.getvalue())
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for color, variable in CSS.items():
-        svg = svg.replace(color, variable)
+    svg = file.getvalue()
     return svg[svg.index("<svg") :]
 
 
@@ -107,7 +94,7 @@ def latent_colors(latents: Tensor) -> Tensor:
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
     flat = flat - flat.mean(0)
     _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    # the sign of a component is arbitrary: take the one that makes its largest weight positive
+    # the sign of a component is arbitrary: make its largest weight positive
     directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     projected = flat @ directions[:3].T
     low, high = torch.quantile(projected, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
@@ -116,7 +103,7 @@ def latent_colors(latents: Tensor) -> Tensor:
 
 
 def strip(pixels: Tensor, side: int) -> Image.Image:
-    """uint8 (N,3,R,R) side by side, each enlarged to `side` without smoothing, with narrow gaps that are clear."""
+    """uint8 (N,3,R,R) side by side, each enlarged to `side` without smoothing, with narrow transparent gaps."""
     gap = max(2, side // 32)
     picture = Image.new("RGBA", (len(pixels) * (side + gap) - gap, side))
     for i, image in enumerate(pixels):
@@ -129,7 +116,6 @@ def draw_overview(
     rows: dict[str, Tensor], samples: dict[str, Tensor], classes: list[str], logs: dict[str, list[dict]], target: Path
 ) -> None:
     """One picture for the README: labelled strips of images, samples by class (K,n,3,R,R), and the curves below."""
-    colors = {"vae": "#2a78d6", "joint": "#d9622b", "frozen": "#1f9e77"}
     figure = plt.figure(figsize=(15, 11.5), constrained_layout=True)
     above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     left, *right = above.subfigures(1, 1 + len(samples), width_ratios=(1.25, *(0.85 for _ in samples)))
@@ -145,9 +131,8 @@ def draw_overview(
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     for ax, (title, metrics) in zip(below.subplots(2, 3).flat, PANELS.items(), strict=True):
-        draw_panel(ax, metrics, logs, colors)
+        draw_panel(ax, metrics, logs, fontsize=8)
         ax.set_title(title, fontsize=10, loc="left")
         ax.legend(frameon=False, fontsize=7)
-        ax.grid(axis="y", linewidth=0.6, alpha=0.4)
     figure.savefig(target, dpi=100, facecolor="white")
     plt.close(figure)

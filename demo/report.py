@@ -1,4 +1,4 @@
-"""exps/demo/report.html: what the demo ran and what came out, on one page that needs no other file."""
+"""exps/demo/report.html: the demo's commands and results on one page that needs no other file."""
 
 import base64
 import html
@@ -11,11 +11,10 @@ from string import Template
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dataset import open_images
-from demo.pictures import PANELS, RUNS, draw_overview, latent_colors, read_metrics, reconstruct, strip, themed_svg
+from demo import pictures
 from demo.run import SAMPLES_A_CLASS
 from metrics.images import psnr
 from models.autoencoder import pixels_to_image
@@ -38,25 +37,29 @@ DISTANCE_TITLES = {
 def write_report(root: Path, folder: Path, record: dict) -> None:
     """Write report.html and overview.png into the demo's `folder`; `record` is the content of stages.json."""
     test = open_images(root / "data-demo/test")
-    logs = {run: read_metrics(folder / run / "metrics.jsonl") for run in RUNS}
+    logs = {run: pictures.read_metrics(folder / run / "metrics.jsonl") for run in pictures.RUNS}
     vaes = {"before": folder / "vae/vae.pt", "after": folder / "e2e-vae/e2e-vae.pt"}
     pixels = torch.stack([test[i][0] for i in range(len(test))])
     networks = {name: load_vae(open_vae(VAE, str(path), offline=True)).eval() for name, path in vaes.items()}
-    coded = {name: reconstruct(vae, pixels) for name, vae in networks.items()}
+    coded = {name: pictures.reconstruct(vae, pixels) for name, vae in networks.items()}
     lpips = load_lpips(str(root / "pretrained/demo/vgg16-features.pt"))
     quality = {name: measure(pixels, recon, lpips) for name, (_, recon) in coded.items()}
     shown = torch.arange(SHOWN) * len(test) // SHOWN
     recons = {"photograph": pixels, **{name: recon for name, (_, recon) in coded.items()}}
-    colors = {"photograph": pixels, **{name: latent_colors(latents) for name, (latents, _) in coded.items()}}
-    paths = [path for run in RUNS for path in sorted((folder / "samples").glob(f"{run}_*_cfg*.npz"))]
+    colors = {"photograph": pixels, **{name: pictures.latent_colors(latents) for name, (latents, _) in coded.items()}}
+    paths = [path for run in pictures.RUNS for path in sorted((folder / "samples").glob(f"{run}_*_cfg*.npz"))]
     samples = {path: read_samples(path, len(test.classes)) for path in paths}
     latent = tuple(coded["before"][0].shape[1:])
     page = Template((Path(__file__).parent / "report.html").read_text(encoding="utf8")).substitute(
         facts=facts(record),
         tiles=tiles(quality, logs, record),
-        key="".join(f'<span><i style="background: var(--{run})"></i>{name}</span>' for run, name in RUNS.items()),
+        key="".join(
+            f'<span><i style="background: {pictures.COLORS[run]}"></i>{name}</span>'
+            for run, name in pictures.RUNS.items()
+        ),
         charts="".join(
-            f'<div class="card"><h3>{title}</h3>{themed_svg(metrics, logs)}</div>' for title, metrics in PANELS.items()
+            f'<div class="card"><h3>{title}</h3>{pictures.svg_panel(metrics, logs)}</div>'
+            for title, metrics in pictures.PANELS.items()
         ),
         reconstructions=groups({name: value[shown] for name, value in recons.items()}),
         latents=groups({name: value[shown] for name, value in colors.items()}),
@@ -75,7 +78,7 @@ def write_report(root: Path, folder: Path, record: dict) -> None:
         "latents after": colors["after"][few],
     }
     guided = {sample_title(path): images for path, images in samples.items() if "cfg1.0" not in path.name}
-    draw_overview(overview, guided, test.classes, logs, folder / "overview.png")
+    pictures.draw_overview(overview, guided, test.classes, logs, folder / "overview.png")
 
 
 @torch.no_grad()
@@ -93,63 +96,56 @@ def read_samples(path: Path, classes: int) -> Tensor:
 
 
 def sample_title(path: Path) -> str:
-    """What the samples RUN_STEP_cfgSCALE-LOW-HIGH.npz are called."""
+    """The title of the samples in RUN_STEP_cfgSCALE-LOW-HIGH.npz."""
     run, step, guidance = path.stem.split("_")
     scale = float(guidance.removeprefix("cfg").split("-")[0])
     origin = {"joint": "Joint run", "frozen": "Frozen tuned VAE"}[run]
     return f"{origin}, step {int(step)}, " + (f"guidance {scale:g}" if scale > 1 else "no guidance")
 
 
-def embedded(picture: Image.Image, alt: str) -> str:
-    """An img element that holds its picture."""
+def image_row(name: str, images: Tensor) -> str:
+    """A labelled row of images, uint8 (N,3,R,R), embedded in the page."""
     file = io.BytesIO()
-    picture.save(file, "png", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    pictures.strip(images, TILE).save(file, "png", optimize=True)
+    data, name = base64.b64encode(file.getvalue()).decode(), html.escape(name)
+    return f'<div class="row"><span>{name}</span><img alt="{name}" src="data:image/png;base64,{data}"></div>'
 
 
 def groups(rows: dict[str, Tensor]) -> str:
     """Blocks of ten columns, each with one labelled row for every entry of `rows`, uint8 (N,3,R,R)."""
     blocks = []
     for first in range(0, SHOWN, A_ROW):
-        lines = [
-            f'<div class="row"><span>{name}</span>{embedded(strip(images[first : first + A_ROW], TILE), name)}</div>'
-            for name, images in rows.items()
-        ]
+        lines = [image_row(name, images[first : first + A_ROW]) for name, images in rows.items()]
         blocks.append(f'<div class="group">{"".join(lines)}</div>')
     return "".join(blocks)
 
 
 def sample_card(title: str, images: Tensor, classes: list[str]) -> str:
     """A card of samples with one row a class."""
-    rows = [
-        f'<div class="row"><span>{html.escape(name)}</span>{embedded(strip(row, TILE), name)}</div>'
-        for name, row in zip(classes, images, strict=True)
-    ]
-    return f'<div class="card"><h3>{title}</h3>{"".join(rows)}</div>'
-
-
-def last_mean(records: list[dict], metric: str, count: int = 20) -> float:
-    """Mean of a metric over a run's last steps."""
-    return float(np.mean([record[metric] for record in records[-count:]]))
+    rows = "".join(map(image_row, classes, images))
+    return f'<div class="card"><h3>{title}</h3>{rows}</div>'
 
 
 def tiles(quality: dict[str, dict[str, float]], logs: dict[str, list[dict]], record: dict) -> str:
-    """The numbers at the top."""
+    """The numbers at the top; losses are means over the last 20 steps."""
+
+    def last_mean(run: str, metric: str) -> float:
+        return float(np.mean([step[metric] for step in logs[run][-20:]]))
+
     before, after = quality["before"], quality["after"]
     seconds = sum(entry["seconds"] for entry in record["stages"].values())
     numbers = {
         f"{before['psnr']:.1f} &rarr; {after['psnr']:.1f} dB": "PSNR of held-out reconstructions, before and after",
         f"{before['lpips']:.3f} &rarr; {after['lpips']:.3f}": "their LPIPS (lower is better)",
-        f"{last_mean(logs['joint'], 'proj_loss'):.2f}": "alignment loss at the end of joint training (-1 is perfect)",
-        f"{last_mean(logs['frozen'], 'denoising_loss'):.2f}": "diffusion loss at the end, on the frozen tuned VAE",
+        f"{last_mean('joint', 'proj_loss'):.2f}": "alignment loss at the end of joint training (-1 is perfect)",
+        f"{last_mean('frozen', 'denoising_loss'):.2f}": "diffusion loss at the end, on the frozen tuned VAE",
         duration(seconds): "in all",
     }
     return "".join(f'<div class="card"><b>{value}</b><span>{what}</span></div>' for value, what in numbers.items())
 
 
 def facts(record: dict) -> str:
-    """How long, on what, when."""
+    """Lengths of the runs, machine and date."""
     plan = record["plan"]
     precision = {"bf16": "bfloat16", "no": "float32"}[plan["precision"]]
     return html.escape(
@@ -160,14 +156,9 @@ def facts(record: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: 42 s, or 3 min 05 s."""
+    """A time like 42 s or 3 min 05 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def amount(count: int) -> str:
-    """Bytes in words: 41 MB, or 1.7 GB."""
-    return f"{count / 1e9:.1f} GB" if count > 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def distance_rows(folder: Path) -> str:
@@ -186,12 +177,11 @@ def distance_rows(folder: Path) -> str:
 
 
 def stage_rows(record: dict) -> str:
-    """The table of stages."""
+    """Rows of the table of stages, each with its command and time."""
     longest = max(entry["seconds"] for entry in record["stages"].values())
     return "".join(
         f"<tr><td><details><summary>{html.escape(entry['title'])}</summary><pre>{html.escape(entry['command'])}</pre>"
         f'</details><div class="bar" style="width: {100 * entry["seconds"] / longest:.1f}%"></div></td>'
-        f'<td class="number">{duration(entry["seconds"])}</td>'
-        f'<td class="number">{amount(entry["peak_bytes"])}</td></tr>'
+        f'<td class="number">{duration(entry["seconds"])}</td></tr>'
         for entry in record["stages"].values()
     )

@@ -1,13 +1,14 @@
 """The whole method on 4500 real photographs of 32 pixels, in minutes on two CPU cores: `make demo`.
 
-Runs the real scripts by their real command lines, one after the other, and writes exps/demo/report.html. Each script
-continues where it stopped, so an interrupted demo goes on when it is started again.
+Runs the scripts one after the other and writes exps/demo/report.html. Every script resumes, so an interrupted demo
+continues when it is started again.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -28,7 +29,7 @@ GUIDANCE = 2.5
 
 
 class Stage(NamedTuple):
-    """One script's run; `line` is its command line."""
+    """A script's run by its command line."""
 
     name: str
     title: str
@@ -36,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How long the demo's runs are."""
+    """Precision and lengths of the demo's runs."""
 
     precision: str
     vae_steps: int
@@ -45,18 +46,20 @@ class Plan(NamedTuple):
 
 
 def make_plan(steps: int | None) -> Plan:
-    """Runs sized by the joint run's steps; by default for a quarter of an hour, shorter ones where all is float32."""
-    precision, default = ("bf16", 220) if cpu_has_bfloat16() else ("no", 110)
+    """The plan for so many joint steps, by default for a quarter of an hour: fewer steps where all is float32.
+
+    Without instructions for bfloat16, a CPU computes it more slowly than float32 instead of twice as fast.
+    """
+    has_bfloat16 = {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_description().split())
+    precision, default = ("bf16", 220) if has_bfloat16 else ("no", 110)
     steps = steps or default
     return Plan(precision, round(1.5 * steps), steps, 3 * steps)
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU computes in bfloat16; without, it is slower than float32 instead of twice as fast."""
-    try:
-        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    except OSError:
-        return False
+def cpu_description() -> str:
+    """The text of /proc/cpuinfo; empty on systems that have none."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -71,7 +74,7 @@ def stages(plan: Plan) -> list[Stage]:
     comparing = f"""--reference {FOLDER}/sets/train-statistics.npz --features efficientnet-lite0 --num-workers 1"""
     tuned = f"{FOLDER}/e2e-vae/e2e-vae.pt"
     return [
-        Stage("unpack", "Photographs: a folder a class", "demo/cifar10.py unpack data-demo/cifar10"),
+        Stage("unpack", "Photographs: a folder a class", "demo/cifar10.py data-demo/cifar10"),
         Stage("lpips", "LPIPS weights", "demo/convert_lpips.py pretrained/demo/vgg16-features.pt"),
         *(
             Stage(
@@ -155,11 +158,13 @@ def compared_sets(plan: Plan) -> dict[str, tuple[str, Path]]:
 
 
 class Record:
-    """What the stages took, kept in exps/demo/stages.json over interruptions."""
+    """Time of the stages so far, in exps/demo/stages.json."""
 
     def __init__(self, plan: Plan):
         self.path = ROOT / FOLDER / "stages.json"
-        self.content = {"plan": plan._asdict(), "machine": machine(), "stages": {}}
+        name = re.search(r"model name\s*: (.*)", cpu_description())
+        machine = f"{os.cpu_count()} cores of {name[1] if name else platform.machine()}"
+        self.content = {"plan": plan._asdict(), "machine": machine, "stages": {}}
         if self.path.is_file():
             self.content = json.loads(self.path.read_text(encoding="utf8"))
             before = self.content["plan"]
@@ -170,41 +175,28 @@ class Record:
                     "on the machine it began on, or `make clean`"
                 )
 
-    def add(self, stage: Stage, seconds: float, peak_bytes: int, done: bool) -> None:
-        """Add to what `stage` took, unless it was done before."""
-        entry = self.content["stages"].setdefault(stage.name, {"seconds": 0.0, "peak_bytes": 0, "done": False})
+    def add(self, stage: Stage, seconds: float, done: bool) -> None:
+        """Add to the time of `stage`, unless it was done before."""
+        entry = self.content["stages"].setdefault(stage.name, {"seconds": 0.0, "done": False})
         if not entry["done"]:
             entry.update(title=stage.title, command=f"python {shlex.join(shlex.split(stage.line))}", done=done)
             entry["seconds"] += seconds
-            entry["peak_bytes"] = max(entry["peak_bytes"], peak_bytes)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, json.dumps(self.content, indent=1))
 
 
-def machine() -> str:
-    """What this runs on, in words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.machine()
-    return f"{os.cpu_count()} cores of {model}"
-
-
 def run_stage(stage: Stage, record: Record) -> None:
-    """Run one script, showing its command line; stop the demo with its exit code if it fails."""
+    """Print and run a script's command line; exit with its code if it fails."""
     arguments = shlex.split(stage.line)
     print(f"\n== {stage.title}\n$ python {shlex.join(arguments)}", flush=True)
     started = time.monotonic()
     script = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
-    # the terminal sends Ctrl-C to the script as well, which saves its work and exits
+    # the terminal also sends Ctrl-C to the script, which saves its work and exits
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, status, usage = os.wait4(script.pid, 0)
+    code = script.wait()
     signal.signal(signal.SIGINT, previous)
-    script.returncode = code = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - started
-    # ru_maxrss is of the largest of the script's processes, in KiB on Linux
-    record.add(stage, seconds, usage.ru_maxrss * 1024, done=code == 0)
+    record.add(stage, seconds, done=code == 0)
     if code:
         print(f"stopped: {arguments[0]} exited with {code}; `make demo` continues from here", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
@@ -212,9 +204,8 @@ def run_stage(stage: Stage, record: Record) -> None:
 
 
 def main() -> None:
-    """All stages, then the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help="of the joint run; the others are in proportion")
+    parser.add_argument("--steps", type=int, help="of the joint run; other runs are in proportion")
     steps = parser.parse_args().steps
     if steps is not None and steps < 10:
         sys.exit(f"error: STEPS={steps} is too small, expected at least 10")

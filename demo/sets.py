@@ -1,4 +1,4 @@
-"""Two sets of images that samples are compared with: photographs that no network has seen, and noise.
+"""Write two sets of images for comparison with samples: held-out photographs and noise.
 
 python demo/sets.py data-demo/test exps/demo/sets
 """
@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import open_images  # noqa: E402
 from demo.run import COMPARED  # noqa: E402
-from storage.sample_files import write_npz
 
 
 def main() -> None:
@@ -20,11 +19,10 @@ def main() -> None:
     data_dir, folder = map(Path, sys.argv[1:])
     images = open_images(data_dir)
     chosen = [images[i * len(images) // COMPARED][0].permute(1, 2, 0).numpy() for i in range(COMPARED)]
-    shape = (COMPARED, *chosen[0].shape)
-    noise = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    noise = np.random.RandomState(0).randint(0, 256, (COMPARED, *chosen[0].shape)).astype(np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in (("held-out", chosen), ("noise", noise)):
-        write_npz(folder / f"{name}.npz", shape, iter(array))
+    np.savez(folder / "held-out.npz", arr_0=np.stack(chosen))
+    np.savez(folder / "noise.npz", arr_0=noise)
     print(f"{COMPARED} held-out images and {COMPARED} of noise in {folder}")
 
 

@@ -25,8 +25,8 @@ SCRIPTS = (
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
     """The flags of the command line `argv` (None: this process's) and of the file that its --config names.
 
-    Rank 0 prints which flags the command line and the file set: in training always, elsewhere if there is a file. The
-    result has no `config`, so that args.json holds the flags themselves.
+    Rank 0 prints the flags of the command line and those of the file that differ from their defaults: in training
+    always, elsewhere if there is a file. The result has no `config`, so that args.json holds the flags themselves.
 
     Args:
         parser: the script's parser, with all its flags.
@@ -57,7 +57,8 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
         raise UserError(f"--config {path}: {error}") from None
     del args.config
     if (path or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
-        for source, names in (("the command line", given), (path, words)):
+        changed = [name for name in words if getattr(args, name) != defaults[name]]
+        for source, names in (("the command line", given), (path, changed)):
             text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
             if names:
                 print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)

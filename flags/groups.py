@@ -79,7 +79,7 @@ def add_data_flags(parser: Parser) -> None:
 def add_optimisation_flags(parser: Parser) -> None:
     """Precision and the optimisers."""
     group = parser.add_argument_group("optimisation")
-    add_precision_flag(group, default="fp16")
+    add(group, "--mixed-precision", "fp16", str, choices=("no", "fp16", "bf16"))
     add_switch(group, "--allow-tf32", True, "TF32 matrix products on GPUs")
     add_switch(group, "--compile", True, "compile the networks on GPUs")
     add(group, "--gradient-accumulation-steps", 1, POSITIVE, "micro-batches a step")
@@ -243,11 +243,6 @@ def add_inception_flag(group) -> None:
 def add_lpips_flag(group) -> None:
     """Where LPIPS's convolutions are."""
     group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")
-
-
-def add_precision_flag(group, default: str) -> None:
-    """The precision of the networks."""
-    add(group, "--mixed-precision", default, str, choices=("no", "fp16", "bf16"))
 
 
 def add_offline_flag(group) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -96,21 +97,13 @@ def features(text: str) -> str:
 
 def enc_ckpt(text: str) -> str:
     """An argparse type: NAME=PATH, where PATH is a file or hf-hub:REPOSITORY[@REVISION]."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     from weights.encoders import HUB_PREFIX
 
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PATH")
     if path.startswith(HUB_PREFIX):
-        repository, at, revision = path.removeprefix(HUB_PREFIX).partition("@")
-        try:
-            validate_repo_id(repository)
-        except HFValidationError:
-            repository = ""
-        if not repository or bool(at) != bool(revision):
+        if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@\S+)?", path.removeprefix(HUB_PREFIX)):
             raise argparse.ArgumentTypeError(f"{path!r}, expected {HUB_PREFIX}REPOSITORY[@REVISION]")
     elif not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")

@@ -8,25 +8,27 @@ import pytest
 import torch
 
 from benchmarks import flops
-from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, cases, check, restart_difference
+from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, check, restart_difference
 from benchmarks.measure import counted_flops, measure, profile
 from benchmarks.watched_training import READS, Watched
-from benchmarks.workspace import make_workspace
+from benchmarks.workspace import TINY, make_workspace
 from models.sit import SiT_models
 from scripts import ROOT, call
+from train_ldm_only import ldm_step
+from train_repae import repae_step
 
 CPU = torch.device("cpu")
 
 
 def test_measuring_counts_calls_time_and_products():
-    a = torch.randn(64, 32)
+    a = torch.randn(256, 512)
     calls = []
 
     def work() -> None:
         calls.append(a @ a.T)
 
     found = measure(work, images=4, device=CPU, seconds=0)
-    assert (found.flops, found.images, found.runs) == (2 * 64 * 32 * 64, 4, 3)
+    assert (found.flops, found.images, found.runs) == (2 * 256 * 512 * 256, 4, 3)
     assert len(calls) == 6  # to warm up, to count, for memory, and three
     assert 0 < found.fastest <= found.median <= found.slowest
     assert found.memory > 10**7
@@ -53,12 +55,14 @@ def test_operations_of_a_transformer_are_those_of_its_matrices_and_its_attention
 
 
 def test_the_parts_of_a_joint_step_are_all_of_it():
-    found = flops.stage_flops("f4d4-tiny", "SiT-XXS/2", "efficientnet-lite0", 32, 2)
-    parts = list(found)[: list(found).index("joint step")]
-    assert sum(found[part] for part in parts) == pytest.approx(found["joint step"], rel=1e-9)
+    flags = ("f4d4-tiny", "SiT-XXS/2", "efficientnet-lite0", 32, 2)
+    found = flops.stage_flops(*flags)
     assert min(found.values()) > 0
-    frozen = found["encoders, forward"] + found["transformer's update"]
-    assert found["frozen-VAE step"] == pytest.approx(frozen, rel=1e-9)
+    with torch.device("meta"):
+        nets = flops.build_nets(*flags)
+        batch, draws = flops.build_batch("f4d4-tiny", 32)
+    for name, step in (("joint step", repae_step), ("frozen-VAE step", ldm_step)):
+        assert flops.count(step, nets, batch, draws, flops.CONFIG) == pytest.approx(found[name], rel=1e-9)
 
 
 @pytest.mark.slow
@@ -132,7 +136,7 @@ def test_every_failure_is_named(tmp_path, monkeypatch):
         second = {**good, "first_step": CHECKPOINT + 1, **(again or {})}
         runs = iter([({**good, **(first or {})}, before), (second, after)])
         monkeypatch.setattr("benchmarks.gpu_check.train", lambda *_: next(runs))
-        return check(tmp_path, cases(tiny=True)[0], "cpu")["failed"]
+        return check(tmp_path, "made-up", TINY, "cpu")["failed"]
 
     assert found() == []
     assert found(first={"recompiled": 2}) == found(again={"recompiled": 2}) == ["2 graphs recompiled"]
@@ -146,14 +150,13 @@ def test_every_failure_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_tiny_training_passes_the_check(tmp_path):
     """Falling losses, the same ones after SIGKILL, nothing recompiled, no host that waits."""
-    (case,) = cases(tiny=True)
-    make_workspace(tmp_path, case.setting, workers=1)
-    found = check(tmp_path, case, "cpu")
+    make_workspace(tmp_path, TINY, workers=1)
+    found = check(tmp_path, "tiny", TINY, "cpu")
     assert found["failed"] == []
     assert found["graphs"] == 8  # all were compiled
     assert found["restart_difference"] == 0
     assert found["flops_per_second"] > 0
-    log = tmp_path / "exps" / case.name / "metrics.jsonl"
+    log = tmp_path / "exps/tiny/metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, LAST + 1))
 
 

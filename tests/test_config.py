@@ -1,4 +1,4 @@
-"""`--config`: what a file says of flags, and the published experiments of configs/presets/."""
+"""`--config`: flags from files, and the presets of published experiments."""
 
 import argparse
 import importlib
@@ -27,14 +27,10 @@ SECTIONS = {
     "repa-sdvae-xl2": FROZEN,
     "repa-e2e-vavae-xl1": FROZEN,
 }
-JOINT_LINE = """--max-train-steps=400000 --report-to=wandb --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data
-    --output-dir=exps --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/{patch}
-    --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae={arch}
-    --vae-ckpt=pretrained/{vae}/{vae}-{arch}.pt --enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8
-    --disc-pretrained-ckpt=pretrained/{vae}/{vae}-{arch}-discriminator-ckpt.pt --vae-align-proj-coeff=1.5
-    --bn-momentum=0.1 --exp-name=sit-repae-{vae}"""
+# what the presets differ by from the published command lines
+JOINT_LINE = """--model=SiT-XL/{patch} --vae={arch} --vae-ckpt=pretrained/{vae}/{vae}-{arch}.pt
+    --disc-pretrained-ckpt=pretrained/{vae}/{vae}-{arch}-discriminator-ckpt.pt --exp-name=sit-repae-{vae}"""
 SDVAE = "--model=SiT-XL/2 --vae=f8d4 --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --vae-latents-name=sdvae"
-# preset -> what its own differs by from the published command line of training on the E2E-VAVAE
 FROZEN_LINES = {
     "repa-e2e-vavae-xl1": "--exp-name=sit-ldm-e2e-vavae",
     "repa-sdvae-xl2": f"{SDVAE} --exp-name=sit-repa-sdvae",
@@ -71,7 +67,7 @@ def from_file(tmp_path, text: str, *flags: object) -> dict:
     ("vae", "arch", "patch"), [("sdvae", "f8d4", 2), ("invae", "f16d32", 1), ("vavae", "f16d32", 1)]
 )
 def test_joint_presets_are_the_published_command_line(vae, arch, patch):
-    line = JOINT_LINE.format(vae=vae, arch=arch, patch=patch)
+    line = f"{PUBLISHED['train_repae.py'][0]} {JOINT_LINE.format(vae=vae, arch=arch, patch=patch)}"
     assert preset(f"repae-{vae}-xl{patch}", "train_repae") == parsed("train_repae", *line.split())
 
 
@@ -101,7 +97,7 @@ def test_presets_sample_as_published_and_measure_that(name):
         assert preset(name, "save_vae_weights")["repae_ckpt"] == checkpoint
 
 
-def test_every_preset_has_the_sections_of_its_experiment_and_says_how_it_runs():
+def test_every_preset_has_the_sections_and_commands_of_its_experiment():
     assert [path.stem for path in PRESETS] == sorted(SECTIONS)
     for path in PRESETS:
         text = path.read_text()
@@ -111,7 +107,7 @@ def test_every_preset_has_the_sections_of_its_experiment_and_says_how_it_runs():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_takes_its_own_section_and_the_flags_beside(script, tmp_path, monkeypatch, capsys):
+def test_every_script_reads_its_own_section(script, tmp_path, monkeypatch, capsys):
     required = {
         "preprocessing": {"imagenet_path": "tree"},
         "save_vae_weights": {"repae_ckpt": "joint.pt"},
@@ -130,7 +126,7 @@ def test_every_script_takes_its_own_section_and_the_flags_beside(script, tmp_pat
     assert capsys.readouterr().out.startswith(f"flags from {path}: ")
 
 
-def test_the_command_line_goes_before_the_section_and_that_before_what_is_beside_it(tmp_path):
+def test_the_command_line_overrides_the_section_which_overrides_the_flags_outside(tmp_path):
     text = "seed: 1\nepochs: 1\nnum-workers: 1\ntrain_repae: {seed: 2, epochs: 2, exp_name: file}"
     flags = from_file(tmp_path, text, "--seed", 3)
     assert [flags[name] for name in ("seed", "epochs", "num_workers", "exp_name")] == [3, 2, 1, "file"]
@@ -179,7 +175,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path, text,
     assert str(error.value).startswith(f"--config {tmp_path}/flags.yaml: {message}")
 
 
-def test_mistakes_on_the_command_line_and_missing_flags_are_told_as_without_a_file(tmp_path):
+def test_mistakes_on_the_command_line_are_reported_as_without_a_file(tmp_path):
     for flags, message in (
         ((), "the following arguments are required: --exp-name; see "),
         (("--exp-name", "x", "--seed", "one"), "argument --seed: invalid int value: 'one'; see "),
@@ -208,7 +204,7 @@ def test_a_published_args_json_is_a_config(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_begun_by_flags_goes_on_by_its_args_json(whole_run):
+def test_args_json_of_a_run_repeats_it(whole_run):
     path = whole_run / "args.json"
     saved = path.read_text()
     assert parsed("train_repae", "--config", path) == json.loads(saved)
