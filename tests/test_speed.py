@@ -22,7 +22,7 @@ from training.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(
-    "script", ["train_repae", "train_ldm_only", "train_vae", "generate", "cache_latents", "cache_tokens", "evaluate"]
+    "script", ["train_repae", "train_ldm_only", "train_vae", "generate", "cache_latents", "evaluate"]
 )
 def test_help_waits_for_no_large_library(script):
     code = (
