@@ -3,6 +3,8 @@
 import weakref
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import test_distributed
 import test_ldm_step
 import train_ldm_only
 import train_repae
@@ -20,8 +21,6 @@ from models.autoencoder import Decoder, Encoder, build_vae
 from models.sit import SiT
 from published import STATISTICS, write_vae
 from scripts import TINY, assert_same_run, call, equal, records
-from test_distributed import in_two_processes
-from test_flags import OneProcess
 from test_joint_step import gradients_of, small_batch, small_nets, step_once, with_cfg
 from train_ldm_only import ldm_step
 from training.build import build_transformer_nets
@@ -30,6 +29,7 @@ from weights.checkpoint_io import read_checkpoint
 from weights.vae import open_vae
 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+RUN = SimpleNamespace(device=torch.device("cpu"), directory=Path("nowhere"), prepare=lambda net: net, print=print)
 
 
 @contextmanager
@@ -94,24 +94,6 @@ def test_steps_on_cached_latents_are_the_same():
             metrics = [ldm_step(nets, batch, draws, test_ldm_step.CONFIG) for _ in range(2)]
         results.append((metrics, everything_in(nets)))
     assert equal(*results)
-
-
-def with_and_without(rank: int, world: int) -> list[dict]:
-    """Networks and metrics after an accumulated joint step of test_distributed.py, without and with checkpointing."""
-    test_distributed.STEPS = 1
-    results = []
-    for on in (False, True):
-        with checkpointing(on):
-            results.append(test_distributed.joint_steps(rank, world, 2))
-    return results
-
-
-@pytest.mark.slow
-def test_two_processes_do_the_same(tmp_path):
-    first, second = in_two_processes(with_and_without, tmp_path)
-    assert equal(*first)
-    assert equal(*second)
-    assert equal(first[1]["networks"], second[1]["networks"])
 
 
 def test_blocks_run_twice_only_where_gradients_are_taken():
@@ -199,11 +181,11 @@ def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
     flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
         --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
     joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
-    nets = train_repae.build(joint, OneProcess(), open_vae(joint.vae, joint.vae_ckpt, offline=True))
+    nets = train_repae.build(joint, RUN, open_vae(joint.vae, joint.vae_ckpt, offline=True))
     networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in STATISTICS.values())
     args = train_ldm_only.parse_args(flags.split())
-    frozen = build_transformer_nets(args, OneProcess(), (4, 8, 8), statistics).sit
+    frozen = build_transformer_nets(args, RUN, (4, 8, 8), statistics).sit
     assert [network.recompute for network in (*networks, frozen)] == [on] * 5
 
 
