@@ -110,9 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
     """All networks and optimisers, on this process's device."""
     torch.manual_seed(args.seed)
-    latent, statistics = latent_shape(source, args.resolution), known_statistics(source, run.print)
     vae_nets = build_vae_nets(args, run, source)
-    transformer_nets = build_transformer_nets(args, run, latent, statistics)
+    statistics = known_statistics(source, run.print)
+    transformer_nets = build_transformer_nets(args, run, latent_shape(source, args.resolution), statistics)
     return JointNets(**vars(vae_nets), **vars(transformer_nets))
 
 

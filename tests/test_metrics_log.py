@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.numerics import GlobalBatchNorm2d
-from scripts import LAST, assert_same_run, call, records, run
+from scripts import LAST, assert_same_run, call, records
 from training.log import MetricsLog, normaliser_drift
 from weights.checkpoint_io import read_checkpoint
 from weights.vae import read_latent_statistics
@@ -179,28 +179,15 @@ def test_an_empty_identity_of_wandb_is_made_anew(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_gone_begins_again_and_keeps_the_log(joint, capsys):
-    output, flags = joint
-    flags = (*flags, "--exp-name", "gone", "--num-workers", 0)
-    assert call("train_repae.py", *flags, "--max-train-steps", 3)[0] == 0
-    before = (output / "gone/metrics.jsonl").read_bytes()
-    shutil.rmtree(output / "gone/checkpoints")
-    assert call("train_repae.py", *flags, "--max-train-steps", 1)[0] == 0
-    assert "no checkpoint; beginning again, the log is kept as" in "".join(capsys.readouterr())
-    assert (output / "gone/metrics-before-restart.jsonl").read_bytes() == before
-    assert len(records(output / "gone/metrics.jsonl")) == 1
-
-
-@pytest.mark.slow
 def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint):
     output, flags = joint
     flags = (*flags, "--num-workers", 0, "--batch-size", 2, "--mixed-precision", "fp16")
-    for name, lengths in (("half-whole", (4,)), ("half-parts", (2, 4))):
+    for name, lengths in (("half-whole", (2,)), ("half-parts", (1, 2))):
         for steps in lengths:
             assert call("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)[0] == 0
-    assert_same_run(output / "half-whole", output / "half-parts", 4)
-    checkpoint = read_checkpoint(output / "half-parts/checkpoints/0000004.pt")
-    assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 4
+    assert_same_run(output / "half-whole", output / "half-parts", 2)
+    checkpoint = read_checkpoint(output / "half-parts/checkpoints/0000002.pt")
+    assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 2
 
 
 @pytest.mark.slow
@@ -208,7 +195,7 @@ def test_wandb_goes_on_with_the_same_run(joint, whole_run):
     output, flags = joint
     flags = (*flags, "--exp-name", "wandb", "--report-to", "wandb", "--offline", "--sampling-steps", 2)
     for steps in (2, 4):
-        run("train_repae.py", *flags, "--max-train-steps", steps)
+        assert call("train_repae.py", *flags, "--max-train-steps", steps)[0] == 0
     identity = (output / "wandb/wandb-id.txt").read_text()
     runs = sorted((output / "wandb/wandb").glob("offline-run-*"))
     assert [path.name.rsplit("-", 1)[1] for path in runs] == [identity, identity]
@@ -233,7 +220,7 @@ def test_wandb_goes_on_with_the_same_run(joint, whole_run):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_damaged_costs_no_more_than_the_steps_since_the_one_before(joint):
+def test_a_checkpoint_that_is_damaged_costs_no_more_than_the_steps_since_the_one_before(joint, capsys):
     output, flags = joint
     flags = (*flags, "--num-workers", 0, "--checkpointing-steps", 2, "--max-train-steps", 6)
     assert call("train_repae.py", *flags, "--exp-name", "sound")[0] == 0
@@ -242,8 +229,10 @@ def test_a_checkpoint_that_is_damaged_costs_no_more_than_the_steps_since_the_one
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    done = run("train_repae.py", *flags, "--exp-name", "damaged")
-    assert "0000006.pt: damaged (checksum of" in done.stdout + done.stderr
-    assert f"continuing after step 4 from {path.with_name('0000004.pt')}" in done.stdout + done.stderr
-    assert path.with_name("0000006.pt.damaged").read_bytes() == data
+    capsys.readouterr()
+    assert call("train_repae.py", *flags, "--exp-name", "damaged")[0] == 0
+    said = "".join(capsys.readouterr())
+    assert "0000006.pt: damaged (checksum of" in said
+    assert f"continuing after step 4 from {path.with_name('0000004.pt')}" in said
+    assert said.count("peak memory of the first step: ") == 1
     assert_same_run(output / "sound", output / "damaged", 6)

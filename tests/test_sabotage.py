@@ -79,7 +79,7 @@ SABOTAGES = {
         "pos_embed_never_moves",
     ),
     "alignment weight of the VAE ignored": (
-        *("train_repae.py", "cfg.vae_align_proj_coeff * metrics", "metrics"),
+        *("train_repae.py", "cfg.vae_align_proj_coeff * vae_align_loss", "vae_align_loss"),
         "gradient_is_the_formulas",
     ),
 }  # fmt: skip
@@ -92,27 +92,29 @@ def run_test(tree: Path, test: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
 
 
-def copy_of_the_project(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the project."""
     skip = shutil.ignore_patterns(".*", "exps", "data", "data-demo", "pretrained", "cifar10", "*.png")
-    return shutil.copytree(ROOT, tmp_path / "tree", ignore=skip)
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("sabotage") / "tree", ignore=skip)
 
 
-def test_the_copy_passes_without_sabotage(tmp_path):
-    done = run_test(copy_of_the_project(tmp_path), "not golden")
+def test_the_copy_passes_without_sabotage(tree):
+    done = run_test(tree, "not golden")
     assert done.returncode == 0, done.stdout[-2000:]
     assert " failed" not in done.stdout
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_sabotage_is_caught(tmp_path, name):
+def test_sabotage_is_caught(tree, name):
     file, *replacements, test = SABOTAGES[name]
-    tree = copy_of_the_project(tmp_path)
-    source = (tree / file).read_text()
+    source = good = (tree / file).read_text()
     for old, new in zip(replacements[::2], replacements[1::2], strict=True):
         assert source.count(old) == 1, f"the line to sabotage is not there: {old}"
         source = source.replace(old, new)
     (tree / file).write_text(source)
     done = run_test(tree, test)
+    (tree / file).write_text(good)
     assert done.returncode == 1, f"not caught: exit code {done.returncode}\n{done.stdout[-2000:]}"
     assert "1 failed" in done.stdout
     assert "SyntaxError" not in done.stdout

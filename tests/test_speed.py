@@ -21,19 +21,19 @@ from train_repae import repae_step
 from training.optimizer import Optimizer
 
 
-@pytest.mark.parametrize(
-    "script", ["train_repae", "train_ldm_only", "train_vae", "generate", "cache_latents", "cache_tokens", "evaluate"]
-)
-def test_help_waits_for_no_large_library(script):
-    code = (
-        f"import sys, {script}\n"
-        "sys.argv = ['x', '--help']\n"
-        f"try: {script}.main()\n"
-        "except SystemExit: pass\n"
-        "print([name for name in ('timm', 'torchvision', 'diffusers', 'wandb') if name in sys.modules])"
-    )
+def test_help_waits_for_no_large_library():
+    code = """
+import importlib, sys
+for script in ("train_repae", "train_ldm_only", "train_vae", "generate", "cache_latents", "evaluate"):
+    sys.argv = [script, "--help"]
+    try:
+        importlib.import_module(script).main()
+    except SystemExit:
+        pass
+print([name for name in ("timm", "torchvision", "diffusers", "wandb") if name in sys.modules])
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -1,4 +1,4 @@
-"""The few things that training over several processes needs beyond DistributedDataParallel."""
+"""What training over several processes needs beyond DistributedDataParallel."""
 
 import ctypes
 import os
@@ -20,27 +20,24 @@ from models.numerics import distributed_world_size
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=30
-)  # the first process samples pictures and writes checkpoints while the others wait
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # others wait while rank 0 samples pictures and writes checkpoints
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def process_state():
-    """accelerate's PartialState of a script that only infers: device, process index, barriers.
+    """accelerate's PartialState of a script without training: device, process index, barriers.
 
-    Its processes meet only when their shares are done, so they wait long for each other; when one fails, its launcher
-    (accelerate or torchrun) ends the rest.
+    The timeout is long, because ranks wait until all shares are done; if one fails, the launcher ends the rest.
     """
     from accelerate import PartialState
 
-    # without cpu, several processes would not find each other on CPUs
+    # cpu: else several processes would not find each other on CPUs
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 def follow_launcher() -> None:
-    """Let SIGTERM reach this process when `accelerate launch`, which does not pass it on, dies of it."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # which it sets
+    """Send SIGTERM to this process when `accelerate launch` dies of it, which does not pass signals on; on Linux."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate sets it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -50,17 +47,17 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def frozen_call(module: nn.Module, *args, **kwargs):
-    """Call the unwrapped `module` with its parameters held constant: gradient passes through to the inputs only."""
+    """Call the unwrapped `module` with constant parameters: gradients reach the inputs only."""
     module = unwrap(module)
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return functional_call(module, constants, args, kwargs)
 
 
 def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """What `action` returns on the first process (plain data), on every process.
+    """Broadcast what `action` returns on rank 0 (plain data).
 
     Raises:
-        UserError: on every process, if it was raised on the first.
+        UserError: on every rank, if it was raised on rank 0.
     """
     if distributed_world_size() == 1:
         return action()
@@ -77,15 +74,15 @@ def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """A group over which the processes' hosts talk without waiting for their devices; None for a single process.
+    """A gloo group for messages between hosts, which do not wait for the devices; None for a single process.
 
-    It notices at once when a process is gone, where NCCL would wait for its own limit.
+    It notices a lost process at once, where NCCL would wait for its timeout.
     """
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if distributed_world_size() > 1 else None
 
 
 def all_reduce_max(values: list[int], group: dist.ProcessGroup | None) -> list[int]:
-    """The maximum of each value over the processes of a `host_group`."""
+    """The maximum of each value over the ranks of a `host_group`."""
     if group is None:
         return values
     tensor = torch.tensor(values)
@@ -95,7 +92,7 @@ def all_reduce_max(values: list[int], group: dist.ProcessGroup | None) -> list[i
 
 @torch.no_grad()
 def differing_tensor(tensors: dict[str, Tensor], device: torch.device) -> str | None:
-    """The name of the first tensor whose bits are not the same on every process, or None; compares sums of bits."""
+    """The name of the first tensor whose `sum_of_bits` differs between ranks, or None."""
     sums = torch.stack([sum_of_bits(tensor).to(device) for tensor in tensors.values()])
     extremes = torch.stack([sums, ~sums])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -104,7 +101,7 @@ def differing_tensor(tensors: dict[str, Tensor], device: torch.device) -> str | 
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's values, their bits taken for integers and weighted by position; int64, modulo 2**64."""
+    """The sum of a tensor's bit patterns, read as integers and weighted by position; int64, modulo 2**64."""
     bits = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
     weights = torch.arange(len(bits), device=bits.device) % 65521 + 1
     return (bits * weights).sum()
@@ -119,7 +116,7 @@ def tensor_not_finite(tensors: dict[str, Tensor], device: torch.device) -> str |
 
 @torch.no_grad()
 def mean_over_processes(values: Tensor) -> Tensor:
-    """`values` averaged over all processes; unchanged without a process group."""
+    """`values` averaged over all ranks, in place; unchanged without a process group."""
     if distributed_world_size() > 1:
         dist.all_reduce(values)
         values /= distributed_world_size()
@@ -128,7 +125,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 @contextmanager
 def gradient_sync(modules: Iterable[nn.Module], sync: bool) -> Iterator[None]:
-    """Within, backward passes of DDP-wrapped `modules` average gradients over processes only if `sync`."""
+    """Within, backward passes of DDP-wrapped `modules` average gradients over ranks only if `sync`."""
     with ExitStack() as stack:
         if not sync:
             for module in modules:

@@ -54,9 +54,11 @@ class Previews:
         run = self.run
         if run.due(self.args.sampling_steps) and run.is_main:
             if self.ema is not None:
-                run.save_image("samples", sample_grid(self.ema, self.vae, self.args.seed, self.autocast))
+                picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast)
+                run.metrics.add_picture(run.step, "samples", picture)
             if self.shown is not None:
-                run.save_image("reconstructions", reconstruction_grid(self.vae, self.shown, self.autocast))
+                picture = reconstruction_grid(self.vae, self.shown, self.autocast)
+                run.metrics.add_picture(run.step, "reconstructions", picture)
         if self.evaluation is not None and run.due(self.args.eval_steps):
             run.evaluate(self.evaluation, self.ema, self.vae)
 

@@ -7,6 +7,7 @@ training step itself stays in the script.
 import argparse
 import atexit
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -21,8 +22,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from errors import UserError, lost_process
+from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.numerics import to_device
 from storage.files import locked, remove_leftovers, replace_text, require_writable
@@ -38,20 +41,13 @@ from training.distributed import (
 )
 from training.log import MetricsLog, Watch
 from training.randomness import BatchOrder, Rows
-from training.resume_checks import (
-    FORKABLE,
-    FROZEN_RESUMABLE,
-    RESUMABLE,
-    refuse_changed_flags,
-    refuse_other_processes,
-)
+from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
 from training.state import CheckpointFolder, TrainingState, state_of
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
 LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
-CONTINUES = "The same command continues from there"
 
 
 class Batch(NamedTuple):
@@ -80,10 +76,11 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace):
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate.utils import ProjectConfiguration
 
         follow_launcher()
+        timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
         self.args = args
         self.directory = Path(args.output_dir) / args.exp_name
         self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
@@ -91,27 +88,19 @@ class Run:
             cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
             mixed_precision="no",  # training/optimizer.py does it
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.directory), logging_dir=str(self.directory / args.logging_dir)
-            ),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            ],
+            project_config=ProjectConfiguration(str(self.directory), str(self.directory / args.logging_dir)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), timeout],
         )
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        share = self.world * args.gradient_accumulation_steps
-        if args.batch_size % share:
-            raise UserError(
-                f"--batch-size {args.batch_size} (over all processes) is no multiple of {self.world} processes x "
-                f"{args.gradient_accumulation_steps} accumulation steps"
-            )
-        self.micro_batch = args.batch_size // share
+        parts = f"{self.world} processes x {args.gradient_accumulation_steps} accumulation steps"
+        self.micro_batch, rest = divmod(args.batch_size, self.world * args.gradient_accumulation_steps)
+        if rest:
+            raise UserError(f"--batch-size {args.batch_size} (over all processes) is no multiple of {parts}")
         self.print(
-            f"batch: {args.batch_size} images a step = {self.world} processes x {args.gradient_accumulation_steps} "
-            f"accumulation steps x {self.micro_batch}, on {self.device.type}, precision {args.mixed_precision}"
+            f"batch: {args.batch_size} images a step = {parts} x {self.micro_batch}, on {self.device.type}, "
+            f"precision {args.mixed_precision}"
         )
         self.step = 0
         self.step_complete = False
@@ -128,8 +117,6 @@ class Run:
     def print(self, text: str) -> None:
         """Print on rank 0, above any progress bar."""
         if self.is_main:
-            from tqdm import tqdm
-
             tqdm.write(text)
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -141,11 +128,7 @@ class Run:
         return module
 
     def begin(
-        self,
-        nets,
-        identity: dict,
-        loss: VAELossConfig | None = None,
-        check: Callable[[], None] = lambda: None,
+        self, nets, identity: dict, loss: VAELossConfig | None = None, check: Callable[[], None] = lambda: None
     ) -> None:
         """Restore a step's networks and optimisers from the run's checkpoint, if there is one, and open the log.
 
@@ -161,9 +144,9 @@ class Run:
             UserError: another process has the run; the checkpoint is missing, damaged, of other networks or made with
                 other flags or data; processes were started differently; or what `check` raises.
         """
-        self.state = state_of(nets)
-        self.identity = {**identity, **({} if loss is None else {"loss": asdict(loss)})}
+        self.state, self.identity = state_of(nets), identity
         if loss is not None:
+            self.identity = {**identity, "loss": asdict(loss)}
             self.watch.gan_start = first_gan_step(loss)
         refuse_other_processes(vars(self.args), self.identity, self.hosts)
         if (path := on_first_process(self._choose_checkpoint, self.hosts)) is not None:
@@ -188,10 +171,7 @@ class Run:
         return None if path is None else str(path)
 
     def _restore(self, path: Path) -> None:
-        """Restore the checkpoint that rank 0 chose and found whole."""
-        if not path.is_file():
-            where = f"process 0 continues from {path}, but process {self.accelerator.process_index} has no such file"
-            raise UserError(f"{where}; put --output-dir where every machine sees it")
+        """Restore the checkpoint that rank 0 chose and verified; every machine must see --output-dir."""
         checkpoint = read_checkpoint(path, verify=False)
         free = RESUMABLE if self.state.trains_vae else FROZEN_RESUMABLE
         if path.parent != self.checkpoints.directory:
@@ -212,12 +192,17 @@ class Run:
         Raises:
             UserError: a loss is not finite, or see `Watch`.
         """
-        from tqdm import tqdm
-
         args, last, first = self.args, self.last_step(data), self.step
         rank, accumulation = self.accelerator.process_index, self.args.gradient_accumulation_steps
         order = BatchOrder(len(data), args.batch_size, args.seed, first, last, rank, self.world, accumulation)
-        batches = iter(self._loader(data, order))
+        loader = DataLoader(
+            data,
+            batch_sampler=order,
+            num_workers=args.num_workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+        batches = iter(loader)
         atexit.register(end_workers)
         bar = tqdm(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
@@ -249,17 +234,6 @@ class Run:
         self.accelerator.end_training()
         self.resources.close()
 
-    def _loader(self, data, order: BatchOrder):
-        from torch.utils.data import DataLoader
-
-        return DataLoader(
-            data,
-            batch_sampler=order,
-            num_workers=self.args.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-
     def due(self, interval: int) -> bool:
         """Whether something done every `interval` steps is due at the end of this step."""
         return self.step_complete and self.step % interval == 0
@@ -270,10 +244,6 @@ class Run:
         The host does not wait for the device.
         """
         self.metrics.add(self.step, {**metrics, **self.state.metrics()}, self.step_complete)
-
-    def save_image(self, name: str, picture: Tensor) -> None:
-        """Write a picture (3,H,W) uint8 to the run's folder `name`, named by the step; the tracker gets it too."""
-        self.metrics.add_picture(self.step, name, picture)
 
     def evaluate(self, evaluation, *nets: nn.Module) -> None:
         """Log the distances that an `Evaluation` of `nets` finds, and keep the state as best.pt if it is the best."""
@@ -310,54 +280,47 @@ class Run:
             self.saved_at = time.monotonic()
         if stop:
             all_reduce_max([0], self.hosts)  # a barrier: a launcher that sees one process end ends the others
-            self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {CONTINUES}")
+            self.print(
+                f"stopped by signal {self.agreed_signal} after step {self.step}. The same command continues from there"
+            )
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
 
     def _sync_stop_and_save(self, last: int) -> tuple[bool, bool]:
-        """Whether all processes stop at this step because of a signal, and whether it is time for a checkpoint.
-
-        Raises:
-            UserError: a process is gone.
-        """
+        """Whether all processes stop at this step because of a signal, and whether it is time for a checkpoint."""
         minutes = self.args.checkpointing_minutes
         overdue = self.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
-        try:
-            # a signal that arrives from here on counts at the next step, so that all processes agree
-            self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
-        except RuntimeError as error:
-            if (how := lost_process(error)) is None:
-                raise
-            self._stop(f"step {self.step}: another process is gone or does not answer ({how})", CONTINUES)
+        # a signal that arrives from here on counts at the next step, so that all processes agree
+        self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
         return self.agreed_signal > 0 and self.step < last, bool(overdue)
 
     def _check_processes(self) -> None:
         """Raise a UserError unless the state is the same on every rank, to the bit."""
         if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
-            advice = "Look for faulty memory, or for machines with other software"
-            self._stop(f"step {self.step}: processes differ in {name}", advice)
+            reason = f"step {self.step}: processes differ in {name}"
+            self._stop(reason, "Look for faulty memory, or for machines with other software")
 
     def _check_state(self) -> None:
         """Raise a UserError unless the state is finite, and the same on every rank."""
         self._check_processes()
         if (name := tensor_not_finite(self.state.named_tensors(), self.device)) is not None:
-            self._stop(f"step {self.step}: {name} is not finite", self._another_recipe())
+            self._stop(f"step {self.step}: {name} is not finite")
 
     def _fetch_and_check(self) -> None:
         """Fetch the metrics of all steps since the last call; raise a UserError if training cannot recover."""
         if (reason := self.watch.reason_to_stop(self.metrics.fetch())) is not None:
             self.metrics.write(sync=False)
-            self._stop(reason, self._another_recipe())
+            self._stop(reason)
 
-    def _another_recipe(self) -> str:
-        if latest_checkpoint(self.checkpoints.directory) is None:
-            return "Begin under another --exp-name, with bf16 or a lower learning rate"
-        source = f"--continue-train-exp-dir {self.directory}"
-        return f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
-
-    def _stop(self, reason: str, advice: str) -> None:
-        good = latest_checkpoint(self.checkpoints.directory) or "none"
-        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good}. {advice}")
+    def _stop(self, reason: str, advice: str = "") -> None:
+        """Raise a UserError that names the last good checkpoint, and how to go on from there."""
+        good = latest_checkpoint(self.checkpoints.directory)
+        if not advice and good is None:
+            advice = "Begin under another --exp-name, with bf16 or a lower learning rate"
+        elif not advice:
+            source = f"--continue-train-exp-dir {self.directory}"
+            advice = f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
+        raise UserError(f"{reason}; training stopped. Last good checkpoint: {good or 'none'}. {advice}")
 
     def _on_signal(self, kind: int, frame: object) -> None:
         if self.signal and kind == signal.SIGINT:
@@ -382,8 +345,6 @@ def ignore_signals(_: int) -> None:
 
 def end_workers() -> None:
     """Kill data workers that are left at exit, which ignore the SIGTERM of multiprocessing."""
-    import multiprocessing
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the data loader's handler raises an error for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()

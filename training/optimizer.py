@@ -1,7 +1,7 @@
-"""Mixed precision and the one way in which an optimiser is stepped.
+"""AdamW with mixed precision, gradient clipping and accumulation.
 
-Forward passes run under autocast; parameters, optimiser states and every loss stay in float32. float16 gradients need
-loss scaling, with a scaler per optimiser: the three losses of the joint step overflow at different scales.
+Forward passes run under autocast; parameters, optimiser states and losses stay in float32. float16 gradients need loss
+scaling, with a scaler per optimiser: the three losses of the joint step overflow at different scales.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Optimizer:
     """AdamW over `parameters`, with gradient clipping, accumulation and (for float16) loss scaling.
 
-    A step whose gradient is not finite is skipped on the device, without asking the host; `skipped` counts them.
+    A step whose gradient is not finite is skipped on the device, without a host sync; `skipped` counts such steps.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Optimizer:
             self.scaler.step(self.adamw)
             self.scaler.update()
         else:
-            # the fused kernel leaves parameters and moments as they are where this is 1
+            # the fused kernel changes neither parameters nor moments if this is 1
             self.adamw.grad_scale, self.adamw.found_inf = None, not_finite
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
@@ -71,7 +71,7 @@ class Optimizer:
         return {f"loss_scale_{name}": scale, f"skipped_{name}": self.skipped.clone()}
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Moments and counters by parameter number, and what loss scaling knows."""
+        """Moments and step counters by parameter number, skipped steps and loss scale."""
         scale = torch.tensor(self.scaler.get_scale()) if self.scaler.is_enabled() else torch.ones(())
         found = {"skipped": self.skipped, "loss_scale": scale}
         for number, parameter in enumerate(self.parameters):
@@ -79,14 +79,13 @@ class Optimizer:
         return found
 
     def extra_state(self) -> dict:
-        """What exact resume needs beside AdamW's own state dict."""
+        """What exact resume needs besides AdamW's state dict."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped.item()}
 
     def load_state_dict(self, adamw: dict, extra: dict | None = None) -> None:
         """Restore AdamW's state and, if given, `extra_state`.
 
-        The reference's states are taken as well: they are not fused, and list parameters that are never trained
-        (`pos_embed`), which have no state here.
+        The reference's states also list parameters that are never trained (`pos_embed`), and are not fused.
 
         Raises:
             ValueError: the state belongs to another number of parameters.
@@ -96,16 +95,16 @@ class Optimizer:
         if len(ids) == len(self.parameters) + len(self.fixed):
             ids = [key for i, key in enumerate(ids) if i not in self.fixed]
         state = {new: adamw["state"][old] for new, old in enumerate(ids) if old in adamw["state"]}
-        # rates are this optimiser's; fused must be set before loading: it decides where AdamW puts its step counters
+        # learning rates stay this optimiser's; `fused` decides where AdamW puts its step counters while it loads
         own = {key: self.adamw.param_groups[0][key] for key in ("lr", "betas", "weight_decay", "eps")}
         group = {**group, **own, "params": list(range(len(ids))), "fused": True, "foreach": None}
         self.adamw.load_state_dict({"state": state, "param_groups": [group]})
-        for parameter, moments in self.adamw.state.items():  # fused AdamW takes them for being laid out alike
+        for parameter, moments in self.adamw.state.items():  # fused AdamW needs the parameter's memory layout
             moments |= {
                 key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
                 for key, value in moments.items()
             }
         if extra:
-            if extra["scaler"]:  # else that run had no loss scaling
+            if extra["scaler"]:  # empty without loss scaling
                 self.scaler.load_state_dict(extra["scaler"])
             self.skipped.fill_(extra["skipped"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
@@ -107,9 +109,6 @@ def latent_statistics(
     vae: AutoencoderKL, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Scale and bias of the latents of all images, as `LatentMoments` gives them; each rank reads its share."""
-    from torch.utils.data import DataLoader, Subset
-    from tqdm import tqdm
-
     share = Subset(data, range(rank, len(data), world))
     moments = LatentMoments(vae.config.z_channels, device)
     loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
