@@ -108,7 +108,7 @@ def test_the_result_says_what_it_depends_on(sets, capsys):
     assert len(result["features"]["efficientnet-lite0"]["sha256"]) == 64
     assert result["versions"]["torch"] == torch.__version__
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows == [f"|  | images | {FD} |", "| --- | --- | --- |", f"| a | 40 | {result['metrics'][FD]:.4g} |"]
+    assert rows == [f"|  | {FD} |", "| --- | --- |", f"| a | {result['metrics'][FD]:.4g} |"]
 
 
 def test_statistics_are_kept_and_used(sets, first):
@@ -420,7 +420,7 @@ def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
     path = tmp_path / "dinov2.pth"
     spec = tiny_spec("dinov2-vit-s")
     torch.save({"state_dict": original("dinov2-vit-s")}, path)  # wrapped, as alignment takes it too
-    with mock.patch("training.feature_networks.encoder_spec", lambda name: spec):
+    with mock.patch("weights.features.encoder_spec", lambda name: spec):
         network = load_encoder("dinov2-vit-s", path)
     expected = dinov2_positions(original("dinov2-vit-s")["pos_embed"], 16)
     assert torch.equal(network.encoder.network.pos_embed, expected)

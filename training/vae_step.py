@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
+from metrics.images import batch_psnr
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
 from models.numerics import distributed_world_size
 from training.distributed import frozen_call
@@ -49,7 +50,7 @@ def vae_objective(
     total, metrics = vae_loss(
         image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step, cfg.disc_warmup_steps
     )
-    metrics["psnr"] = psnr(image, recon)
+    metrics["psnr"] = batch_psnr(image, recon)
     return total, metrics
 
 
@@ -67,12 +68,6 @@ def update_discriminator(
 def detached(metrics: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """`metrics` without their graphs."""
     return {name: None if value is None else value.detach() for name, value in metrics.items()}
-
-
-def psnr(image: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a batch of reconstructions, both (B,3,R,R) with range [-1, 1]."""
-    with torch.no_grad():
-        return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
 class LatentMoments:
