@@ -80,16 +80,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     of_samples = [flag for flag in ("samples", "reference", "metrics", "save_stats") if getattr(args, flag) is not None]
     if args.vae is not None and of_samples:
         parser.error(f"--vae measures reconstructions; --{of_samples[0].replace('_', '-')} is for samples")
+    if args.vae is None and args.samples is None and (args.reference is None or args.save_stats is None):
+        parser.error("give --samples and --reference, or --vae and --data-dir, or --reference and --save-stats")
     if args.vae is not None and args.data_dir is None:
         parser.error("--vae needs --data-dir, with images that it was not trained on")
     if args.vae is None and args.data_dir is not None:
         parser.error("--data-dir is for --vae; samples are compared to --reference")
-    if args.vae is None and args.samples is None and args.reference is None:
-        parser.error("give --samples and --reference, or --vae and --data-dir")
     if args.vae is None and args.reference is None:
         parser.error("--samples needs a --reference to be compared to")
-    if args.vae is None and args.samples is None and args.save_stats is None:
-        parser.error("--reference alone is for --save-stats; give --samples too")
     return args
 
 
@@ -248,15 +246,11 @@ def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, l
 
 def environment(args: argparse.Namespace, state) -> dict:
     """Versions and machine behind the numbers."""
-    packages = ("torchvision", "numpy", "timm", "torch-fidelity", "lpips")
+    packages = ("torch", "torchvision", "numpy", "timm", "torch-fidelity", "lpips")
     on_gpu = state.device.type == "cuda"
     return {
         "command": sys.argv,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{name: version(name) for name in packages},
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
         "processes": state.num_processes,
         "batch_size": args.batch_size,

@@ -219,15 +219,15 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
 
 def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
     """One picture of the first samples: a row a class of --classes, or else eight to a row."""
-    samples = [torch.from_numpy(row.copy()).permute(2, 0, 1) for row in islice(files.in_order(), GRID_SAMPLES)]
+    samples = torch.tensor(np.stack(list(islice(files.in_order(), GRID_SAMPLES)))).permute(0, 3, 1, 2)
     columns = COLUMNS
     if args.classes:
         rows = len(args.classes)
         columns = min(COLUMNS, -(-len(samples) // rows))
-        blank = torch.full_like(samples[0], 255)
-        cells = [[i * rows + row for i in range(columns)] for row in range(rows)]
-        samples = [samples[i] if i < len(samples) else blank for row in cells for i in row]
-    picture = grid(torch.stack(samples), columns).permute(1, 2, 0).numpy()
+        blank = samples.new_full((rows, *samples.shape[1:]), 255)  # for the last column
+        cells = torch.cat([samples, blank])[: columns * rows]
+        samples = cells.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    picture = grid(samples, columns).permute(1, 2, 0).numpy()
     with written_whole(files.picture) as file:
         Image.fromarray(picture).save(file, "png")
 

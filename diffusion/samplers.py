@@ -1,8 +1,8 @@
-"""From noise to latents: pure functions of `velocity_fn(x, t, y)`.
+"""Samplers from noise to latents, as pure functions of `velocity_fn(x, t, y)`.
 
-The state is kept in float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun follow
-the probability-flow ODE, Euler-Maruyama the SDE of the same marginals with diffusion w(t) = 2t (SiT, Ma et al.,
-arXiv 2401.08740). Guidance acts on an interval of times only (Kynkäänniemi et al., 2404.07724).
+The state is float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun integrate the
+probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion w(t) = 2t (SiT, Ma et al.,
+arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724).
 """
 
 import math
@@ -36,7 +36,7 @@ class Guidance:
 def guided_velocity(
     velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None, guide: bool
 ) -> Tensor:
-    """Float64 velocity at x (B,C,h,w) and time t; with `guide`, both halves of the guidance in one batch."""
+    """Float64 velocity at x (B,C,h,w) and time t; with `guide`, conditional and null velocity come from one batch."""
     x, time = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
     if not guide:
         return velocity_fn(x, time, y).double()
@@ -49,7 +49,7 @@ def guided_velocity(
 def sample_ode(
     velocity_fn: VelocityFn, x: Tensor, y: Tensor, steps: int, guidance: Guidance | None = None, heun: bool = False
 ) -> Tensor:
-    """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction on all steps but the last.
+    """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction of all steps but the last.
 
     Args:
         velocity_fn: v(x, t, y) with x (B,C,h,w) float32, t (B,), y (B,) int64.
@@ -84,8 +84,9 @@ def sample_sde(
 ) -> Tensor:
     """Euler-Maruyama from t = 1 to 0.04 on a uniform grid, then one noiseless step to 0.
 
-    As `sample_ode`, and: `step_noise(i)` gives the N(0,1) draw (B,C,h,w) of step i, for i in 0..steps-2. The drift
-    v - w/2·score is affine in v with weights that sum to one, so guiding the velocity guides the drift.
+    Arguments and result are those of `sample_ode`; `step_noise(i)` gives the N(0,1) draw (B,C,h,w) of step i, for i in
+    0..steps-2. The drift v - w/2·score is affine in v, and the weights of guidance sum to one, so that guidance of the
+    velocity is guidance of the drift.
     """
     x = x.double()
     times = [*torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64).tolist(), 0.0]

@@ -23,7 +23,6 @@ from storage.image_sets import map_member, npz_arrays, open_image_set
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = {"precision", "recall", "kid"}  # these need the features of every image; the others need sums
 ONLY_INCEPTION = {"sfid", "is"}
-STATISTICS_FORMAT = "repae-statistics/1"
 MOMENTS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2}  # name in ADM's reference files -> number of dimensions
 
 
@@ -155,7 +154,7 @@ def open_reference(path: Path, what: str = "--reference") -> Reference:
         UserError: there are neither, or statistics are not finite, of another shape, or lack a part.
     """
     names = npz_arrays(path) if path.is_file() else []
-    about = read_about(path) if "about" in names else {}
+    about = json.loads(str(map_member(path, "about.npy"))) if "about" in names else {}
     moments: dict[str, dict[str, Tensor]] = {}
     for name in names:
         network, _, key = name.rpartition("/")
@@ -183,18 +182,6 @@ def read_moment(path: Path, name: str, dimensions: int, what: str) -> Tensor:
     return torch.from_numpy(np.array(array)).double()
 
 
-def read_about(path: Path) -> dict:
-    """What `save_statistics` wrote about statistics. Raises a UserError if it is of another format."""
-    try:
-        about = json.loads(str(map_member(path, "about.npy")))
-        found = about["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: its entry `about` is damaged ({error}), expected {STATISTICS_FORMAT}") from None
-    if found != STATISTICS_FORMAT:
-        raise UserError(f"{path}: its entry `about` is {found}, expected {STATISTICS_FORMAT}")
-    return about
-
-
 def save_statistics(
     path: Path, moments: dict[str, dict[str, Tensor]], weights: dict[str, str], source: str, count: int | None
 ) -> None:
@@ -207,7 +194,7 @@ def save_statistics(
         for network, of_network in moments.items()
         for key, values in of_network.items()
     }
-    about = {"format": STATISTICS_FORMAT, "source": source, "count": count, "weights": weights}
+    about = {"format": "repae-statistics/1", "source": source, "count": count, "weights": weights}
     with written_whole(path) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
