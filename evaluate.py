@@ -1,4 +1,4 @@
-"""What the field reports: FID and related metrics of samples, or the reconstruction of held-out images by a VAE.
+"""Measure samples by FID and related metrics, or a VAE by its reconstructions of held-out images.
 
     python evaluate.py --samples samples/joint_0400000_cfg1.0-0.0-1.0.npz --reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 evaluate.py --samples ... --reference ...
@@ -28,7 +28,7 @@ from errors import Parser, UserError, run_script
 from flags import groups, types
 from flags.config import parse_flags
 from metrics.features import FeatureNetwork, extract_features
-from metrics.images import WINDOW, psnr, ssim
+from metrics.images import psnr, ssim
 from metrics.statistics import (
     METRICS,
     OF_FEATURES,
@@ -195,14 +195,10 @@ def describe_networks(networks: list[FeatureNetwork]) -> dict:
 def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
     """Metrics of a VAE's reconstructions of --data-dir from the posterior mean, and the statistics of its latents."""
     data = open_images(args.data_dir)
-    if data.resolution < WINDOW:
-        raise UserError(f"{data.source} holds images of {data.resolution} px, but SSIM needs {WINDOW}")
     source = open_vae(args.vae_arch, args.vae, is_offline(args))
     vae = load_vae(source).eval().requires_grad_(False).to(state.device)
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
-    if len(data) < 2:
-        raise UserError(f"{data.source} holds {len(data)} images, but distances need 2")
     warn_of_few(str(data.source), len(data), log)
     networks = load_feature_networks(args.features.split(","), args, state.device)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
