@@ -28,17 +28,17 @@ class Guidance:
     low: float = 0.0
     high: float = 1.0
 
-    def active(self, t: float) -> bool:
-        """Whether guidance changes the velocity at time t."""
-        return self.scale != 1.0 and self.low <= t <= self.high
+
+def guidance_at(guidance: Guidance | None, t: float) -> Guidance | None:
+    """The guidance, if it acts at time t."""
+    acts = guidance is not None and guidance.scale != 1.0 and guidance.low <= t <= guidance.high
+    return guidance if acts else None
 
 
-def guided_velocity(
-    velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None, guide: bool
-) -> Tensor:
-    """Float64 velocity at x (B,C,h,w) and time t; with `guide`, conditional and null velocity come from one batch."""
+def guided_velocity(velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None) -> Tensor:
+    """Float64 velocity at x (B,C,h,w) and time t; with guidance, conditional and null velocity come from one batch."""
     x, time = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
-    if not guide:
+    if guidance is None:
         return velocity_fn(x, time, y).double()
     null = torch.full_like(y, guidance.null_label)
     both = velocity_fn(torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, null]))
@@ -64,10 +64,10 @@ def sample_ode(
     x = x.double()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for i, (t, t_next) in enumerate(pairwise(times)):
-        guide = guidance is not None and guidance.active(t)
-        velocity = guided_velocity(velocity_fn, x, t, y, guidance, guide)
+        active = guidance_at(guidance, t)
+        velocity = guided_velocity(velocity_fn, x, t, y, active)
         if heun and i < steps - 1:
-            corrected = guided_velocity(velocity_fn, x + (t_next - t) * velocity, t_next, y, guidance, guide)
+            corrected = guided_velocity(velocity_fn, x + (t_next - t) * velocity, t_next, y, active)
             velocity = 0.5 * (velocity + corrected)
         x = x + (t_next - t) * velocity
     return x
@@ -92,8 +92,8 @@ def sample_sde(
     times = [*torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(pairwise(times)):
         w, dt = 2 * t, t_next - t
-        guide = guidance is not None and guidance.active(t)
-        velocity = guided_velocity(velocity_fn, x, t, y, guidance, guide)
+        active = guidance_at(guidance, t)
+        velocity = guided_velocity(velocity_fn, x, t, y, active)
         score = score_from_velocity(path_type, velocity, x, torch.tensor(t, dtype=torch.float64))
         x = x + dt * (velocity - w / 2 * score)
         if i < steps - 1:
