@@ -153,9 +153,7 @@ def test_statistics_are_kept_and_used(sets, first):
 
 def test_statistics_of_pool_alone_give_fid_without_sfid(sets, inception_weights, monkeypatch):
     # the commonest files of statistics have mu and sigma only
-    monkeypatch.setattr(
-        "metrics.statistics.frechet_distance", lambda *moments: 1.0
-    )  # of 2048 features it takes seconds
+    monkeypatch.setattr("metrics.statistics.frechet_distance", lambda *moments: 1.0)  # slow at 2048
     flags = ("--samples", sets / "two.npz", "--num-workers", 0, "--inception-weights", inception_weights)
     np.savez(sets / "two.npz", arr_0=pictures(2, 1))
     np.savez(sets / "pool.npz", mu=np.zeros(2048), sigma=np.eye(2048))
