@@ -1,4 +1,4 @@
-"""What the field reports: FID and its like of samples, or how well a VAE reconstructs images it has not seen.
+"""Measure samples by FID and related metrics, or a VAE by its reconstructions of held-out images.
 
     python evaluate.py --samples samples/joint_0400000_cfg1.0-0.0-1.0.npz --reference VIRTUAL_imagenet256_labeled.npz
     torchrun --nproc_per_node=8 evaluate.py --samples ... --reference ...
@@ -10,7 +10,6 @@ are written as JSON, with everything that they depend on.
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -29,7 +28,7 @@ from errors import Parser, UserError, run_script
 from flags import groups, types
 from flags.config import parse_flags
 from metrics.features import FeatureNetwork, extract_features
-from metrics.images import WINDOW, psnr, ssim
+from metrics.images import psnr, ssim
 from metrics.statistics import (
     METRICS,
     OF_FEATURES,
@@ -55,7 +54,7 @@ from weights.downloads import is_offline
 from weights.features import load_feature_networks, load_lpips
 from weights.vae import VAESource, has_statistics, known_statistics, load_vae, open_vae
 
-FEW = 2048  # images below which Inception's covariance is singular
+FEW = 2048  # with fewer images the covariance of Inception's features is singular
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,42 +68,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--metrics", type=metric_list, help=f"which, joined by commas, of {', '.join(METRICS)} (default: all there are)"
     )
-    group.add_argument("--save-stats", type=Path, help="keep the reference's statistics in this npz")
+    group.add_argument("--save-stats", type=Path, help="write the statistics of the reference to this npz")
     groups.add_reconstruction_flags(parser)
     groups.add_feature_flags(parser)
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=types.POSITIVE, default=64, help="of each process (default: %(default)s)")
-    group.add_argument("--num-workers", type=types.COUNT, default=4, help="reading processes of each (default: 4)")
+    group.add_argument("--batch-size", type=types.POSITIVE, default=64, help="per process (default: %(default)s)")
+    group.add_argument("--num-workers", type=types.COUNT, default=4, help="reading processes per process (default: 4)")
     group.add_argument("--output", type=Path, help="the JSON file (default: beside samples or VAE, .metrics.json)")
     group.add_argument("--markdown", action="store_true", help="print the results as rows of a table")
     args = parse_flags(parser, argv, "evaluate")
-    check_flags(parser, args)
-    return args
-
-
-def check_flags(parser: Parser, args: argparse.Namespace) -> None:
-    """Raise a UserError for flags that do not go together."""
     of_samples = [flag for flag in ("samples", "reference", "metrics", "save_stats") if getattr(args, flag) is not None]
     if args.vae is not None and of_samples:
         parser.error(f"--vae measures reconstructions; --{of_samples[0].replace('_', '-')} is for samples")
-    if args.vae is None and not of_samples:
-        parser.error("give --samples and --reference, or --vae and --data-dir")
+    if args.vae is None and args.samples is None and (args.reference is None or args.save_stats is None):
+        parser.error("give --samples and --reference, or --vae and --data-dir, or --reference and --save-stats")
     if args.vae is not None and args.data_dir is None:
         parser.error("--vae needs --data-dir, with images that it was not trained on")
     if args.vae is None and args.data_dir is not None:
         parser.error("--data-dir is for --vae; samples are compared to --reference")
     if args.vae is None and args.reference is None:
         parser.error("--samples needs a --reference to be compared to")
-    if args.vae is None and args.samples is None and args.save_stats is None:
-        parser.error("--reference alone is for --save-stats; give --samples too")
-
-
-def check_places(args: argparse.Namespace) -> None:
-    """Raise a UserError if results would have no place to go."""
-    for path in filter(None, (output_path(args), args.save_stats)):
-        folder, asked_for = path.absolute().parent, path in (args.output, args.save_stats)
-        if (asked_for or folder.is_dir()) and not os.access(folder, os.W_OK, effective_ids=True):
-            raise UserError(f"{path}: its folder is not there, or not to be written to")
+    return args
 
 
 def metric_list(text: str) -> list[str]:
@@ -117,32 +101,30 @@ def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[
     """The metrics to compute: those that were asked for, or all that features and reference allow.
 
     Raises:
-        UserError: one that was asked for cannot be computed.
+        UserError: a metric that was asked for cannot be computed.
     """
-    possible = set(METRICS) if "inception" in networks else set(METRICS) - ONLY_INCEPTION
-    if args.metrics and not set(args.metrics) & possible:
+    possible = [metric for metric in METRICS if "inception" in networks or metric not in ONLY_INCEPTION]
+    if args.metrics and not set(args.metrics) & set(possible):
         raise UserError(f"--metrics {','.join(args.metrics)}: of Inception alone, but --features is {args.features}")
     lacking = set()
     if reference.images is None:
-        lacking = possible & OF_FEATURES
-        if "mu_s" not in reference.moments.get("inception", {}):
-            lacking |= possible & {"sfid"}
+        lacking = OF_FEATURES if "mu_s" in reference.moments.get("inception", {}) else OF_FEATURES | {"sfid"}
+        lacking = lacking.intersection(possible)
     if needy := [metric for metric in args.metrics or () if metric in lacking]:
         raise UserError(f"--reference {reference.path}: no images, nor the statistics that {needy[0]} needs")
     if lacking and args.samples is not None and not args.metrics:
         log(f"{reference.path} has no images: no {', '.join(sorted(lacking))}")
-    return [metric for metric in args.metrics or METRICS if metric in possible - lacking]
+    return [metric for metric in args.metrics or METRICS if metric in possible and metric not in lacking]
 
 
 def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], log) -> None:
-    """Raise a UserError if samples and reference cannot be compared; warn where there are few."""
-    if samples is not None and reference.images is not None and reference.images.size != samples.size:
-        sizes = f"--samples are of {describe(samples.size)}, but --reference of {describe(reference.images.size)}"
+    """Raise a UserError if samples and reference cannot be compared; warn about few images."""
+    images = reference.images
+    if samples is not None and images is not None and images.size != samples.size:
+        sizes = f"--samples are of {describe(samples.size)}, but --reference of {describe(images.size)}"
         raise UserError(f"{sizes}; resize one of them first")
     least = 4 if {"precision", "recall"} & set(wanted) else 2
-    counts = {"--samples": samples and len(samples), "--reference": reference.count}
-    if reference.images is not None:
-        counts["--reference"] = len(reference.images)
+    counts = {"--samples": samples and len(samples), "--reference": reference.count if images is None else len(images)}
     for what, count in counts.items():
         if count is not None:
             warn_of_few(what, count, log)
@@ -151,14 +133,13 @@ def check_images(samples: Dataset | None, reference: Reference, wanted: list[str
 
 
 def warn_of_few(what: str, count: int, log) -> None:
-    """Say so if Fréchet distances of so few images mean little."""
+    """Warn that the Fréchet distance of few images is biased."""
     if count < FEW:
         log(f"warning: {what} holds {count} images, fewer than {FEW}: Inception's covariance is singular, FID biased")
 
 
-def evaluate_samples(args: argparse.Namespace, state) -> dict:
+def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     """All metrics of --samples against --reference, and what they depend on."""
-    log = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
     names = args.features.split(",")
     reference = open_reference(args.reference)
     samples = None if args.samples is None else open_image_set(args.samples, "--samples")
@@ -168,40 +149,40 @@ def evaluate_samples(args: argparse.Namespace, state) -> dict:
     reference.check_networks(networks, state.device)
     keep = bool(OF_FEATURES & set(wanted)) and samples is not None
     reading = ReadOptions(args.batch_size, args.num_workers, state)
-    values, kept, weights = {}, {}, dict(reference.weights)
+    values, known, weights = {}, {}, dict(reference.weights)
     for network in networks:
-        stored, features = reference.moments.get(network.name, {}), None
-        complete = "mu" in stored and ("mu_s" in stored or "sfid" not in wanted or network.name != "inception")
-        if reference.images is not None and (keep or not complete):
-            seen = statistics_of(reference.images, "reference", network, keep, reading)
-            stored, features = {**seen.moments(network.name), **stored}, seen.features
+        moments, features = reference.moments.get(network.name, {}), None
         if network.name not in reference.moments:
             weights[network.name] = network.sha256
-        kept[network.name] = stored
+        needed = {"mu", "mu_s"} if network.name == "inception" and "sfid" in wanted else {"mu"}
+        if reference.images is not None and (keep or needed - moments.keys()):
+            seen = statistics_of(reference.images, "reference", network, keep, reading)
+            moments, features = {**seen.moments(network.name), **moments}, seen.features
+        known[network.name] = moments
         if samples is not None:
-            statistics = statistics_of(samples, "samples", network, keep, reading)
+            seen = statistics_of(samples, "samples", network, keep, reading)
             if state.is_main_process:
-                values |= compare(statistics, stored, features, wanted, network.name)
+                values |= compare(seen, moments, features, wanted, network.name)
     count = reference.count if reference.images is None else len(reference.images)
     if args.save_stats is not None and state.is_main_process:
-        save_statistics(args.save_stats, kept, weights, str(args.reference), count)
+        save_statistics(args.save_stats, known, weights, str(args.reference), count)
         print(f"statistics of the reference: {args.save_stats}")
     return {
         "metrics": values,
-        "samples": None if samples is None else {"path": str(args.samples), "count": len(samples)},
-        "manifest": None if samples is None else manifest_of(args.samples),
+        "samples": samples and {"path": str(args.samples), "count": len(samples)},
+        "manifest": samples and manifest_of(args.samples),
         "reference": {"path": str(args.reference), "count": count, "stored_statistics": sorted(reference.moments)},
         "features": describe_networks(networks),
     }
 
 
 def manifest_of(samples: Path) -> dict | None:
-    """What generate.py wrote beside the samples about how they were made."""
+    """The manifest that generate.py wrote beside the samples, if it did."""
     path = samples.with_name(samples.name.removesuffix(".npz") + ".json")
     try:
         content = json.loads(path.read_text(encoding="utf8"))
         return content if content["format"] == MANIFEST_FORMAT else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or a file of somebody else
         return None
 
 
@@ -211,24 +192,18 @@ def describe_networks(networks: list[FeatureNetwork]) -> dict:
 
 
 @torch.no_grad()
-def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
-    """How well a VAE reconstructs the images of --data-dir, from the posterior's mean, and its latents' statistics."""
+def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
+    """Metrics of a VAE's reconstructions of --data-dir from the posterior mean, and the statistics of its latents."""
     data = open_images(args.data_dir)
-    if data.resolution < WINDOW:
-        raise UserError(f"{data.source} holds images of {data.resolution} px, but SSIM needs {WINDOW}")
     source = open_vae(args.vae_arch, args.vae, is_offline(args))
     vae = load_vae(source).eval().requires_grad_(False).to(state.device)
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
-    if len(data) < 2:
-        raise UserError(f"{data.source} holds {len(data)} images, but distances need 2")
-    if state.is_main_process:
-        warn_of_few(str(data.source), len(data), partial(tqdm.write, file=sys.stderr))
+    warn_of_few(str(data.source), len(data), log)
     networks = load_feature_networks(args.features.split(","), args, state.device)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
-    originals, recons = (
-        [SetStatistics(len(data), state.device, keep_features=False) for _ in networks] for _ in range(2)
-    )
+    originals = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
+    recons = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
     sums = torch.zeros(3, dtype=torch.float64, device=state.device)
     latents = LatentMoments(vae.config.z_channels, state.device)
     for indices, pixels in batches(data, "reconstructing", ReadOptions(args.batch_size, args.num_workers, state)):
@@ -246,7 +221,7 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
     for network, original, reconstructed in zip(networks, originals, recons, strict=True):
         moments = original.over_processes().moments(network.name)
         found = compare(reconstructed.over_processes(), moments, None, ["fid"], network.name)
-        values.update({f"r{name}": distance for name, distance in found.items()})
+        values |= {f"r{name}": distance for name, distance in found.items()}
     return {
         "metrics": values,
         "latents": compared_latents(latents.statistics(), source),
@@ -257,74 +232,70 @@ def evaluate_reconstruction(args: argparse.Namespace, state) -> dict:
 
 
 def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, list[float]]:
-    """Mean and standard deviation of each latent channel on these images, and as they are stored with the VAE."""
+    """Mean and standard deviation of each latent channel on these images, and as stored with the VAE."""
     measured = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
     if has_statistics(source):
         scale, bias = known_statistics(source)
-        measured.update(stored_mean=bias, stored_std=1 / scale)
+        measured |= {"stored_mean": bias, "stored_std": 1 / scale}
     return {name: values.flatten().tolist() for name, values in measured.items()}
 
 
 def environment(args: argparse.Namespace, state) -> dict:
-    """Versions and machine that the numbers come from."""
-    packages = ("torchvision", "numpy", "timm", "torch-fidelity", "lpips")
+    """Versions and machine behind the numbers."""
+    packages = ("torch", "torchvision", "numpy", "timm", "torch-fidelity", "lpips")
     on_gpu = state.device.type == "cuda"
     return {
         "command": sys.argv,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{name: version(name) for name in packages},
-        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
         "processes": state.num_processes,
         "batch_size": args.batch_size,
     }
 
 
-def markdown(title: str, count: int, values: dict[str, float]) -> str:
-    """A table of one row."""
-    head = ["", "images", *values]
-    row = [title, str(count), *(f"{value:.4g}" for value in values.values())]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), row))
+def subject(args: argparse.Namespace) -> Path | None:
+    """The path of what is measured, without its suffix; None if only the statistics of a reference are asked for."""
+    path = args.samples or (args.vae and Path(args.vae))
+    return path and path.with_name(path.name.removesuffix(".npz").removesuffix(".pt"))
 
 
 def output_path(args: argparse.Namespace) -> Path | None:
-    """Where the JSON goes."""
-    what = args.samples or (args.vae and Path(args.vae))
-    if args.output is not None or what is None:
+    """The JSON file, if one is written."""
+    measured = subject(args)
+    if args.output is not None or measured is None:
         return args.output
-    path = what.with_name(what.name.removesuffix(".npz").removesuffix(".pt") + ".metrics.json")
+    path = measured.with_name(measured.name + ".metrics.json")
     return path if path.parent.is_dir() else Path(path.name)  # of a VAE on the hub
+
+
+def markdown(title: str, values: dict[str, float]) -> str:
+    """A table of one row."""
+    rows = (["", *values], ["---"] * (1 + len(values)), [title, *(f"{value:.4g}" for value in values.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
     """Measure, print, write."""
     args = parse_args()
-    check_places(args)
+    output = output_path(args)
+    for path in filter(None, (output, args.save_stats)):
+        if not os.access(path.absolute().parent, os.W_OK, effective_ids=True):
+            raise UserError(f"{path}: its folder is not there, or not to be written to")
     use_tf32(False)
     state = process_state()
-    document = evaluate_samples(args, state) if args.vae is None else evaluate_reconstruction(args, state)
+    log = partial(tqdm.write, file=sys.stderr) if state.is_main_process else lambda text: None
+    measure = evaluate_samples if args.vae is None else evaluate_reconstruction
+    document = measure(args, state, log)
     if not state.is_main_process:
         return
-    values, (what, count) = document["metrics"], subject(document)
+    values = document["metrics"]
     if args.markdown and values:
-        print(markdown(what, count, values))
+        print(markdown(subject(args).name, values))
     for name, value in values.items():
         print(f"{name}: {value:.6g}")
-    if bad := [name for name, value in values.items() if math.isnan(value)]:
-        raise UserError(f"{bad[0]} is not a number")
-    if (path := output_path(args)) is not None:
-        replace_text(path, json.dumps({**document, **environment(args, state)}, indent=1) + "\n")
-        print(f"results: {path}")
-
-
-def subject(document: dict) -> tuple[str, int]:
-    """What was measured, and on how many images."""
-    if "vae" in document:
-        return Path(document["vae"]["path"]).stem, document["images"]["count"]
-    of = document["samples"] or document["reference"]
-    return Path(of["path"]).name.removesuffix(".npz"), of["count"]
+    if output is not None:
+        replace_text(output, json.dumps({**document, **environment(args, state)}, indent=1) + "\n")
+        print(f"results: {output}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Sample a trained experiment: PNGs, and the `.npz` that the ADM evaluation suite reads.
+"""Sample a trained run: PNGs, and the `.npz` that the ADM evaluation suite reads.
 
     torchrun --nproc_per_node=8 generate.py --exp-path exps/joint --train-steps 400000 --mode sde --num-steps 250 \\
         --cfg-scale 1.0
-    python generate.py --exp-path exps/joint --classes 207,360 --num-fid-samples 16 --no-npz --grid   # for a look
+    python generate.py --exp-path exps/joint --classes 207,360 --num-fid-samples 16 --no-npz --grid
 
-Sample i is a function of (--global-seed, i): its noise, its label and the noise of every step are the same on any
-number of processes and in any batch. The same command run again makes what is missing.
+Sample i is a function of (--global-seed, i): its label, its noise and the noise of every step do not depend on the
+number of processes or the batch size. The same command resumes an interrupted run.
 """
 
 import argparse
@@ -44,20 +44,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--exp-path", type=Path, required=True, help="a run's folder, with checkpoints/ and args.json")
-    parser.add_argument("--train-steps", type=step_or_best, help="which checkpoint, or best (default: the latest)")
+    parser.add_argument("--train-steps", type=step_or_best, help="a checkpoint's step, or best (default: the latest)")
     parser.add_argument("--vae-ckpt", help=f"a frozen-VAE run's VAE, if it is not where its flags say; {VAE_WEIGHTS}")
     add_offline_flag(parser)
     parser.add_argument("--sample-dir", type=Path, default=Path("samples"), help="where samples go (default: samples)")
     parser.add_argument("--num-fid-samples", type=POSITIVE, default=50000, help="how many (default: %(default)s)")
-    parser.add_argument("--pproc-batch-size", type=POSITIVE, default=256, help="of each process (default: %(default)s)")
-    parser.add_argument("--global-seed", type=int, default=0, help="decides every draw (default: %(default)s)")
+    parser.add_argument("--pproc-batch-size", type=POSITIVE, default=256, help="per process (default: %(default)s)")
+    parser.add_argument("--global-seed", type=int, default=0, help="seed of all draws (default: %(default)s)")
     group = parser.add_argument_group("sampler")
     group.add_argument("--mode", default="ode", choices=("ode", "sde"), help="(default: %(default)s)")
     group.add_argument("--num-steps", type=POSITIVE, default=50, help="(default: %(default)s)")
     group.add_argument(
         "--heun", action=BooleanOptionalAction, default=False, help="second-order steps, --mode ode only"
     )
-    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: what its flags log)")
+    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: that of its flags)")
     group.add_argument("--cfg-scale", type=number(float, at_least=1), default=1.5, help="1: no guidance (default: 1.5)")
     group.add_argument("--guidance-low", type=number(float, at_least=0), default=0.0, help="guide from t (default: 0)")
     group.add_argument("--guidance-high", type=number(float, at_least=0), default=1.0, help="up to t (default: 1)")
@@ -69,17 +69,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--compile",
         action=BooleanOptionalAction,
         default=True,
-        help=f"compile the networks on GPUs, where a process has {COMPILE_FROM} samples to make or more: for fewer it "
-        "takes longer than it saves",
+        help=f"compile the networks on GPUs, from {COMPILE_FROM} samples per process: for fewer it does not pay",
     )
     group = parser.add_argument_group("labels and files")
     group.add_argument(
         "--labels", default="random", choices=("random", "balanced"), help="balanced: i mod classes (default: random)"
     )
     group.add_argument("--classes", type=class_list, help="these labels in turn, like 207,360, whatever --labels says")
-    group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write a PNG file a sample")
+    group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write one PNG file per sample")
     group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
-    group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row a class of --classes")
+    group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row per class of --classes")
     args = parse_flags(parser, argv, "generate")
     if args.guidance_low >= args.guidance_high:
         parser.error(
@@ -94,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def step_or_best(text: str) -> int | str:
-    """An argparse type: a step, or the word for checkpoints/best.pt."""
+    """An argparse type: a step, or "best" for checkpoints/best.pt."""
     return text if text == "best" else COUNT(text)
 
 
@@ -161,13 +160,13 @@ def environment(args: argparse.Namespace, state) -> dict:
 
 
 def set_name(args: argparse.Namespace, run: Experiment) -> str:
-    """Folder and file name of the samples, the reference's."""
+    """Name of the set of samples, as in the reference."""
     guidance = f"cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
     return f"{run.name}_{run.step:07d}_{guidance}"
 
 
 def compiles(args: argparse.Namespace, state) -> bool:
-    """Whether the networks are compiled: on GPUs, where it pays."""
+    """Whether the networks are compiled: on GPUs, with enough samples."""
     pays = args.num_fid_samples >= COMPILE_FROM * state.num_processes
     return args.compile and pays and state.device.type == "cuda"
 
@@ -218,16 +217,16 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
 
 
 def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
-    """One picture of the first samples: a row a class of --classes, or else eight to a row."""
-    samples = [torch.from_numpy(row.copy()).permute(2, 0, 1) for row in islice(files.in_order(), GRID_SAMPLES)]
+    """One picture of the first samples: one row per class of --classes, or else eight per row."""
+    samples = torch.tensor(np.stack(list(islice(files.in_order(), GRID_SAMPLES)))).permute(0, 3, 1, 2)
     columns = COLUMNS
     if args.classes:
         rows = len(args.classes)
         columns = min(COLUMNS, -(-len(samples) // rows))
-        blank = torch.full_like(samples[0], 255)
-        cells = [[i * rows + row for i in range(columns)] for row in range(rows)]
-        samples = [samples[i] if i < len(samples) else blank for row in cells for i in row]
-    picture = grid(torch.stack(samples), columns).permute(1, 2, 0).numpy()
+        blank = samples.new_full((rows, *samples.shape[1:]), 255)  # for the last column
+        cells = torch.cat([samples, blank])[: columns * rows]
+        samples = cells.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    picture = grid(samples, columns).permute(1, 2, 0).numpy()
     with written_whole(files.picture) as file:
         Image.fromarray(picture).save(file, "png")
 

@@ -1,1 +1,1 @@
-"""The mathematics of sampling: interpolant, time, samplers. Networks are passed in as functions."""
+"""The diffusion process, its samplers, and samples of trained networks."""

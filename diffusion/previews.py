@@ -1,4 +1,4 @@
-"""Pictures that training writes as it goes: samples of the averaged transformer, and reconstructions."""
+"""The pictures that training writes: samples of the averaged transformer, and reconstructions."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ PADDING = 2  # pixels between tiles
 
 
 def evenly_spaced(data, count: int) -> Tensor:
-    """uint8 pixels (count,3,R,R) from all over `data`, which lies sorted by class: always the same images."""
+    """uint8 pixels (count,3,R,R), evenly spaced over `data`, which is sorted by class: always the same images."""
     count = min(count, len(data))
     return torch.stack([data[i * len(data) // count][0] for i in range(count)])
 
@@ -32,7 +32,7 @@ def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
-    """Rows of originals, each above the row of their reconstructions from the posterior mean; (3,H,W) uint8."""
+    """Rows of originals, each above its row of reconstructions from the posterior mean; (3,H,W) uint8."""
     device = next(vae.parameters()).device
     rows = []
     for originals in pixels.split(COLUMNS):
@@ -44,10 +44,7 @@ def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast =
 
 @torch.no_grad()
 def sample_grid(ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nullcontext) -> Tensor:
-    """64 samples over all classes: Euler, 50 steps, guidance 4 on [0, 1], the same noise every time; (3,H,W) uint8.
-
-    `autocast` gives the contexts of training's precision, which is good enough for a look.
-    """
+    """64 samples over all classes: Euler, 50 steps, guidance 4 on [0, 1], always the same noise; (3,H,W) uint8."""
     device = next(vae.parameters()).device
     shape = (SAMPLES, ema.in_channels, ema.input_size, ema.input_size)
     noise = torch.randn(shape, generator=generator_for(seed, "preview", 0)).to(device)

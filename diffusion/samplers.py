@@ -1,8 +1,8 @@
-"""From noise to latents: pure functions of `velocity_fn(x, t, y)`.
+"""Samplers from noise to latents, as pure functions of `velocity_fn(x, t, y)`.
 
-The state is kept in float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun follow
-the probability-flow ODE, Euler-Maruyama the SDE of the same marginals with diffusion w(t) = 2t (SiT, Ma et al.,
-arXiv 2401.08740). Guidance acts on an interval of times only (Kynkäänniemi et al., 2404.07724).
+The state is float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun integrate the
+probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion w(t) = 2t (SiT, Ma et al.,
+arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724).
 """
 
 import math
@@ -28,17 +28,17 @@ class Guidance:
     low: float = 0.0
     high: float = 1.0
 
-    def active(self, t: float) -> bool:
-        """Whether guidance changes the velocity at time t."""
-        return self.scale != 1.0 and self.low <= t <= self.high
+
+def guidance_at(guidance: Guidance | None, t: float) -> Guidance | None:
+    """The guidance, if it acts at time t."""
+    acts = guidance is not None and guidance.scale != 1.0 and guidance.low <= t <= guidance.high
+    return guidance if acts else None
 
 
-def guided_velocity(
-    velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None, guide: bool
-) -> Tensor:
-    """Float64 velocity at x (B,C,h,w) and time t; with `guide`, both halves of the guidance in one batch."""
+def guided_velocity(velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None) -> Tensor:
+    """Float64 velocity at x (B,C,h,w) and time t; with guidance, conditional and null velocity come from one batch."""
     x, time = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
-    if not guide:
+    if guidance is None:
         return velocity_fn(x, time, y).double()
     null = torch.full_like(y, guidance.null_label)
     both = velocity_fn(torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, null]))
@@ -49,7 +49,7 @@ def guided_velocity(
 def sample_ode(
     velocity_fn: VelocityFn, x: Tensor, y: Tensor, steps: int, guidance: Guidance | None = None, heun: bool = False
 ) -> Tensor:
-    """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction on all steps but the last.
+    """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction of all steps but the last.
 
     Args:
         velocity_fn: v(x, t, y) with x (B,C,h,w) float32, t (B,), y (B,) int64.
@@ -64,10 +64,10 @@ def sample_ode(
     x = x.double()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for i, (t, t_next) in enumerate(pairwise(times)):
-        guide = guidance is not None and guidance.active(t)
-        velocity = guided_velocity(velocity_fn, x, t, y, guidance, guide)
+        active = guidance_at(guidance, t)
+        velocity = guided_velocity(velocity_fn, x, t, y, active)
         if heun and i < steps - 1:
-            corrected = guided_velocity(velocity_fn, x + (t_next - t) * velocity, t_next, y, guidance, guide)
+            corrected = guided_velocity(velocity_fn, x + (t_next - t) * velocity, t_next, y, active)
             velocity = 0.5 * (velocity + corrected)
         x = x + (t_next - t) * velocity
     return x
@@ -84,15 +84,16 @@ def sample_sde(
 ) -> Tensor:
     """Euler-Maruyama from t = 1 to 0.04 on a uniform grid, then one noiseless step to 0.
 
-    As `sample_ode`, and: `step_noise(i)` gives the N(0,1) draw (B,C,h,w) of step i, for i in 0..steps-2. The drift
-    v - w/2·score is affine in v with weights that sum to one, so guiding the velocity guides the drift.
+    Arguments and result are those of `sample_ode`; `step_noise(i)` gives the N(0,1) draw (B,C,h,w) of step i, for i in
+    0..steps-2. The drift v - w/2·score is affine in v, and the weights of guidance sum to one, so that guidance of the
+    velocity is guidance of the drift.
     """
     x = x.double()
     times = [*torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(pairwise(times)):
         w, dt = 2 * t, t_next - t
-        guide = guidance is not None and guidance.active(t)
-        velocity = guided_velocity(velocity_fn, x, t, y, guidance, guide)
+        active = guidance_at(guidance, t)
+        velocity = guided_velocity(velocity_fn, x, t, y, active)
         score = score_from_velocity(path_type, velocity, x, torch.tensor(t, dtype=torch.float64))
         x = x + dt * (velocity - w / 2 * score)
         if i < steps - 1:

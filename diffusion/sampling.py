@@ -1,4 +1,4 @@
-"""Samples of a trained transformer and its VAE as functions of (seed, index): for generate.py, and for evaluation."""
+"""Samples of a trained transformer and its VAE: sample i is a function of the seed and of i."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -13,10 +13,12 @@ from models.autoencoder import AutoencoderKL, image_to_pixels
 from models.numerics import AUTOCAST_DTYPES, to_device
 from models.sit import SiT
 
+DECODE_BATCH = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Everything that decides sample i beside the networks; by default 50 Euler steps without guidance."""
+    """Everything but the networks that determines sample i; by default 50 Euler steps without guidance."""
 
     seed: int = 0
     mode: str = "ode"
@@ -31,8 +33,18 @@ class Sampling:
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
 
+def hashed(seed: int, stream: str, index: int) -> bytes:
+    """32 bytes for step, epoch or sample `index` of a named stream of random numbers."""
+    return hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+
+
+def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator for sample `index` of a named stream: equal arguments give equal numbers."""
+    return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
+
+
 def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:
-    """The label of sample `index`."""
+    """The label of sample `index`: from `classes` in turn if there are any, else balanced or random."""
     if sampling.classes:
         return sampling.classes[index % len(sampling.classes)]
     if sampling.labels == "balanced":
@@ -51,9 +63,9 @@ def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -
 
 
 def cast_weights(network: nn.Module, mixed_precision: str) -> None:
-    """Cast the weights that autocast would cast at every call, once and for all; no result changes.
+    """Cast once the weights that autocast would cast in every call; results do not change.
 
-    Autocast keeps what it has cast only where gradients are taken.
+    Autocast caches its casts only where gradients are computed.
     """
     if (dtype := AUTOCAST_DTYPES[mixed_precision]) is not None:
         for module in network.modules():
@@ -63,10 +75,7 @@ def cast_weights(network: nn.Module, mixed_precision: str) -> None:
 
 @torch.no_grad()
 def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> Tensor:
-    """The samples with these indices, (B,3,R,R) uint8 on the networks' device.
-
-    On a GPU the host runs ahead: nothing here waits for the device.
-    """
+    """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU."""
     device = next(sit.parameters()).device
     noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
     labels = torch.tensor([sample_label(sampling, sit.num_classes, index) for index in indices])
@@ -92,24 +101,11 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
         return decode_pixels(vae, sit.denormalise(z_norm).float())
 
 
-def hashed(seed: int, stream: str, index: int) -> bytes:
-    """32 bytes for step, epoch or sample `index` of a named stream."""
-    return hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
-
-
-def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
-    """A CPU generator for sample `index` of a named stream: equal arguments give equal numbers."""
-    return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
-
-
-DECODE_BATCH = 16
-
-
 @torch.no_grad()
 def decode_pixels(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts, whose size bounds the memory.
+    """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts to bound the memory.
 
-    Parts are as equal as can be: compiled code sees one or two shapes for an N.
+    Part sizes differ by at most one, so that compiled code sees at most two shapes.
     """
     parts = z.tensor_split(-(-len(z) // DECODE_BATCH))
     return torch.cat([image_to_pixels(vae.decode(part)) for part in parts])

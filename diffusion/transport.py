@@ -1,4 +1,4 @@
-"""The path between data and noise: interpolant, time sampling, target, and velocity <-> score. Knows no network.
+"""The path between data and noise: interpolant, target, sampling of times, and the score from the velocity.
 
 Stochastic interpolants as in SiT (Ma et al., arXiv 2401.08740). **t = 0 is data, t = 1 is noise** (the original SiT
 code runs the other way). x_t = α(t)·z_norm + σ(t)·ε and the target is its velocity v = α'(t)·z_norm + σ'(t)·ε.
@@ -16,7 +16,7 @@ TIME_CONVENTION = "t=0 data, t=1 noise"
 
 
 class Coefficients(NamedTuple):
-    """α, σ and their derivatives by t, each shaped like t."""
+    """α, σ and their derivatives with respect to t, each of the shape of t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -48,10 +48,10 @@ def interpolate(path_type: str, z_norm: Tensor, noise: Tensor, t: Tensor) -> tup
 
 
 def sample_time(weighting: str, path_type: str, uniform: Tensor) -> Tensor:
-    """(B,) float32 times in [0, 1], from as many draws from U[0, 1) in float64.
+    """Times in [0, 1], (B,) float32, from float64 draws `uniform` (B,) of U[0, 1).
 
-    uniform: the draws themselves. lognormal: s = exp(N(0, 1)) is the noise-to-data ratio σ/α, hence t = s/(1 + s) on
-    the linear path and (2/π)·atan s on the cosine one; the normal distribution's quantiles make its draws.
+    uniform: the draws themselves. lognormal: the noise-to-data ratio σ/α is s = exp(N(0, 1)), hence t = s/(1 + s) on
+    the linear path and (2/π)·atan s on the cosine path; normal draws are the normal quantiles of the uniform ones.
 
     Raises:
         ValueError: unknown `weighting`.
@@ -65,12 +65,12 @@ def sample_time(weighting: str, path_type: str, uniform: Tensor) -> Tensor:
 
 
 def score_from_velocity(path_type: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Score ∇ log p_t(x) from the velocity, (B,C,h,w), for a scalar or (B,1,1,1) t > 0 (SiT, eq. 9)."""
+    """Score ∇ log p_t(x), (B,C,h,w), from the velocity at t > 0, a scalar or (B,1,1,1) (SiT, eq. 9)."""
     c = coefficients(path_type, t)
     ratio = c.alpha / c.d_alpha
     return (ratio * velocity - x) / (c.sigma**2 - ratio * c.d_sigma * c.sigma)
 
 
 def diffusion_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error of each sample, (B,), averaged over all but the batch dimension."""
+    """Mean squared error of each sample, (B,)."""
     return (prediction - target).square().flatten(1).mean(1)

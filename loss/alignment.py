@@ -1,4 +1,4 @@
-"""REPA's alignment loss (Yu et al., arXiv 2410.06940) and iREPA's normalisation of its targets (2512.10794)."""
+"""The alignment loss of REPA (Yu et al., arXiv 2410.06940) and iREPA's normalisation of its targets (2512.10794)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ def alignment_loss(projected: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Negative cosine similarity, averaged over encoders, images and tokens; a scalar in [-1, 1].
 
     Args:
-        projected: the transformer's projected tokens, one (B,T,D_k) per encoder.
-        targets: the frozen encoders' tokens, the same shapes. Half precision is widened to float32.
+        projected: projected tokens of the transformer, one (B,T,D_k) per encoder.
+        targets: tokens of the frozen encoders, of the same shapes. Half precision is widened to float32.
     """
     similarities = [
         F.cosine_similarity(float32_or_wider(ours), float32_or_wider(theirs), dim=-1).mean()
@@ -22,11 +22,11 @@ def alignment_loss(projected: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def spatial_normalise(tokens: Tensor, gamma: float) -> Tensor:
-    """iREPA's contrast between tokens (Singh et al., arXiv 2512.10794): (z - gamma·mean) / (std + 1e-6) over space.
+    """Normalisation over space (iREPA, Singh et al., arXiv 2512.10794): (z - gamma·mean) / (std + 1e-6).
 
     Args:
-        tokens: an encoder's, (B,T,D), T > 1. Half precision is widened to float32.
-        gamma: share of the mean over tokens that is taken away.
+        tokens: tokens of an encoder (B,T,D), T > 1. Half precision is widened to float32.
+        gamma: share of the mean over tokens that is subtracted.
 
     Returns:
         (B,T,D) of float32 or wider; std is the unbiased one over tokens.

@@ -1,7 +1,9 @@
 """LPIPS perceptual distance (Zhang et al., arXiv 1801.03924): VGG16 features, v0.1 linear heads.
 
-State-dict keys are those of the taming-transformers layout, which the published `vgg.pth` of heads also uses.
+State-dict keys are those of taming-transformers, which the published heads in `vgg.pth` use as well.
 """
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ EPS = 1e-10
 
 
 class ScalingLayer(nn.Module):
-    """From images in [-1, 1] to ImageNet-normalised ones."""
+    """ImageNet normalisation of images in [-1, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +29,7 @@ class ScalingLayer(nn.Module):
 
 
 class VGG16Features(nn.Module):
-    """The five taps of VGG16's convolutions, named by torchvision's layer indices.
+    """Features of VGG16 at five depths; its layers have torchvision's indices as names.
 
     With `recompute`, each slice is computed again in the backward pass.
     """
@@ -38,12 +40,9 @@ class VGG16Features(nn.Module):
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
 
-        layers = make_layers(cfgs["D"])  # of vgg16, whose classifier would take a second to initialise
+        layers = make_layers(cfgs["D"])  # without VGG16's classifier, which takes a second to initialise
         for number, indices in enumerate(SLICES, start=1):
-            block = nn.Sequential()
-            for i in indices:
-                block.add_module(str(i), layers[i])
-            setattr(self, f"slice{number}", block)
+            setattr(self, f"slice{number}", nn.Sequential(OrderedDict((str(i), layers[i]) for i in indices)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -53,27 +52,16 @@ class VGG16Features(nn.Module):
         return features
 
 
-class LinearHead(nn.Module):
-    """Non-negative weights of a tap's channels. Index 0 was a dropout layer; evaluation has none."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.model = nn.Sequential()
-        self.model.add_module("1", nn.Conv2d(channels, 1, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
-
-
 class LPIPS(nn.Module):
-    """Frozen perceptual distance, in float32 even under autocast: squares and norms leave half precision's range."""
+    """Frozen perceptual distance, in float32 even under autocast: squares and norms exceed half precision's range."""
 
     def __init__(self):
         super().__init__()
         self.scaling_layer = ScalingLayer()
         self.net = VGG16Features()
         for i, channels in enumerate(CHANNELS):
-            setattr(self, f"lin{i}", LinearHead(channels))
+            head = nn.Sequential(OrderedDict({"1": nn.Conv2d(channels, 1, 1, bias=False)}))
+            setattr(self, f"lin{i}", nn.Sequential(OrderedDict(model=head)))
         self.requires_grad_(False)
         channels_last(self)
 

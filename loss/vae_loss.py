@@ -1,6 +1,5 @@
-"""The autoencoder's loss and the discriminator's: L1 + LPIPS + KL + GAN, as latent diffusion trains its VAEs
-(Rombach et al., arXiv 2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al.,
-2104.03310).
+"""The losses of the VAE and of its discriminator: L1 + LPIPS + KL + GAN as in latent diffusion (Rombach et al., arXiv
+2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al., 2104.03310).
 """
 
 import math
@@ -15,9 +14,9 @@ from models.numerics import float32_or_wider, mean_over_batches
 
 @dataclass(frozen=True)
 class VAELossConfig:
-    """Weights of the loss's terms; the names are the loss YAML's.
+    """Weights of the terms, by their names in the loss YAML.
 
-    `quantizer_weight` belongs to the reference's vector-quantised models and has no effect on a KL autoencoder.
+    `quantizer_weight` belongs to the vector-quantised models of the reference and has no effect on a KL autoencoder.
     """
 
     reconstruction_loss: str = "l1"
@@ -35,12 +34,12 @@ class VAELossConfig:
 
 
 def gan_active(cfg: VAELossConfig, step: int, warmup: int = 0) -> bool:
-    """Whether a GAN term counts at 0-based `step`: from `warmup` steps after `discriminator_start` on."""
+    """Whether a GAN term is active at 0-based `step`: from `warmup` steps after `discriminator_start`."""
     return step >= cfg.discriminator_start + warmup
 
 
 def first_gan_step(cfg: VAELossConfig) -> float:
-    """The 1-based step from which on the discriminator learns; infinity if it never does."""
+    """The first 1-based step in which the discriminator is trained; infinity if it never is."""
     return cfg.discriminator_start + 1 if cfg.discriminator_factor > 0 else math.inf
 
 
@@ -54,16 +53,17 @@ def vae_loss(
     step: int,
     disc_warmup_steps: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The autoencoder's loss and its terms as they enter the sum.
+    """The loss of the VAE and its terms as they enter the sum.
 
     Args:
         image, recon: (B,3,R,R) in [-1, 1].
         kl: (B,) KL divergence of each posterior.
         perceptual: LPIPS distance of each image, (B,1,1,1).
-        logits_fake: the frozen discriminator's logits on `recon`.
+        logits_fake: logits of the frozen discriminator on `recon`.
         cfg: weights.
-        step: 0-based optimiser step; before `discriminator_start` the GAN term is 0.
-        disc_warmup_steps: as many steps longer it is 0, in which the discriminator learns already.
+        step: 0-based optimiser step.
+        disc_warmup_steps: the GAN term is 0 until this many steps after `discriminator_start`, while the discriminator
+            is trained from `discriminator_start`.
 
     Returns:
         scalar total; reconstruction_loss, perceptual_loss, kl_loss, weighted_gan_loss and gan_loss (unweighted).
@@ -87,8 +87,8 @@ def discriminator_loss(
     """Hinge loss 0.5·(mean relu(1 - real) + mean relu(1 + fake)) plus LeCam regularisation.
 
     Args:
-        logits_real, logits_fake: discriminator logits on images and on detached reconstructions.
-        lecam: (2,) running means of the real and the fake logits, see `update_lecam`; read, not changed.
+        logits_real, logits_fake: logits of the discriminator on images and on detached reconstructions.
+        lecam: (2,) running means of the real and the fake logits, not changed here (see `update_lecam`).
         cfg: weights.
         step: 0-based optimiser step; before `discriminator_start` the loss is 0.
 
@@ -97,7 +97,7 @@ def discriminator_loss(
     """
     real, fake = float32_or_wider(logits_real), float32_or_wider(logits_fake)
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    # of the global batch: LeCam is no mean over images
+    # over the global batch, because LeCam is not a mean over images
     mean_real, mean_fake = mean_over_batches(torch.stack([real.mean(), fake.mean()]))
     lecam_loss = torch.zeros_like(hinge)
     if cfg.lecam_regularization_weight > 0:
@@ -111,5 +111,5 @@ def discriminator_loss(
 
 @torch.no_grad()
 def update_lecam(lecam: Tensor, mean_real: Tensor, mean_fake: Tensor, decay: float) -> None:
-    """Move the running means (2,) of real and fake logits, in place, towards this step's. After the loss used them."""
+    """Update the running means (2,) of real and fake logits in place, after the loss has used them."""
     lecam.lerp_(torch.stack([mean_real, mean_fake]).to(lecam), 1 - decay)

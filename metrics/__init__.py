@@ -1,1 +1,1 @@
-"""What the field reports of samples and reconstructions: distances of features, and of images. Functions of tensors."""
+"""Metrics of samples and reconstructions, as functions of tensors, and the statistics of sets of images."""

@@ -1,6 +1,6 @@
-"""Networks whose features are compared: Inception-2015, by which FID is defined, and any encoder of models/encoders.py.
+"""Networks whose features are compared: Inception-2015, which defines FID, and any encoder of models/encoders.py.
 
-Each takes uint8 pixels (B,3,H,W) of any size and gives `Features`.
+Each takes uint8 pixels (B,3,H,W) of any size and returns `Features`.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from models.encoders import Encoder
 
 SPATIAL_CHANNELS = 7
-ENCODER_GRID, CONVOLUTION_GRID = 16, 8  # tokens a side at which features are compared: inputs of 224 or 256, and 128 px
-CPU_PART = 16  # images that CPUs see at once: more would only go through their memory instead of their caches
+ENCODER_GRID, CONVOLUTION_GRID = 16, 8  # tokens per side of features: inputs of 224 or 256 px, and 128 px
+CPU_PART = 16  # images in one pass on a CPU, whose activations fit its caches
 
 
 class Features(NamedTuple):
-    """What a network sees in a batch of images, float32."""
+    """Features of a batch of images, float32."""
 
     pool: Tensor  # (B,D)
     spatial: Tensor | None = None  # (B,2023): Inception's, for sFID
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 
 def extract_features(network: nn.Module, pixels: Tensor) -> Features:
-    """What a network of this module sees in uint8 pixels (B,3,H,W), B > 0; on CPUs a few images at a time."""
+    """The features of uint8 pixels (B,3,H,W), B > 0, from a network of this module; on CPUs in parts."""
     if pixels.device.type != "cpu":
         return network(pixels)
     parts = [network(part) for part in pixels.split(CPU_PART)]
@@ -35,10 +35,10 @@ def extract_features(network: nn.Module, pixels: Tensor) -> Features:
 
 
 class Inception(nn.Module):
-    """Inception-v3 of 2015 (Szegedy et al., arXiv 1512.00567) as torch-fidelity ported it from the ADM suite's graph.
+    """Inception-v3 of 2015 (Szegedy et al., arXiv 1512.00567) as torch-fidelity ported it from the graph of ADM.
 
-    pool3 (2048), the first seven channels of mixed_6/conv, flattened channel-last as ADM's reference files have them,
-    and the softmax of the bias-free logits. Images are resized to 299 px as TensorFlow 1 does.
+    Features are pool3 (2048), the first seven channels of mixed_6/conv, flattened channel-last as in ADM's reference
+    files, and the softmax of the bias-free logits. Images are resized to 299 px as in TensorFlow 1.
 
     Args:
         weights: torch-fidelity's file; it must hold plain data, because torch-fidelity unpickles it.
@@ -56,7 +56,7 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        """The hook that catches the spatial features, (B,192,17,17) after ReLU."""
+        """Forward hook that keeps the spatial features of `output` (B,192,17,17), after ReLU."""
         self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
@@ -68,10 +68,10 @@ class Inception(nn.Module):
 
 
 class EncoderFeatures(nn.Module):
-    """One vector an image from a frozen encoder: its class token, or the mean of its tokens where it has none.
+    """One vector per image from a frozen encoder: its class token, or the mean of its tokens where it has none.
 
-    With dinov2-vit-l this is FD-DINOv2 (Stein et al., arXiv 2306.04675): images are resized to the network's input as
-    Pillow does, bicubic with antialias to whole grey levels, and positions by `dinov2_positions`.
+    With dinov2-vit-l this is FD-DINOv2 (Stein et al., arXiv 2306.04675): images are resized to the input of the network
+    by `resize_as_pillow`, positions by `dinov2_positions`.
     """
 
     def __init__(self, encoder: Encoder):
@@ -85,7 +85,7 @@ class EncoderFeatures(nn.Module):
 
 
 def dinov2_positions(table: Tensor, grid: int) -> Tensor:
-    """DINOv2's position table (1,1+S²,D) for grid x grid tokens, as its own code resamples it: (1,1+grid²,D).
+    """Position table (1,1+S²,D) of DINOv2 -> (1,1+grid²,D), resampled as in DINOv2's code.
 
     Bicubic without antialias, by a scale that is a tenth of a token too large; alignment resamples as REPA does.
     """
@@ -97,7 +97,7 @@ def dinov2_positions(table: Tensor, grid: int) -> Tensor:
 
 
 def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:
-    """uint8 (B,3,H,W) -> uint8 (B,3,size,size), bicubic with antialias, rounded after each axis."""
+    """uint8 (B,3,H,W) -> uint8 (B,3,size,size) as Pillow: bicubic with antialias, rounded after each axis."""
     for shape in ((pixels.shape[-2], size), (size, size)):
         if pixels.shape[-2:] != shape:
             resized = F.interpolate(pixels.float(), shape, mode="bicubic", align_corners=False, antialias=True)
@@ -106,7 +106,7 @@ def resize_as_pillow(pixels: Tensor, size: int) -> Tensor:
 
 
 class FeatureNetwork(NamedTuple):
-    """A network of metrics/features.py, by the name that --features takes, and the file of its weights."""
+    """A network of this module, its name in --features, and the file of its weights."""
 
     name: str
     module: nn.Module

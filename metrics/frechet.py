@@ -8,11 +8,7 @@ from models.numerics import distributed_world_size
 
 
 class Moments:
-    """Mean and covariance of features that come in batches, in float64 and in memory that their number does not change.
-
-    Args:
-        device: where sums are kept.
-    """
+    """Mean and covariance of features that come in batches, from float64 sums on `device`."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -30,15 +26,14 @@ class Moments:
         self.sum += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def over_processes(self) -> "Moments":
-        """These moments with those of all other processes added; call once, when all have seen their share."""
-        if distributed_world_size() > 1:
+    def over_processes(self) -> None:
+        """Add the sums of all other processes; call once, after the last batch. Without any batch nothing happens."""
+        if self.sum is not None and distributed_world_size() > 1:
             for total in (self.count, self.sum, self.outer):
                 dist.all_reduce(total)
-        return self
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
-        """(D,) and the unbiased (D,D), float64 on the CPU; at least two features must have come."""
+        """Mean (D,) and unbiased covariance (D,D) of at least two features, float64 on the CPU."""
         mean = self.sum / self.count
         covariance = (self.outer - self.count * mean.outer(mean)) / (self.count - 1)
         return mean.cpu(), covariance.cpu()
@@ -47,9 +42,9 @@ class Moments:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|m1 - m2|² + tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½), of means (D,) and covariances (D,D), in float64.
 
-    The root's trace is the sum of the roots of the eigenvalues of a symmetric product, which are real, unlike those
-    that a general matrix square root returns; those that rounding made negative count as zero. Singular covariances
-    need no correction.
+    The trace of the root is the sum of the square roots of the eigenvalues of a symmetric matrix, which are real, in
+    contrast to a general matrix square root. Eigenvalues that rounding made negative count as zero, and singular
+    covariances need no correction.
     """
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     values, vectors = torch.linalg.eigh(covariance1)

@@ -1,4 +1,4 @@
-"""How close two sets of images are, pixel for pixel: PSNR and SSIM."""
+"""PSNR and SSIM of pairs of images."""
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,12 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of uint8 images (B,3,H,W), (B,) float64; infinite for equal ones."""
     error = (a.double() - b.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
+
+
+@torch.no_grad()
+def batch_psnr(image: Tensor, recon: Tensor) -> Tensor:
+    """PSNR in dB of a whole batch (B,3,R,R) in [-1, 1], by its mean squared error: a scalar, at most 106 dB."""
+    return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
 def gaussian_window(device: torch.device) -> Tensor:

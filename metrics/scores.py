@@ -1,6 +1,5 @@
-"""Inception Score, and how two sets of features cover each other: precision, recall, kernel distance.
-
-As the ADM evaluation suite defines them (Dhariwal & Nichol, arXiv 2105.05233), where it does.
+"""Inception Score, precision and recall as the ADM evaluation suite defines them (Dhariwal & Nichol, arXiv 2105.05233),
+and the kernel distance.
 """
 
 import torch
@@ -18,12 +17,7 @@ KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 class InceptionScore:
     """exp of the mean KL divergence of p(y|x) to p(y) (Salimans et al., arXiv 1606.03498), averaged over splits.
 
-    Splits are of consecutive images, the last one may be smaller. Images come in batches, in any order.
-
-    Args:
-        count: images in all.
-        device: where sums are kept.
-        split: images of a split.
+    A split is `split` consecutive images of `count`, the last one may be smaller. Images come in batches, in any order.
     """
 
     def __init__(self, count: int, device: torch.device | str = "cpu", split: int = SPLIT):
@@ -42,12 +36,11 @@ class InceptionScore:
         self.negentropy.index_add_(0, rows, torch.special.xlogy(probabilities, probabilities).sum(1))
         self.marginal.index_add_(0, rows, probabilities)
 
-    def over_processes(self) -> "InceptionScore":
-        """This score's sums with those of all other processes added; call once."""
-        if distributed_world_size() > 1:
+    def over_processes(self) -> None:
+        """Add the sums of all other processes; call once, after the last batch. Without any batch nothing happens."""
+        if self.marginal is not None and distributed_world_size() > 1:
             for total in (self.negentropy, self.marginal):
                 dist.all_reduce(total)
-        return self
 
     def score(self) -> float:
         """The mean over splits."""
@@ -64,19 +57,13 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def neighbour_radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """(N,) squared distance of each row of (N,D) to its `neighbours`-th nearest other row, in blocks.
-
-    Raises:
-        ValueError: there are too few rows.
-    """
-    if len(features) <= neighbours:
-        raise ValueError(f"{len(features)} images, but each needs {neighbours} neighbours")
+    """(N,) squared distance of each row of (N,D), N > `neighbours`, to its `neighbours`-th nearest other row."""
     radii = []
     for rows in torch.arange(len(features), device=features.device).split(BLOCK):
         nearest = torch.empty(len(rows), 0, dtype=features.dtype, device=features.device)
         for columns in torch.arange(len(features), device=features.device).split(BLOCK):
             distances = squared_distances(features[rows], features[columns])
-            distances[rows[:, None] == columns] = torch.inf  # a row is no neighbour of itself
+            distances[rows[:, None] == columns] = torch.inf  # a row is not its own neighbour
             nearest = torch.cat([nearest, distances], dim=1)
             nearest = nearest.topk(min(neighbours, nearest.shape[1]), dim=1, largest=False).values
         radii.append(nearest[:, -1])
@@ -84,7 +71,7 @@ def neighbour_radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
 
 
 def share_inside(features: Tensor, manifold: Tensor, radii: Tensor) -> float:
-    """Share of the rows (N,D) that lie in a ball of squared radius `radii` (M,) around a row of `manifold` (M,D)."""
+    """Share of rows (N,D) within squared radius `radii` (M,) of at least one row of `manifold` (M,D)."""
     inside = 0
     for block in features.split(BLOCK):
         hit = torch.zeros(len(block), dtype=torch.bool, device=features.device)
@@ -97,8 +84,8 @@ def share_inside(features: Tensor, manifold: Tensor, radii: Tensor) -> float:
 def precision_and_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features (N,D) and (M,D), k = 3.
 
-    Precision is the share of samples inside the reference's manifold, recall the reverse. Computed in float64 on the
-    device of `reference`; ADM computes distances in float16, with tiny differences.
+    Precision is the share of samples inside the manifold of the reference, recall the reverse. Distances are computed
+    in float64 on the device of `reference`; ADM computes them in float16, with tiny differences.
     """
     reference, samples = reference.double(), samples.to(reference.device, torch.float64)
     precision = share_inside(samples, reference, neighbour_radii(reference))

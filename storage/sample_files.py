@@ -39,6 +39,7 @@ class SampleFiles:
         self.samples, self.png, self.npz = samples, png, npz
         self.in_parts = npz or not png
         self.count, self.resolution = samples["count"], samples["resolution"]
+        self.shape = (self.count, self.resolution, self.resolution, 3)
         self.png_folder, self.npz_file, self.picture = folder / name, folder / f"{name}.npz", folder / f"{name}.png"
         self.parts, self.manifest = folder / f"{name}.parts", folder / f"{name}.json"
 
@@ -75,7 +76,7 @@ class SampleFiles:
             done = {index for index in done if self._png(index).name in names}
         if self.npz_file.is_file():
             again = f"delete {self.npz_file} and run the same again"
-            if NpzImages(self.npz_file).array.shape != (self.count, self.resolution, self.resolution, 3):
+            if NpzImages(self.npz_file).array.shape != self.shape:
                 raise UserError(f"{self.npz_file} is not of this set; {again}")
             if len(done) < self.count:
                 raise UserError(f"{self.png_folder} lacks PNGs; {again} to make them, or add --no-png")
@@ -95,7 +96,7 @@ class SampleFiles:
     def _rows(self) -> dict[int, tuple[Path, int]]:
         """Index -> part and row in it."""
         rows = {}
-        for path in sorted(self.parts.glob("*.npy")):
+        for path in sorted(self.parts.glob("*.raw")):
             first, last = map(int, path.stem.split("-"))
             rows |= {index: (path, index - first) for index in range(first, last + 1)}
         return rows
@@ -107,8 +108,8 @@ class SampleFiles:
         return [*part, *pngs]
 
     def _write_part(self, indices: list[int], pixels: np.ndarray) -> None:
-        with written_whole(self.parts / f"{indices[0]:06d}-{indices[-1]:06d}.npy") as file:
-            np.save(file, pixels)
+        with written_whole(self.parts / f"{indices[0]:06d}-{indices[-1]:06d}.raw") as file:
+            file.write(np.ascontiguousarray(pixels).data)
 
     def _write_png(self, index: int, image: np.ndarray) -> None:
         self.png_folder.mkdir(exist_ok=True)
@@ -127,7 +128,7 @@ class SampleFiles:
             opened, pixels = None, None
             for _, (path, row) in sorted(self._rows().items()):
                 if path != opened:
-                    opened, pixels = path, np.load(path, mmap_mode="r")
+                    opened, pixels = path, np.memmap(path, np.uint8, "r").reshape(-1, *self.shape[1:])
                 yield pixels[row]
         else:
             yield from (FolderImages.read(self._png(index)) for index in range(self.count))
@@ -135,7 +136,7 @@ class SampleFiles:
     def finish(self) -> None:
         """Write the npz from the parts, if it is wanted and not there yet."""
         if self.npz and not self.npz_file.is_file():
-            write_npz(self.npz_file, (self.count, self.resolution, self.resolution, 3), self.in_order())
+            write_npz(self.npz_file, self.shape, self.in_order())
 
     def clean(self) -> None:
         """Remove the parts, and temporary files of a process that was killed."""

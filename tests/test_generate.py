@@ -364,7 +364,7 @@ def test_interrupted_sampling_leaves_undone_what_is_not_begun(runs, tmp_path, mo
         patch.setattr(SampleFiles, "_write_part", slowly)
         assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 130
     (parts,) = tmp_path.glob("*.parts")
-    assert len(list(parts.glob("*.npy"))) == 1  # the one that was being written
+    assert len(list(parts.glob("*.raw"))) == 1  # the one that was being written
     assert not list(parts.glob(".*.tmp"))
     assert call("generate.py", *flags, "--num-steps", 1, "--no-png")[0] == 0
 

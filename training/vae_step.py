@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
+from metrics.images import batch_psnr
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
 from models.numerics import distributed_world_size
 from training.distributed import frozen_call
@@ -51,7 +52,7 @@ def vae_objective(
     total, metrics = vae_loss(
         image, recon, posterior.kl(), perceptual, logits_fake, cfg.loss, step, cfg.disc_warmup_steps
     )
-    return total, detached({**metrics, "psnr": psnr(image, recon)})
+    return total, detached({**metrics, "psnr": batch_psnr(image, recon)})
 
 
 def update_discriminator(
@@ -68,12 +69,6 @@ def update_discriminator(
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """`metrics` without their graphs."""
     return {name: value.detach() for name, value in metrics.items()}
-
-
-def psnr(image: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of a batch of reconstructions, both (B,3,R,R) with range [-1, 1]."""
-    with torch.no_grad():
-        return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
 class LatentMoments:
