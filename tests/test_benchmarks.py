@@ -11,7 +11,7 @@ from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, cases, check, restar
 from benchmarks.measure import counted_flops, measure, profile
 from benchmarks.watched_training import READS, Watched
 from benchmarks.workspace import make_workspace
-from scripts import run
+from scripts import run_process
 
 CPU = torch.device("cpu")
 
@@ -128,7 +128,7 @@ def test_training_is_as_it_should_be(tmp_path):
 @pytest.mark.slow
 def test_the_benchmarks_write_a_table_and_json(tmp_path):
     report = tmp_path / "report.json"
-    done = run("-m", "benchmarks", "--tiny", "--seconds", 0, "--json", report)
+    done = run_process("-m", "benchmarks", "--tiny", "--seconds", 0, "--json", report)
     found = json.loads(report.read_text())
     stages = found["stages"]
     for name in ("preprocessing", "reading", "encoder", "VAE", "LPIPS", "GAN", "alignment", "transformer", "three opt"):
@@ -144,6 +144,6 @@ def test_the_benchmarks_write_a_table_and_json(tmp_path):
 
 def test_a_missing_gpu_is_one_line():
     for module in ("benchmarks", "benchmarks.gpu_check"):
-        done = run("-m", module, "--device", "cuda", code=2)
+        done = run_process("-m", module, "--device", "cuda", code=2)
         assert "PyTorch sees no GPU" in done.stderr
         assert "Traceback" not in done.stderr
