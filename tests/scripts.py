@@ -84,14 +84,19 @@ def call(script: str, *flags: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def wait_for_log(log: Path, lines: int, process: subprocess.Popen) -> None:
+    """Wait until the log of a run has so many lines."""
+    deadline = time.monotonic() + 240
+    while len(records(log)) < lines:
+        assert process.poll() is None, f"ended with exit code {process.returncode} before it had logged so much"
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.02)
+
+
 def interrupt(script: str, *flags: object, log: Path, lines: int, kind: signal.Signals) -> int:
     """Run a script, signal it and its workers once its log has so many lines, and return its exit code."""
     process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while len(records(log)) < lines:
-        assert process.poll() is None, "ended before it was interrupted"
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.05)
+    wait_for_log(log, lines, process)
     os.killpg(process.pid, kind)
     return process.wait(timeout=120)
 
