@@ -1,26 +1,29 @@
 """Runs scripts and kills them with SIGKILL, all their processes at once, at a chosen operation on files.
 
-`python killer.py` imports what the scripts import, and then forks a process for each request that comes on stdin, so
-that a run takes no longer than its work; a request is a JSON line of `run_forked`'s arguments, answered by the exit
-code.
+Processes are forked from a server (multiprocessing's "forkserver") that imported what the scripts import, so that a
+run takes no longer than its work.
 """
 
 import builtins
-import contextlib
 import ctypes
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+from errors import run_script
+from scripts import ENVIRONMENT, ROOT
+
+IMPORTED = (
+    *("killer", "train_repae", "train_ldm_only", "cache_latents", "generate", "preprocessing"),
+    *("lpips", "timm", "accelerate", "tqdm", "torch.utils.data", "torchvision.models"),
+)
 
 
 class Operations:
@@ -84,77 +87,54 @@ def watched_call(operations: Operations, name: str, call):
     return watched
 
 
-def run_forked(command: list[str], folder: str, log: str, kill: int, after: float, constants: dict) -> int:
-    """Run a script in a forked process group; its exit code, negative if it was killed.
-
-    Operations below `folder` are counted over all its processes and listed in `log`. At the one that `kill` numbers,
-    of which a part is done (half of a write), everything is killed; 0 kills at none. It is also killed `after` so many
-    seconds, if that is not 0. `constants`, by "module.NAME", are set first.
-    """
-    process = os.fork()
-    if process == 0:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        output = os.open(log + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for target, source in ((0, null), (1, output), (2, output)):
-            os.dup2(source, target)
-        watch(Operations(folder, kill, log))
-        for name, value in constants.items():
-            module, constant = name.rsplit(".", 1)
-            setattr(importlib.import_module(module), constant, value)
-        sys.argv = command
-        from errors import run_script
-
-        run_script(importlib.import_module(command[0].removesuffix(".py")).main)
-    if after:
-        deadline = time.monotonic() + after
-        while (
-            time.monotonic() < deadline and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ):
-            time.sleep(0.002)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def serve() -> None:
-    """Answer requests until stdin ends."""
-    for script in ("train_repae", "train_ldm_only", "cache_latents", "generate", "preprocessing"):
-        importlib.import_module(script)
-    for module in (
-        "lpips",
-        "timm",
-        "accelerate",
-        "tqdm",
-        "torch.utils.data",
-        "torchvision.models",
-    ):
-        importlib.import_module(module)
-    for line in sys.stdin:
-        print(run_forked(**json.loads(line)), flush=True)
+def run_watched(command: list[str], folder: str, log: str, kill: int, constants: dict) -> None:
+    """Run a script in this process, which becomes a process group; see `Killer.run`."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    output = os.open(log + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for target in (1, 2):
+        os.dup2(output, target)
+    watch(Operations(folder, kill, log))
+    for name, value in constants.items():
+        module, constant = name.rsplit(".", 1)
+        setattr(importlib.import_module(module), constant, value)
+    sys.argv = command
+    run_script(importlib.import_module(command[0].removesuffix(".py")).main)
 
 
 class Killer:
-    """The server's client."""
+    """Runs scripts in forked processes."""
 
-    def __init__(self, environment: dict):
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            cwd=ROOT,
-            env={**environment, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(list(IMPORTED))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}.items():
+                patch.setenv(name, value)
+            patch.chdir(ROOT)
+            multiprocessing.forkserver.ensure_running()
 
-    def run(self, command: list, folder: Path, kill: int = 0, after: float = 0, constants: dict | None = None) -> int:
-        """As `run_forked`; the log is FOLDER.log, and what the script prints FOLDER.log.out."""
-        places = {"folder": str(folder), "log": str(self.log(folder))}
-        request = {"command": list(map(str, command)), "kill": kill, "after": after, "constants": constants or {}}
-        self.server.stdin.write(json.dumps({**request, **places}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+    def run(
+        self, command: list, folder: Path, kill: int = 0, after: float | None = None, constants: dict | None = None
+    ) -> int:
+        """Run a script; its exit code, -9 if it was killed.
+
+        Operations on files below `folder` are counted over all its processes and listed in FOLDER.log; what it prints
+        goes to FOLDER.log.out. At the operation that `kill` numbers, of which a part is done (half of a write), all
+        processes are killed; 0 kills at none. `after` so many seconds they are killed as well. `constants`, by
+        "module.NAME", are set first.
+        """
+        arguments = (list(map(str, command)), str(folder), str(self.log(folder)), kill, constants or {})
+        process = self.context.Process(target=run_watched, args=arguments)
+        process.start()
+        process.join(after)
+        if process.exitcode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it is not a group yet
+                process.kill()
+        process.join()
+        return process.exitcode
 
     @staticmethod
     def log(folder: Path) -> Path:
@@ -165,11 +145,6 @@ class Killer:
         """The operations of the last run that wrote to `folder`."""
         return self.log(folder).read_text(encoding="utf8").splitlines()
 
-    def close(self) -> None:
-        """End the server."""
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
-
-
-if __name__ == "__main__":
-    serve()
+    def output(self, folder: Path) -> str:
+        """What the last run that wrote to `folder` printed."""
+        return self.log(folder).with_suffix(".log.out").read_text(encoding="utf8")

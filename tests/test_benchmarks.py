@@ -13,7 +13,7 @@ from benchmarks.measure import counted_flops, measure, profile
 from benchmarks.watched_training import READS, Watched
 from benchmarks.workspace import TINY, make_workspace
 from models.sit import SiT_models
-from scripts import ROOT, call
+from scripts import ROOT, call, run
 from train_ldm_only import ldm_step
 from train_repae import repae_step
 
@@ -161,10 +161,9 @@ def test_a_tiny_training_passes_the_check(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_benchmarks_write_a_table_and_json(tmp_path, capsys):
+def test_the_benchmarks_write_a_table_and_json(tmp_path):
     report = tmp_path / "report.json"
-    code, stderr = call("benchmarks.__main__", "--tiny", "--seconds", 0, "--num-workers", 1, "--json", report)
-    assert code == 0, stderr
+    done = run("benchmarks.__main__", "--tiny", "--seconds", 0, "--num-workers", 1, "--json", report)
     found = json.loads(report.read_text())
     stages = found["stages"]
     for name in (
@@ -175,7 +174,7 @@ def test_the_benchmarks_write_a_table_and_json(tmp_path, capsys):
     assert stages["joint step"]["flops"] > stages["VAE"]["flops"] > 0
     assert found["machine"]["matrix_peak_flops"] > 0
     assert sum(entry["share"] for entry in found["profile"]) > 0.5
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == len(stages) + 2
 
 

@@ -1,6 +1,5 @@
 """Killed at any moment, and run again by the same command: the end is what an uninterrupted run leaves, to the bit."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -17,14 +16,13 @@ from weights.checkpoint_io import numbered_checkpoints
 pytestmark = pytest.mark.slow
 # a checkpoint after every step, of which one is kept beside the last
 ROLLING = ("--checkpointing-minutes", 1e-6, "--keep-last", 1)
-SHORT = ("--num-workers", 0, "--batch-size", 2, "--projector", "conv", *ROLLING)
+SHORT = ("--num-workers", 0, "--batch-size", 2, *ROLLING)
+SAMPLE = 5  # operations at which writers are killed that write in the same way as frozen training
 
 
 @pytest.fixture(scope="module")
 def killer():
-    server = Killer(scripts.ENVIRONMENT)
-    yield server
-    server.close()
+    return Killer()
 
 
 def content(folder: Path) -> dict[str, bytes | list]:
@@ -37,25 +35,32 @@ def content(folder: Path) -> dict[str, bytes | list]:
     return found
 
 
-def kill_everywhere(killer: Killer, folder: Path, command: list, check=lambda: None, constants=None) -> list[str]:
-    """Kill `command`, which writes to `folder` only, at each of its operations on files, each time from the beginning;
-    after each the same command must end in the same files. Returns the operations."""
+def assert_killed_is_continued(
+    killer: Killer, folder: Path, command: list, sample: int | None = SAMPLE, check=lambda: None, constants=None
+) -> list[str]:
+    """Kill `command`, which writes to `folder` only, at `sample` evenly spaced operations on files, or at each if that
+    is None, each time from the beginning; after each the same command must end in the same files. Returns all
+    operations."""
     prepared = folder.with_name("prepared")
     if folder.exists():
         shutil.copytree(folder, prepared)
-    assert killer.run(command, folder, constants=constants) == 0, killer.log(folder).with_suffix(".log.out").read_text()
+    assert killer.run(command, folder, constants=constants) == 0, killer.output(folder)
     operations, whole = killer.operations(folder), content(folder)
-    for number, operation in enumerate(operations, 1):
+    numbers = range(1, len(operations) + 1)
+    if sample is not None:
+        numbers = [round((i + 0.5) * len(operations) / sample + 0.5) for i in range(sample)]
+    for number in numbers:
+        where = f"after a kill at {number}: {operations[number - 1]}"
         shutil.rmtree(folder)
         if prepared.exists():
             shutil.copytree(prepared, folder)
-        assert killer.run(command, folder, kill=number, constants=constants) == -9, f"{number}: {operation}"
+        assert killer.run(command, folder, kill=number, constants=constants) == -9, where
         check()
-        assert killer.run(command, folder, constants=constants) == 0, f"after a kill at {number}: {operation}"
+        assert killer.run(command, folder, constants=constants) == 0, where
         after = content(folder)
-        assert after.keys() == whole.keys(), f"after a kill at {number}: {operation}"
+        assert after.keys() == whole.keys(), where
         for name, value in whole.items():
-            assert after[name] == value, f"{name} differs after a kill at {number}: {operation}"
+            assert after[name] == value, f"{name} differs {where}"
     return operations
 
 
@@ -63,7 +68,7 @@ def kinds(operations: list[str]) -> set[str]:
     return {operation.split()[0] for operation in operations}
 
 
-def test_joint_training_killed_at_every_write_fsync_and_rename(killer, joint, tmp_path):
+def test_joint_training_killed_at_a_sample_of_its_operations(killer, joint, tmp_path):
     folder = tmp_path / "exps"
     command = ["train_repae.py", *joint[1], *SHORT, "--exp-name", "killed", "--output-dir", folder]
     wholes = {}
@@ -74,11 +79,11 @@ def test_joint_training_killed_at_every_write_fsync_and_rename(killer, joint, tm
             assert wholes.setdefault(path.name, path.read_bytes()) == path.read_bytes(), path
 
     assert killer.run([*command, "--max-train-steps", 2], folder) == 0
-    operations = kill_everywhere(killer, folder, [*command, "--max-train-steps", 4], check)
+    operations = assert_killed_is_continued(killer, folder, [*command, "--max-train-steps", 4], check=check)
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
     for step in (3, 4):
         assert sum(f"checkpoints/.{step:07d}.pt" in operation for operation in operations) > 8
-    assert set(wholes) == {f"{step:07d}.pt" for step in range(1, 5)}
+    assert set(wholes) > {"0000001.pt", "0000002.pt"}
     assert [path.name for path in numbered_checkpoints(folder / "killed/checkpoints")] == [
         "0000002.pt",
         "0000003.pt",
@@ -90,58 +95,55 @@ def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae
     folder, data = tmp_path / "exps", tmp_path / "data"
     shutil.copytree(tiny_data, data)
     cached = ("--data-dir", data, "--output-dir", data, "--num-workers", 0, "--vae-latents-name", "latents")
-    code, stderr = scripts.call("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", tiny_vae[1], *cached)
-    assert code == 0, stderr
+    scripts.run("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", tiny_vae[1], *cached)
     flags = ("--data-dir", data, "--vae-latents-name", "latents", "--vae-ckpt", tiny_vae[1], "--output-dir", folder)
-    command = ["train_ldm_only.py", *TINY, *TINY_SIT, *flags, *SHORT, "--exp-name", "killed"]
+    command = ["train_ldm_only.py", *TINY, *TINY_SIT, *flags, *SHORT, "--enc-type", "none", "--exp-name", "killed"]
     assert killer.run([*command, "--max-train-steps", 2], folder) == 0
-    operations = kill_everywhere(killer, folder, [*command, "--max-train-steps", 4])
+    operations = assert_killed_is_continued(killer, folder, [*command, "--max-train-steps", 4], sample=None)
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
 
 
-def test_preprocessing_killed_at_every_write_fsync_and_rename(killer, tmp_path):
+def test_preprocessing_killed_at_a_sample_of_its_operations(killer, tmp_path):
     make_data(tmp_path / "other", per_class=6)
     tree, folder = tmp_path / "other/tree", tmp_path / "data"
     command = ["preprocessing.py", "--imagenet-path", tree, "--output-path", folder, "--resolution", 32]
     command += ["--num-workers", 2]
-    operations = kill_everywhere(killer, folder, command, constants={"preprocessing.SHARD_IMAGES": 4})
+    operations = assert_killed_is_continued(killer, folder, command, constants={"preprocessing.SHARD_IMAGES": 4})
     assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
 
 
-def test_caching_killed_at_every_write_fsync_and_rename(killer, tmp_path, monkeypatch):
+def test_caching_killed_at_a_sample_of_its_operations(killer, tmp_path, monkeypatch):
     monkeypatch.setattr("preprocessing.SHARD_IMAGES", 4)
     data, folder = make_data(tmp_path / "images", per_class=6), tmp_path / "cache"
     weights = published.write_vae(tmp_path / "vae")
     command = ["cache_latents.py", "--vae-arch", published.VAE, "--vae-ckpt-path", weights, "--data-dir", data]
     command += ["--output-dir", folder, "--vae-latents-name", "latents", "--num-workers", 1, "--pproc-batch-size", 3]
-    operations = kill_everywhere(killer, folder, command)
+    operations = assert_killed_is_continued(killer, folder, command)
     assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
 
 
 @pytest.mark.parametrize("form", [(), ("--no-png",)])
-def test_generation_killed_at_every_write_fsync_and_rename(killer, tmp_path, form):
+def test_generation_killed_at_a_sample_of_its_operations(killer, tmp_path, form):
     published.write_run(tmp_path / "run", joint=True)
     folder = tmp_path / "samples"
     command = ["generate.py", "--exp-path", tmp_path / "run", "--sample-dir", folder, "--num-fid-samples", 3]
     command += ["--num-steps", 2, "--pproc-batch-size", 2, *form]
-    operations = kill_everywhere(killer, folder, command)
+    operations = assert_killed_is_continued(killer, folder, command)
     pngs = 0 if form else 3
     assert sum(operation.startswith("replace") for operation in operations) == pngs + 2 + 2  # parts; manifest and npz
 
 
-def test_joint_training_killed_at_ten_random_moments(killer, joint, whole_run):
+def test_joint_training_killed_at_random_moments(killer, joint, whole_run):
     output, flags = joint
     often = ("--checkpointing-minutes", 0.003, "--max-train-steps", LAST)
     command = ["train_repae.py", *flags, *often, "--exp-name", "random"]
     moments, kills = random.Random(0), 0
-    while kills < 10:
+    while kills < 5:
         code = killer.run(command, output / "random", after=moments.uniform(0.2, 4))
         if code == 0:  # it came to its end first: once more
             shutil.rmtree(output / "random")
         else:
-            assert code == -9, killer.log(output / "random").with_suffix(".log.out").read_text()[-2000:]
+            assert code == -9, killer.output(output / "random")[-2000:]
             kills += 1
     assert killer.run(command, output / "random") == 0
     assert_same_run(whole_run, output / "random")
-    rolling = json.loads((output / "random/checkpoints/rolling.json").read_text())["steps"]
-    assert {int(path.stem) for path in numbered_checkpoints(output / "random/checkpoints")} == {*rolling, LAST}

@@ -15,7 +15,19 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError, explain_runtime_error, lost_process
-from scripts import ACCELERATE, ENVIRONMENT, LAST, ROOT, assert_same_run, command, equal, records, run, torchrun
+from scripts import (
+    ACCELERATE,
+    ENVIRONMENT,
+    LAST,
+    ROOT,
+    assert_same_run,
+    command,
+    equal,
+    records,
+    run,
+    torchrun,
+    wait_for_log,
+)
 from test_distributed import in_two_processes
 from training import distributed
 from training.distributed import all_reduce_max, differing_tensor, host_group, on_first_process
@@ -106,15 +118,10 @@ def wait_for_the_dead(rank: int, world: int, hang: bool) -> str | None:
 
 @pytest.mark.parametrize("hang", [False, True])
 def test_a_process_that_dies_or_hangs_is_noticed(tmp_path, hang):
-    with pytest.raises(FileNotFoundError):  # the dead one's result
-        in_two_processes(wait_for_the_dead, tmp_path, False) if not hang else raise_missing(tmp_path)
+    with contextlib.suppress(FileNotFoundError):  # one that died has no result
+        in_two_processes(wait_for_the_dead, tmp_path, hang)
     said = torch.load(tmp_path / "0.pt", weights_only=True)
     assert said in (("timed out waiting",) if hang else ("connection closed by peer", "connection reset by peer"))
-
-
-def raise_missing(tmp_path: Path) -> None:
-    in_two_processes(wait_for_the_dead, tmp_path, True)
-    raise FileNotFoundError
 
 
 def test_what_torch_says_of_lost_processes_and_full_memory_becomes_one_line():
@@ -142,81 +149,79 @@ def started(name: str, flags: tuple, log: Path, lines: int):
     line = command("train_repae.py", *flags, "--exp-name", name, launcher=torchrun(2))
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     launcher = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, **options)
-    deadline = time.monotonic() + 120
-    while len(records(log)) < lines:
-        assert launcher.poll() is None, launcher.stdout.read()[-4000:]
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.02)
+    wait_for_log(log, lines, launcher)
     return launcher, {int(p.environ()["RANK"]): p for p in psutil.Process(launcher.pid).children()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_is_killed_ends_the_job_with_a_message_and_the_same_command_completes_it(two, victim):
+def test_two_processes_equal_one(two, whole_run):
+    # float32 rounding, amplified by Adam; test_distributed.py has float64 to 1e-10
+    pairs = zip(records(whole_run / "metrics.jsonl"), records(two[0] / "metrics.jsonl"), strict=False)
+    for one, other in list(pairs)[:2]:
+        for name in one.keys() - {"psnr"}:  # a logarithm of a mean is no mean of logarithms
+            assert other[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), f"step {other['step']}: {name}"
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_job_with_a_message_and_the_same_command_completes_it(two):
     whole, flags = two
-    name = f"killed-{victim}"
-    folder = whole.with_name(name)
-    launcher, processes = started(name, flags, folder / "metrics.jsonl", 3)
-    processes[victim].kill()
+    folder = whole.with_name("killed")
+    launcher, processes = started("killed", flags, folder / "metrics.jsonl", 3)
+    processes[0].kill()
     said = launcher.communicate(timeout=60)[0]
     assert launcher.returncode != 0
     assert "another process is gone or does not answer (connection" in said
     assert not any(process.is_running() for process in processes.values())
-    run("train_repae.py", *flags, "--exp-name", name, launcher=torchrun(2))
+    run("train_repae.py", *flags, "--exp-name", "killed", launcher=torchrun(2))
     assert_same_run(whole, folder, STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "kind"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
-def test_a_signal_to_one_process_stops_all_after_the_same_step(two, asked, kind):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
     whole, flags = two
-    name = f"asked-{asked}"
-    folder = whole.with_name(name)
-    rare = (*flags, "--checkpointing-minutes", 0)
-    launcher, processes = started(name, (*flags, "--max-train-steps", STEPS), folder / "metrics.jsonl", 3)
-    processes[asked].send_signal(kind)
+    folder = whole.with_name("asked")
+    launcher, processes = started("asked", flags, folder / "metrics.jsonl", 3)
+    processes[1].send_signal(signal.SIGTERM)
     said = launcher.communicate(timeout=60)[0]
     saved = len(records(folder / "metrics.jsonl"))
-    assert f"stopped by signal {kind.value} after step {saved}. The same command continues" in said
+    assert f"stopped by signal {signal.SIGTERM.value} after step {saved}. The same command continues" in said
     assert said.count("exitcode  : 75") == 2
     assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
-    run("train_repae.py", *rare, "--exp-name", name, launcher=torchrun(2))
+    run("train_repae.py", *flags, "--checkpointing-minutes", 0, "--exp-name", "asked", launcher=torchrun(2))
     assert_same_run(whole, folder, STEPS)
 
 
 @pytest.mark.slow
-def test_a_signal_to_accelerate_launch_reaches_training(joint):
+def test_a_signal_to_accelerate_launch_reaches_training(joint, whole_run):
     output, flags = joint
-    line = command(
-        "train_repae.py", *flags, "--exp-name", "launched-one", "--max-train-steps", 900, launcher=ACCELERATE
-    )
+    flags = (*flags, "--exp-name", "launched", "--max-train-steps", LAST)
+    line = command("train_repae.py", *flags, launcher=ACCELERATE)
     launcher = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = output / "launched-one"
-    deadline = time.monotonic() + 120
-    while not records(folder / "metrics.jsonl"):
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.05)
+    folder = output / "launched"
+    wait_for_log(folder / "metrics.jsonl", 1, launcher)
     (training,) = psutil.Process(launcher.pid).children()
     launcher.terminate()
     launcher.wait(timeout=30)
     with contextlib.suppress(psutil.NoSuchProcess):
         training.wait(timeout=60)
     saved = len(records(folder / "metrics.jsonl"))
-    assert saved < 900
+    assert saved < LAST
     assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
+    run("train_repae.py", *flags)
+    assert_same_run(whole_run, folder)
 
 
 @pytest.mark.slow
-def test_one_process_then_two_then_one(joint, two, whole_run):
+def test_one_process_then_two_then_one(joint, whole_run):
     output, flags = joint
     for steps, launcher in ((4, ()), (8, torchrun(2)), (STEPS, ())):
         names = ("--exp-name", "one-two-one", "--max-train-steps", steps)
         run("train_repae.py", *flags, *names, launcher=launcher)
     run("train_repae.py", *flags, "--exp-name", "one", "--max-train-steps", STEPS)
-    log = records(output / "one-two-one/metrics.jsonl")
+    log, whole = (records(folder / "metrics.jsonl") for folder in (output / "one-two-one", whole_run))
     assert [record["step"] for record in log] == list(range(1, STEPS + 1))
-    assert log[:4] == records(whole_run / "metrics.jsonl")[:4]
-    for found, expected in zip(log, records(whole_run / "metrics.jsonl"), strict=False):
+    assert log[:4] == whole[:4]
+    for found, expected in zip(log, whole, strict=False):
         for name in expected.keys() - {"psnr"}:
             assert found[name] == pytest.approx(expected[name], rel=LOSSES, abs=1e-3), f"{found['step']}: {name}"
     ends = [read_checkpoint(output / name / f"checkpoints/{STEPS:07d}.pt") for name in ("one", "one-two-one")]
@@ -224,7 +229,6 @@ def test_one_process_then_two_then_one(joint, two, whole_run):
         for key, value in ends[0][network].items():
             torch.testing.assert_close(ends[1][network][key], value, atol=WEIGHTS, rtol=LOSSES, msg=f"{network} {key}")
     assert not equal(ends[0]["model"], ends[1]["model"])  # else nothing was compared
-    assert LAST > STEPS
 
 
 WRAPPER = """
@@ -267,10 +271,7 @@ def test_a_killed_data_worker_ends_training_with_one_line(joint):
     output, flags = joint
     line = command("train_repae.py", *flags, "--exp-name", "worker", "--max-train-steps", 500)
     process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not records(output / "worker/metrics.jsonl"):
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.05)
+    wait_for_log(output / "worker/metrics.jsonl", 1, process)
     for worker in psutil.Process(process.pid).children(recursive=True):
         worker.kill()
     said = process.communicate(timeout=60)[1]

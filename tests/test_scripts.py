@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import scripts
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, assert_same_run, call, interrupt, records, run, torchrun
+from scripts import LAST, TINY, assert_same_run, interrupt, records, run, run_process, torchrun
 from storage.files import locked
-from training.randomness import DRAWS
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files, write_atomically
 
 pytestmark = pytest.mark.slow
@@ -87,20 +85,18 @@ def test_a_joint_run_writes_everything(whole_run):
     )
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_equals_uninterrupted(joint, whole_run, kind):
+def test_interrupted_equals_uninterrupted(joint, whole_run):
     output, flags = joint
-    name = f"interrupted-{kind.name}"
-    arguments = (*flags, "--exp-name", name, "--max-train-steps", LAST, "--checkpointing-steps", 5)
-    log = output / name / "metrics.jsonl"
-    assert interrupt("train_repae.py", *arguments, log=log, lines=5, kind=kind) == 75
-    saved = max(int(path.stem) for path in (output / name / "checkpoints").glob("*.pt"))
+    arguments = (*flags, "--exp-name", "interrupted", "--max-train-steps", LAST, "--checkpointing-steps", 5)
+    log = output / "interrupted/metrics.jsonl"
+    assert interrupt("train_repae.py", *arguments, log=log, lines=5, kind=signal.SIGINT) == 75
+    saved = max(int(path.stem) for path in (output / "interrupted/checkpoints").glob("*.pt"))
     assert 5 <= saved < LAST
     with open(log, "a") as file:  # as if it had gone on and crashed after its checkpoint
         file.write(json.dumps({"step": saved + 1, "d_loss": 9.0}) + '\n{"step": 9')
     done = run("train_repae.py", *arguments)
     assert f"continuing after step {saved}" in done.stdout + done.stderr
-    assert_same_run(whole_run, output / name)
+    assert_same_run(whole_run, output / "interrupted")
 
 
 def test_a_finished_run_stays_finished(joint, whole_run):
@@ -109,24 +105,6 @@ def test_a_finished_run_stays_finished(joint, whole_run):
     run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST)
     assert (whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_mtime_ns == before
     assert len(records(whole_run / "metrics.jsonl")) == LAST
-
-
-def test_two_processes_equal_one(joint, whole_run):
-    output, flags = joint
-    done = run("train_repae.py", *flags, "--exp-name", "two", "--max-train-steps", 2, launcher=torchrun(2))
-    assert "4 images a step = 2 processes x 1 accumulation steps x 2" in done.stdout + done.stderr
-    log = records(output / "two/metrics.jsonl")
-    assert [record["step"] for record in log] == [1, 2]
-    # float32 rounding, amplified by Adam; test_distributed.py has float64 to 1e-10
-    for one, two in zip(records(whole_run / "metrics.jsonl"), log, strict=False):
-        for name in set(JOINT_METRICS) - {"psnr"}:
-            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), f"step {two['step']}: {name}"
-
-
-def test_accelerate_launch_equals_plain_python(joint, whole_run):
-    output, flags = joint
-    run("train_repae.py", *flags, "--exp-name", "launched", "--max-train-steps", LAST, launcher=ACCELERATE)
-    assert_same_run(whole_run, output / "launched")
 
 
 def test_resume_step_and_another_runs_folder(joint, whole_run):
@@ -139,12 +117,10 @@ def test_resume_step_and_another_runs_folder(joint, whole_run):
     # the same command again does not fall back to the step it once started from
     done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST, "--max-train-steps", LAST + 3)
     assert f"continuing after step {LAST + 2} from {output / 'branch'}" in done.stdout + done.stderr
-    # an earlier step of the own run: what came after it is put aside, not lost
+    # an earlier step of the own run
     done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST + 1, "--max-train-steps", LAST + 2)
     assert f"continuing after step {LAST + 1} from {output / 'branch'}" in done.stdout + done.stderr
     assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
-    aside = output / "branch/checkpoints" / f"superseded-by-resume-at-{LAST + 1:07d}"
-    assert sorted(path.name for path in aside.glob("*.pt")) == [f"{LAST + 2:07d}.pt", f"{LAST + 3:07d}.pt"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -175,35 +151,12 @@ def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
     assert any((output / "options/logs").rglob("events.out.tfevents*"))
 
 
-def test_a_vae_hears_of_its_discriminator_after_the_warmup(tiny_data, vgg_weights, tmp_path):
+def test_the_discriminator_reaches_the_vae_after_the_warmup(tiny_data, vgg_weights, tmp_path):
     flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    warm = ("--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
-    assert call("train_vae.py", *TINY, *flags, *warm)[0] == 0
+    run("train_vae.py", *TINY, *flags, "--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
     first, second = records(tmp_path / "warm/metrics.jsonl")
     assert (first["weighted_gan_loss"], second["weighted_gan_loss"]) == (0, pytest.approx(0.1 * second["gan_loss"]))
     assert min(first["d_loss"], first["grad_norm_disc"], abs(second["gan_loss"])) > 0
-
-
-def test_wandb_that_cannot_start_does_not_stop_the_run(joint, monkeypatch):
-    output, flags = joint
-    for name, value in {
-        "MODE": "online",
-        "BASE_URL": "http://127.0.0.1:9",
-        "API_KEY": "x" * 40,
-        "INIT_TIMEOUT": "3",
-    }.items():
-        monkeypatch.setitem(scripts.ENVIRONMENT, f"WANDB_{name}", value)
-    monkeypatch.setitem(scripts.ENVIRONMENT, "HF_HUB_OFFLINE", "0")  # else wandb is not asked to connect
-    done = run("train_repae.py", *flags, "--exp-name", "tracked", "--max-train-steps", 1, "--report-to", "wandb")
-    assert "warning: wandb cannot be used online (Failed to get resume status" in done.stdout + done.stderr
-    assert len(list((output / "tracked/wandb").glob("offline-run-*/*.wandb"))) == 1
-    assert len(records(output / "tracked/metrics.jsonl")) == 1
-
-
-def test_changed_flags_are_refused(joint, whole_run):
-    _, flags = joint
-    failed = run("train_repae.py", *flags, "--exp-name", "whole", "--seed", "1", code=2)
-    assert "made with other flags (--seed 0 -> 1)" in failed.stderr
 
 
 def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae, tmp_path):
@@ -214,20 +167,8 @@ def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae,
     failed = run("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other, code=2)
     assert "made with other images than --data-dir holds" in failed.stderr
     with locked(whole_run):
-        failed = run("train_repae.py", *flags, "--exp-name", "whole", code=2)
+        failed = run_process("train_repae.py", *flags, "--exp-name", "whole", code=2)
     assert "another process is writing there" in failed.stderr
-
-
-def test_a_run_of_a_version_with_other_draws_is_told_so(joint, whole_run):
-    output, flags = joint
-    path = shutil.copytree(whole_run, output / "older") / "checkpoints" / f"{LAST:07d}.pt"
-    checkpoint = read_checkpoint(path)
-    assert checkpoint["identity"].pop("draws") == DRAWS
-    write_atomically(checkpoint, path)
-    done = run("train_repae.py", *flags, "--exp-name", "older", "--max-train-steps", LAST + 1)
-    assert "0000032.pt is of an earlier version; random numbers and order of images are others now" in done.stdout
-    done = run("train_repae.py", *flags, "--exp-name", "older", "--max-train-steps", LAST + 1)
-    assert "earlier version" not in done.stdout
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
