@@ -1,15 +1,14 @@
-"""The tuned VAE of a joint run -> what other programs take: the three files of this project, or a folder of diffusers.
+"""Extract the tuned VAE of a joint run: as the three files of this project, or as a folder of diffusers.
 
     python save_vae_weights.py --repae-ckpt exps/joint/checkpoints/0400000.pt --vae-name e2e-vae --save-dir exps
 
-writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt; with --format diffusers it
+writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt. With --format diffusers it
 writes config.json and diffusion_pytorch_model.safetensors, which diffusers' AutoencoderKL.from_pretrained loads. Either
-way a model card, README.md, says what the VAE is and how it was made, with pictures of the run. The statistics are
-those of the averaged transformer's batch normalisation: scale 1/sqrt(running_var), bias running_mean (Leng et al.,
-arXiv 2504.10483).
+form gets a model card, README.md, with pictures of the run. The statistics are those of the batch normalisation in the
+EMA transformer: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
 
-Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; it then changes its form alone, and
-there is no card.
+Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; the script then converts its format, and
+writes no card.
 """
 
 import argparse
@@ -27,6 +26,7 @@ from models.discriminator import PatchDiscriminator
 from weights.checkpoint_io import (
     check_weights,
     ema_latent_statistics,
+    pt_bytes,
     read_checkpoint,
     strip_prefixes,
     training_flags,
@@ -35,17 +35,17 @@ from weights.checkpoint_io import (
 )
 from weights.downloads import is_offline
 from weights.model_card import write_model_card
-from weights.vae import known_statistics, load_vae, open_vae, write_diffusers
+from weights.vae import diffusers_files, known_statistics, load_vae, open_vae, stated_architecture
 
 
 class Extracted(NamedTuple):
     """A VAE and what belongs to it."""
 
-    config: VAEConfig | None  # None: its run's flags name an architecture that is not known here
+    config: VAEConfig | None  # None: the architecture named by the run's flags is unknown
     weights: dict[str, Tensor]
     statistics: dict[str, Tensor]
     discriminator: dict[str, Tensor] | None
-    resolution: int  # pixels a side of the images that it was trained on
+    resolution: int  # side in pixels of the images that it was trained on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,16 +76,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def extract(checkpoint: dict, path: Path) -> Extracted:
-    """The tuned VAE in a joint checkpoint, ours or published, that was read from `path`.
+    """The tuned VAE in the joint checkpoint at `path`, ours or published.
 
     Raises:
-        UserError: the checkpoint is of a run without a VAE, or its weights do not fit its `--vae`.
+        UserError: the checkpoint's run had no VAE, or VAE or discriminator have another architecture.
     """
     if missing := [key for key in ("vae", "discriminator", "ema") if not isinstance(checkpoint.get(key), dict)]:
         raise UserError(f"{path}: no {', '.join(missing)} inside; expected a checkpoint of train_repae.py")
     flags = training_flags(checkpoint, path)
-    config = trained_architecture(checkpoint, flags)
-    check_architecture(checkpoint, config, path)
+    config = stated_architecture(checkpoint) or VAE_CONFIGS.get(flags.get("vae"))
+    with torch.device("meta"):
+        networks = {"discriminator": PatchDiscriminator()}
+        if config is not None:
+            networks["vae"] = AutoencoderKL(config)
+    for key, network in networks.items():
+        check_weights(network, checkpoint[key], f"{path}: {key}")
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
     return Extracted(
         config,
@@ -96,54 +101,40 @@ def extract(checkpoint: dict, path: Path) -> Extracted:
     )
 
 
-def trained_architecture(checkpoint: dict, flags: dict) -> VAEConfig | None:
-    """The architecture of a joint run's VAE: the one inside the checkpoint, or the row that its flags name, if any."""
-    inside = (checkpoint.get("identity") or {}).get("architecture")
-    return VAE_CONFIGS.get(flags.get("vae")) if inside is None else VAEConfig(**inside)
-
-
-def check_architecture(checkpoint: dict, config: VAEConfig | None, path: Path) -> None:
-    """Raise a UserError if VAE or discriminator are not the networks that they should be."""
-    with torch.device("meta"):
-        networks = {"discriminator": PatchDiscriminator()}
-        if config is not None:
-            networks["vae"] = AutoencoderKL(config)
-    for key, network in networks.items():
-        check_weights(network, checkpoint[key], f"{path}: {key}")
-
-
 def convert(args: argparse.Namespace) -> Extracted:
-    """The VAE that --vae and --vae-ckpt name, as it is.
+    """The VAE named by --vae and --vae-ckpt, unchanged.
 
     Raises:
-        UserError: it is not there, or no statistics of its latents are known.
+        UserError: it is missing, or the statistics of its latents are unknown.
     """
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
     scale, bias = known_statistics(source)
-    statistics = {"latents_scale": scale, "latents_bias": bias}
     beside = vae_files(source.weights).discriminator
-    discriminator = read_checkpoint(beside, "discriminator weights") if beside.is_file() else None
-    resolution = (source.published or {}).get("sample_size", 256)
-    return Extracted(source.config, load_vae(source).state_dict(), statistics, discriminator, resolution)
+    return Extracted(
+        source.config,
+        load_vae(source).state_dict(),
+        {"latents_scale": scale, "latents_bias": bias},
+        read_checkpoint(beside, "discriminator weights") if beside.is_file() else None,
+        (source.published or {}).get("sample_size", 256),
+    )
 
 
 def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
-    """Write a VAE in a form of --format; returns the files.
+    """Write a VAE in the form of --format; returns the files.
 
     Raises:
-        UserError: other files are there.
+        UserError: files with other content are there.
     """
     if form == "diffusers":
         if found.config is None:
-            raise UserError("--format diffusers: the checkpoint's --vae is no architecture that is known here")
-        return write_diffusers(folder, found.weights, found.config, found.statistics, found.resolution)
-    parts = [found.weights, found.statistics, found.discriminator]
-    files = vae_files(folder / f"{name}.pt")
-    return write_new({file: part for file, part in zip(files, parts, strict=True) if part is not None})
+            raise UserError("--format diffusers: the --vae of the checkpoint's run is an unknown architecture")
+        return write_new(diffusers_files(folder, found.weights, found.config, found.statistics, found.resolution))
+    parts = zip(vae_files(folder / f"{name}.pt"), (found.weights, found.statistics, found.discriminator), strict=True)
+    return write_new({file: pt_bytes(part) for file, part in parts if part is not None})
 
 
 def main() -> None:
-    """Extract, or convert, and write."""
+    """Extract or convert a VAE, and write it."""
     args = parse_args()
     folder, name, path = args.save_dir / args.vae_name, args.vae_name, args.repae_ckpt
     if path is None:

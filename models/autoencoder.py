@@ -1,6 +1,7 @@
-"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752): image [-1, 1] <-> latent z.
+"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752): image in [-1, 1] <-> latent z.
 
-State-dict keys are those of the CompVis AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
+State-dict keys are those of CompVis's AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
+`VAE_CONFIGS` has one row an architecture.
 """
 
 from dataclasses import dataclass, field, fields
@@ -17,11 +18,11 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """An architecture. `widths` are the channels level by level, from full resolution down.
+    """An architecture.
 
-    A decoder's level has a block more than `encoder_blocks`.
-    `scaling_factor` and `shift_factor` are the published normaliser, z_norm = (z - shift)·scaling, where all published
-    weights of the architecture have the same one; they are no part of what two architectures are compared by.
+    `widths` are the channels of each level, from full resolution down. A decoder level has one block more than
+    `encoder_blocks`. `scaling_factor` and `shift_factor` are the published normaliser, z_norm = (z - shift)·scaling,
+    where all published weights of the architecture share it; comparing two architectures ignores them.
     """
 
     z_channels: int
@@ -37,11 +38,11 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """How many times smaller than the image a side of the latent is."""
+        """Ratio of the sides of image and latent."""
         return 2 ** (len(self.widths) - 1)
 
     def described(self) -> dict:
-        """The architecture as plain data, from which VAEConfig(**described) is equal to this one."""
+        """The architecture as plain data: VAEConfig(**described) is equal to this one."""
         return {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
 
@@ -80,7 +81,6 @@ class Posterior(NamedTuple):
 
 
 def group_norm(groups: int, channels: int) -> nn.GroupNorm:
-    """The autoencoder's one kind of normalisation."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -143,9 +143,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each where the configuration asks for it.
+    """The residual blocks of one resolution, each followed by attention if `attention`.
 
-    With `recompute`, each is computed again in the backward pass.
+    With `recompute`, every block is computed again in the backward pass.
     """
 
     def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, groups: int):
@@ -163,7 +163,7 @@ class Level(nn.Module):
 
 
 def middle(config: VAEConfig) -> nn.ModuleDict:
-    """The bottleneck of encoder and decoder: block, attention (if the architecture has it), block, in this order."""
+    """The bottleneck of encoder and decoder: block, attention if the architecture has it, block."""
     channels, groups = config.widths[-1], config.norm_groups
     modules = {"block_1": ResnetBlock(channels, channels, groups)}
     if config.middle_attention:
@@ -192,6 +192,7 @@ class Encoder(nn.Module):
         self.mid = middle(config)
         self.norm_out = group_norm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -201,7 +202,7 @@ class Encoder(nn.Module):
                 x = checkpointed_call(level.downsample, x, recompute=self.recompute)
         for module in self.mid.values():
             x = checkpointed_call(module, x, recompute=self.recompute)
-        return checkpointed_call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
+        return checkpointed_call(self.head[0], x, recompute=self.recompute)
 
 
 class Decoder(nn.Module):
@@ -225,6 +226,7 @@ class Decoder(nn.Module):
             self.up.append(level)
         self.norm_out = group_norm(groups, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
@@ -234,7 +236,7 @@ class Decoder(nn.Module):
             x = level(x, self.recompute)
             if hasattr(level, "upsample"):
                 x = checkpointed_call(level.upsample, x, recompute=self.recompute)
-        return checkpointed_call(nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out), x, recompute=self.recompute)
+        return checkpointed_call(self.head[0], x, recompute=self.recompute)
 
 
 class AutoencoderKL(nn.Module):

@@ -16,7 +16,7 @@ from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig, build_vae,
 from models.sit import SiT_models
 from scripts import call, equal, records
 from training.build import choose_patch
-from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically
+from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically, write_new
 from weights.diffusers_layout import (
     EARLIER_NAMES,
     from_diffusers_config,
@@ -25,13 +25,13 @@ from weights.diffusers_layout import (
     to_diffusers_state,
 )
 from weights.vae import (
+    diffusers_files,
     find_weights,
     has_statistics,
     known_statistics,
     latent_shape,
     load_vae,
     open_vae,
-    write_diffusers,
 )
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
@@ -74,7 +74,7 @@ def test_ours_to_diffusers_and_back(name, tmp_path):
     scale = torch.rand(1, config.z_channels, 1, 1) + 0.3
     bias = torch.randn(1, config.z_channels, 1, 1)
     statistics = {"latents_scale": scale, "latents_bias": bias}
-    write_diffusers(tmp_path, vae.state_dict(), config, statistics, 256)
+    write_new(diffusers_files(tmp_path, vae.state_dict(), config, statistics, 256))
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
     assert_same_network(vae, theirs, 64)
     assert theirs.config.scaling_factor == 1

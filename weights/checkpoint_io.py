@@ -1,12 +1,14 @@
-"""Checkpoints and weight files: written atomically, checked on load, never unpickling anything but plain data.
+"""Checkpoints and weight files: written atomically, verified when read, and read without executing what they contain.
 
 A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae,
-opt_disc, args, steps) plus what exact resume needs. A VAE is three files beside each other, see `vae_files`.
+opt_disc, args, steps) and what exact resume needs. A VAE consists of three files beside each other, see `vae_files`.
 """
 
 import argparse
 import hashlib
+import io
 import json
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 from errors import DISK_ERRORS, UserError, first_line
 from storage.files import sync_folder, written_whole
 
+BEST_CHECKPOINT = "best.pt"  # the checkpoint with the lowest distance in the evaluations during training
+WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
+
 
 def read_weights(path: Path, what: str) -> dict:
-    """The content of a safetensors file, of a `.pt` file of plain data, or the weights of a TorchScript archive.
+    """The content of a safetensors file or of a `.pt` file of plain data, or the weights in a TorchScript archive.
 
     Raises:
         UserError: the file is missing, damaged, none of these, or would execute code.
@@ -35,68 +40,64 @@ def read_weights(path: Path, what: str) -> dict:
             raise UserError(f"{what} {path}: damaged or cut short ({error}); take another copy") from None
     if path.is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if any(name.endswith("/constants.pkl") for name in names):
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return read_torchscript(path, what, archive)
     return read_checkpoint(path, what)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON object, and the object."""
+    """Whether a file starts as safetensors files do: with the length of a JSON object and the object."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The weights of a TorchScript archive, the form in which OpenAI publishes CLIP; its code is not run.
+    """The weights of a TorchScript archive, in which OpenAI publishes CLIP; its code is not run.
 
     Raises:
-        UserError: the archive is damaged, or would run code while it is loaded.
+        UserError: the archive is damaged, or would run code when it is loaded.
     """
-    if damaged := archive.testzip():
-        raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
-    reader = torch._C.PyTorchFileReader(str(path))  # finds names as torch.jit.load does, whatever their case
+    check_zip(archive, f"{what} {path}")
+    reader = torch._C.PyTorchFileReader(str(path))  # ignores the case of names, as torch.jit.load does
     sources = (name for name in reader.get_all_records() if name.lower().endswith(".py"))
     if any(b"__setstate__" in reader.get_record(name) for name in sources):
         raise UserError(f"{what} {path}: a TorchScript archive that runs code when loaded; expected one of weights")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the format is deprecated, but CLIP's weights come in it
+        warnings.simplefilter("ignore")  # the format is deprecated, but CLIP is published in it
         return torch.jit.load(path, map_location="cpu").state_dict()
 
 
-BEST_CHECKPOINT = "best.pt"  # the one that training's evaluation found best
-PREFIXES = ("module.", "_orig_mod.")
+def check_zip(archive: zipfile.ZipFile, what: str) -> None:
+    """Raise a UserError if a checksum in the archive is wrong; torch.load does not verify them."""
+    if damaged := archive.testzip():
+        raise UserError(f"{what}: damaged (checksum of {damaged} differs); take another copy")
 
 
 def write_atomically(data: object, path: Path) -> None:
     """torch.save under a temporary name, fsync, rename: `path` holds either the old file or all of the new one.
 
     Raises:
-        OSError: it cannot be written, for want of space above all; it names `path`.
+        OSError: it cannot be written, most often because the disk is full; it names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with written_whole(path) as file:
             torch.save(data, file)
     except Exception as error:
-        if (failure := failed_write(error)) is not None:
-            raise OSError(failure.errno, failure.strerror, str(path)) from None
-        raise
+        cause: BaseException | None = error  # torch.save reports a full disk as a RuntimeError of its zip writer
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     sync_folder(path.parent)
 
 
-def failed_write(error: BaseException) -> OSError | None:
-    """The OSError in whose handling `error` arose, if any: torch.save reports a full disk as trouble with its zip."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
-
-
 def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True) -> dict:
-    """The plain data of a `.pt` file, on the CPU, mapped into memory: what is not used is not kept there.
+    """The plain data of a `.pt` file, on the CPU, memory-mapped: only the parts that are used take memory.
 
-    Published files hold `args` as an argparse.Namespace, which is the one class that is let through; a file that would
-    execute code is refused. With `verify` the zip's checksums are looked at, which torch.load alone does not do.
+    argparse.Namespace is the only class that is allowed, because published files hold `args` as one. A file that would
+    execute code is refused. With `verify`, the checksums of the zip archive are checked.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint.
@@ -109,11 +110,9 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
         is_zip = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not
         if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise UserError(f"{what} {path}: damaged (checksum of {damaged} differs); take another copy")
+                check_zip(archive, f"{what} {path}")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols: what cannot be read, the error says
+            warnings.simplefilter("ignore")  # about old pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (UserError, MemoryError):
         raise
@@ -127,7 +126,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
 
 
 def neighbours(path: Path) -> str:
-    """What there is instead of a missing file, for its message."""
+    """For the message about a missing file: the `.pt` files in its folder."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
     names = sorted(other.name for other in path.parent.glob("*.pt"))
@@ -135,17 +134,12 @@ def neighbours(path: Path) -> str:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without the `module.` and `_orig_mod.` that DDP wrappers and torch.compile put before keys."""
-    stripped = {}
-    for key, value in state.items():
-        while key.startswith(PREFIXES) or "._orig_mod." in key:
-            key = key.split(".", 1)[1] if key.startswith(PREFIXES) else key.replace("._orig_mod.", ".")
-        stripped[key] = value
-    return stripped
+    """State dict without the `module.` and `_orig_mod.` that DDP wrappers and torch.compile add to keys."""
+    return {WRAPPER_PREFIXES.sub("", key): value for key, value in state.items()}
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """Hash of a state dict's keys, shapes and values, whatever prefixes it has and in whatever order its keys come."""
+    """Hash of a state dict's keys, dtypes, shapes and values, whatever wrappers' prefixes and order of keys it has."""
     digest = hashlib.sha256()
     for key, value in sorted(strip_prefixes(state).items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -154,16 +148,16 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def training_flags(checkpoint: dict, path: Path) -> dict:
-    """The flags a checkpoint's run was made with, by underscore name: those inside it, or else those of its args.json.
+    """The flags of a checkpoint's run, by underscore name: those inside it, completed by the run's args.json.
 
     Raises:
-        UserError: either is no mapping.
+        UserError: either is not a mapping.
     """
     inside = checkpoint.get("args") or {}
     inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
-    beside = path.parent.parent / "args.json"
     if not isinstance(inside, dict):
         raise UserError(f"{path}: its args are a {type(inside).__name__}, expected flags by name")
+    beside = path.parent.parent / "args.json"
     if "model" in inside or not beside.is_file():
         return inside
     try:
@@ -173,10 +167,10 @@ def training_flags(checkpoint: dict, path: Path) -> dict:
 
 
 def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, Tensor]:
-    """Scale 1/sqrt(var), without eps, and bias mean, (1,C,1,1) each, that a transformer's state dict normalises by.
+    """Scale 1/sqrt(running_var), without eps, and bias running_mean, (1,C,1,1) each, of a transformer's normaliser.
 
     Raises:
-        UserError: the state dict has no such buffers.
+        UserError: the state dict `ema` lacks these buffers.
     """
     ema = strip_prefixes(ema)
     if missing := [key for key in ("bn.running_mean", "bn.running_var") if key not in ema]:
@@ -186,7 +180,7 @@ def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, 
 
 
 def same_statistics(some: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> bool:
-    """Whether two (scale, bias) of latents are the same but for the last digits, which a running average changes."""
+    """Whether two (scale, bias) of latents are equal up to the drift of a running average."""
     return all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-3, atol=1e-4) for a, b in zip(some, others, strict=True))
 
 
@@ -194,7 +188,7 @@ def check_weights(module: nn.Module, state: dict, source: str) -> dict[str, Tens
     """`state` without prefixes, if `module` (which may be on the meta device) can load it strictly.
 
     Raises:
-        UserError: naming the first key that is missing, unexpected or of another shape.
+        UserError: a weight is missing, unexpected or of another shape; the message names the first one.
     """
     state = strip_prefixes(state)
     expected = module.state_dict()
@@ -238,27 +232,37 @@ def vae_files(weights: str | Path) -> VAEFiles:
     )
 
 
-def write_new(parts: dict[Path, dict[str, Tensor]]) -> list[Path]:
-    """Write state dicts by file, and return the files; what is there with the same content stays.
+def pt_bytes(state: dict[str, Tensor]) -> bytes:
+    """The content of a `.pt` file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def write_new(contents: dict[Path, bytes]) -> list[Path]:
+    """Write files that are not there yet, and return all paths; existing files with the same content stay.
 
     Raises:
-        UserError: a file is there and holds other values. Nothing is written then.
+        UserError: a file exists with other content. Nothing is written then.
     """
-    for path, part in parts.items():
-        if path.exists() and fingerprint(read_checkpoint(path)) != fingerprint(part):
+    for path, content in contents.items():
+        if path.exists() and path.read_bytes() != content:
             raise UserError(f"{path} is there and differs; delete it, or choose another name")
-    for path, part in parts.items():
-        write_atomically(part, path)
-    return list(parts)
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            file.write(content)
+        sync_folder(path.parent)
+    return list(contents)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies: 0400000.pt for step 400000."""
+    """The path of the checkpoint after `step` steps: 0400000.pt for step 400000."""
     return directory / f"{step:07d}.pt"
 
 
 def numbered_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of steps in `directory`, the highest one last."""
+    """The checkpoints in `directory` that are named by their step, in ascending order."""
     return sorted((path for path in directory.glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
 
 

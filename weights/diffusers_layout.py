@@ -1,7 +1,7 @@
-"""The autoencoder in diffusers' layout: its config.json and the names of its weights, both ways.
+"""Conversion between our autoencoder and diffusers' AutoencoderKL: keys of the weights and config.json.
 
-The networks are the same; diffusers' AutoencoderKL counts decoder levels from the coarsest, and its attention projects
-by linear layers where CompVis has 1x1 convolutions.
+The networks are the same. diffusers counts decoder levels from the coarsest one, and projects by linear layers in the
+attention, where CompVis uses 1x1 convolutions.
 """
 
 import re
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.autoencoder import AutoencoderKL, VAEConfig
 
-# ours -> diffusers', in this order
+# patterns of our keys -> diffusers', applied in this order
 RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"\bdown\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
     (r"\bdown\.(\d+)\.attn\.", r"down_blocks.\1.attentions."),
@@ -28,12 +28,12 @@ RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
-# as diffusers named attention's parts before version 0.15, in which SD-VAE is still published
+# names of attention layers before diffusers 0.15, with which SD-VAE is still published
 EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def diffusers_key(key: str, levels: int) -> str:
-    """diffusers' name of our weight `key` in an autoencoder of so many levels."""
+    """diffusers' key of our weight `key`, in an autoencoder of `levels` levels."""
     key = re.sub(r"\bup\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", key)
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
@@ -41,12 +41,12 @@ def diffusers_key(key: str, levels: int) -> str:
 
 
 def is_diffusers_state(state: dict[str, Tensor]) -> bool:
-    """Whether weights bear diffusers' names."""
+    """Whether a state dict has diffusers' keys."""
     return any(key.startswith("encoder.down_blocks.") for key in state)
 
 
 def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Our weights by diffusers' names, values untouched, laid out contiguously as safetensors wants them."""
+    """Our weights under diffusers' keys, values unchanged, contiguous as safetensors needs them."""
     renamed = {diffusers_key(key, len(config.widths)): value for key, value in state.items()}
     return {
         key: (value.flatten(1) if ".attentions." in key and value.ndim == 4 else value).contiguous()
@@ -55,7 +55,7 @@ def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str,
 
 
 def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Weights by diffusers' names, present or earlier ones, under ours; what is unknown keeps its name."""
+    """Weights with diffusers' keys, also earlier ones, under our keys; unknown keys stay."""
     with torch.device("meta"):
         expected = AutoencoderKL(config).state_dict()
     ours = {diffusers_key(key, len(config.widths)): key for key in expected}
@@ -71,12 +71,12 @@ def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[st
 
 
 def from_diffusers_config(found: dict) -> VAEConfig:
-    """The architecture that a config.json of diffusers' AutoencoderKL describes, with its scaling and shift factor.
+    """The architecture in a config.json of diffusers' AutoencoderKL, with its scaling and shift factor.
 
     Raises:
-        ValueError: it is none, or one of a kind that this autoencoder cannot be.
+        ValueError: it is of another class, or has a setting that our autoencoder does not support.
     """
-    # what diffusers takes where config.json is silent
+    # diffusers' defaults for missing settings
     defaults = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
     config = {**defaults, "scaling_factor": 0.18215, **{k: value for k, value in found.items() if value is not None}}
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
@@ -116,7 +116,8 @@ def from_diffusers_config(found: dict) -> VAEConfig:
 def to_diffusers_config(config: VAEConfig, scale: Tensor, bias: Tensor, resolution: int) -> dict:
     """config.json of diffusers' AutoencoderKL, with the latents' statistics: scale 1/std and bias mean, (1,C,1,1) each.
 
-    diffusers normalises by (z - latents_mean)·scaling_factor/latents_std, so scaling_factor is 1.
+    diffusers' pipelines normalise by (z - latents_mean)·scaling_factor/latents_std; scaling_factor is therefore 1.
+    `resolution` is the side in pixels of the training images.
     """
     levels = range(len(config.widths))
     prefix = {level: "Attn" if level in config.attention_levels else "" for level in levels}

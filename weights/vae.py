@@ -1,7 +1,7 @@
-"""A VAE by what a command line calls it: architecture, weights in any published form, statistics of its latents.
+"""A VAE from the command line: its architecture, weights in any published form, and the statistics of its latents.
 
-Weights are ours or CompVis's (SD-VAE's, FLUX's and SD 3.5's single files among them, alone or inside a whole model's
-checkpoint), or those of a diffusers AutoencoderKL: a folder, a file of it, or a repository of the hub.
+Weights have the keys of CompVis (as ours and the single files of SD-VAE, FLUX and SD 3.5 do, alone or inside a whole
+model's checkpoint) or those of a diffusers AutoencoderKL: a folder, a file in it, or a repository of the hub.
 """
 
 import json
@@ -16,7 +16,6 @@ from torch import Tensor
 from errors import UserError, unknown_name
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
 from models.discriminator import PatchDiscriminator
-from storage.files import written_whole
 from weights.checkpoint_io import load_weights, neighbours, read_checkpoint, read_weights, strip_prefixes, vae_files
 from weights.diffusers_layout import (
     from_diffusers_config,
@@ -27,33 +26,32 @@ from weights.diffusers_layout import (
 )
 from weights.downloads import first_on_each_machine, hub_file
 
-DIFFUSERS = "diffusers:"  # before what has its architecture with it
+DIFFUSERS = "diffusers:"  # prefix of a --vae whose architecture is in diffusers' config.json
 CONFIG = "config.json"
 DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-SUBFOLDERS = ("vae/", "")  # in the repository of a pipeline, whose own config.json is another, or of a VAE alone
+SUBFOLDERS = ("vae/", "")  # the VAE's place in a repository: of a pipeline, or of a VAE alone
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-# before the VAE's weights in the checkpoints of whole models, and before what an autoencoder's own has beside them
-INSIDE = ("first_stage_model.", "vae.")
-BESIDE = ("loss.", "model_ema.")
+WHOLE_MODEL_PREFIXES = ("first_stage_model.", "vae.")  # of the VAE's keys in the checkpoint of a whole model
+TRAINING_PREFIXES = ("loss.", "model_ema.")  # of the other keys in the training checkpoint of an autoencoder
 
 
 class VAESource(NamedTuple):
-    """A VAE that has been found: what `load_vae` and `known_statistics` need."""
+    """Where a VAE's architecture, weights and statistics come from, for `load_vae` and `known_statistics`."""
 
     name: str  # row of VAE_CONFIGS, or diffusers:PATH_OR_ID
     config: VAEConfig
-    weights: Path | None = None  # None: fresh
-    published: dict | None = None  # diffusers' config.json that came with the weights
+    weights: Path | None = None  # None: freshly initialised
+    published: dict | None = None  # the content of diffusers' config.json, if it lies beside the weights
 
 
 def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | None = None) -> VAESource:
-    """Find the VAE that is called `name`, with `weights` as --vae-ckpt takes them, or fresh.
+    """Find the VAE `name` (a --vae) with `weights` (a --vae-ckpt), or freshly initialised. All processes call this.
 
-    `known` is the architecture where a checkpoint has it. On several processes, all call.
+    `known` is the architecture, where a checkpoint states it.
 
     Raises:
-        UserError: there is no such VAE, file, folder or repository, or weights and name are of other architectures.
+        UserError: there is no such VAE, file, folder or repository, or name and weights have different architectures.
     """
     path, published = (None, None) if weights is None else find_weights(weights, offline)
     if known is not None:
@@ -76,11 +74,17 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
     return VAESource(name, config, path, published)
 
 
+def stated_architecture(checkpoint: dict) -> VAEConfig | None:
+    """The architecture of its run's VAE that a checkpoint of ours states; None for published checkpoints."""
+    architecture = (checkpoint.get("identity") or {}).get("architecture")
+    return None if architecture is None else VAEConfig(**architecture)
+
+
 def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
-    """Where the weights that `text` names lie, and diffusers' config.json if it is beside them.
+    """The file of the weights named by `text`, and diffusers' config.json if it lies beside them.
 
     Raises:
-        UserError: nothing is there.
+        UserError: there are none.
     """
     path = Path(text)
     if path.is_dir():
@@ -100,7 +104,7 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
 
 
 def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
-    """config.json and weights of a VAE in a repository of the hub, or of the VAE of a pipeline there."""
+    """config.json and weights of a VAE, or of a pipeline's VAE, in a repository of the hub."""
     what = f"VAE weights {repository}"
     advice = "nor is there such a file or folder; --vae-ckpt takes a file, a folder or ORGANISATION/NAME[@REVISION]"
     config = hub_file(what, repository, [folder + CONFIG for folder in SUBFOLDERS], offline, advice)
@@ -109,26 +113,21 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
 
 
 def read_config(path: Path) -> dict:
-    """A config.json.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """A config.json; a UserError if it is damaged."""
     try:
         config = json.loads(path.read_text(encoding="utf8"))
-        if isinstance(config, dict):
-            return config
-        reason = f"holds a {type(config).__name__}"
     except ValueError as error:
-        reason = str(error)
-    raise UserError(f"{path}: damaged ({reason}), expected diffusers' description of an AutoencoderKL")
+        raise UserError(f"{path}: damaged ({error}), expected diffusers' description of an AutoencoderKL") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: damaged (holds a {type(config).__name__}), expected a mapping of settings")
+    return config
 
 
 def read_architecture(config: dict, where: str) -> VAEConfig:
-    """The architecture of a config.json; `where` names it in messages.
+    """The architecture in a config.json; `where` names it in messages.
 
     Raises:
-        UserError: it is of a network that this autoencoder cannot be.
+        UserError: it is not an AutoencoderKL, or has settings that are not supported.
     """
     try:
         return from_diffusers_config(config)
@@ -137,7 +136,7 @@ def read_architecture(config: dict, where: str) -> VAEConfig:
 
 
 def load_vae(source: VAESource) -> AutoencoderKL:
-    """The autoencoder, fresh or with its weights, in float32 whatever the file has.
+    """The autoencoder with its weights, or freshly initialised, in float32 whatever the file's dtype.
 
     Raises:
         UserError: weights are missing, damaged or of another architecture.
@@ -150,10 +149,10 @@ def load_vae(source: VAESource) -> AutoencoderKL:
 
 
 def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
-    """The weights of a VAE under our names, in whatever form the file has them.
+    """The weights of a VAE under our keys, from a file in any published form.
 
     Raises:
-        UserError: the file is missing, damaged, or a checkpoint of training.
+        UserError: the file is missing, damaged, or a checkpoint of our training.
     """
     state = read_weights(path, "VAE weights")
     if isinstance(state.get("vae"), dict):
@@ -161,45 +160,33 @@ def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     state = strip_prefixes({key: value for key, value in state.items() if isinstance(value, Tensor)})
-    for prefix in INSIDE:
+    for prefix in WHOLE_MODEL_PREFIXES:
         if inside := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}:
             state = inside
             break
-    state = {key: value for key, value in state.items() if not key.startswith(BESIDE)}
+    state = {key: value for key, value in state.items() if not key.startswith(TRAINING_PREFIXES)}
     return from_diffusers_state(state, config) if is_diffusers_state(state) else state
 
 
-def write_diffusers(
+def diffusers_files(
     folder: Path, weights: dict[str, Tensor], config: VAEConfig, statistics: dict[str, Tensor], resolution: int
-) -> list[Path]:
-    """Write a VAE as diffusers' AutoencoderKL.from_pretrained takes it, and return the files.
+) -> dict[Path, bytes]:
+    """A VAE as diffusers' AutoencoderKL.from_pretrained reads it: the files of `folder` and their contents.
 
     Args:
-        folder: where they go.
-        weights: under our names.
+        folder: where they are to be written.
+        weights: under our keys.
         config: their architecture.
         statistics: latents_scale and latents_bias, (1,C,1,1) each.
-        resolution: pixels a side of the images that it was trained on.
-
-    Raises:
-        UserError: another VAE is there. Nothing is written then.
+        resolution: side in pixels of the images that the VAE was trained on.
     """
     from safetensors.torch import save
 
-    scale, bias = statistics["latents_scale"], statistics["latents_bias"]
-    described = to_diffusers_config(config, scale, bias, resolution)
-    contents = {
+    described = to_diffusers_config(config, statistics["latents_scale"], statistics["latents_bias"], resolution)
+    return {
         folder / CONFIG: json.dumps(described, indent=2).encode() + b"\n",
         folder / DIFFUSERS_FILES[0]: save(to_diffusers_state(weights, config), metadata={"format": "pt"}),
     }
-    for path, content in contents.items():
-        if path.exists() and path.read_bytes() != content:
-            raise UserError(f"{path} is there and differs; delete it, or choose another name")
-    for path, content in contents.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
-            file.write(content)
-    return list(contents)
 
 
 def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
@@ -215,15 +202,15 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
 
 
 def has_statistics(source: VAESource) -> bool:
-    """Whether anything is known of the latents of a VAE with weights."""
+    """Whether `known_statistics` finds any, for a VAE with weights."""
     return vae_files(source.weights).statistics.is_file() or published_factors(source) is not None
 
 
 def published_factors(source: VAESource) -> VAEConfig | None:
-    """What has the published scaling and shift factor of a VAE's weights, if those are known.
+    """A config with the published scaling and shift factor of a VAE's weights, if they are known.
 
-    That is the config.json that came with the weights; or the row of the architecture, unless the weights are a .pt
-    file, as this project writes them: those were trained since.
+    It is the config.json beside the weights, or the row of the architecture. `.pt` files, which this project writes,
+    were trained further: the row's factors do not hold for them.
     """
     if source.published is not None:
         return read_architecture(source.published, str(source.weights))
@@ -233,28 +220,29 @@ def published_factors(source: VAESource) -> VAEConfig | None:
 
 
 def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> tuple[Tensor, Tensor]:
-    """latents_scale and latents_bias, (1,C,1,1) float32 each, as far as they are known of a VAE.
+    """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE.
 
-    That is the file beside its weights; else latents_mean and latents_std of diffusers' config.json; else the published
-    scaling and shift factor. `log` is told if it is not the first.
+    They come from the file beside its weights, else from latents_mean and latents_std in diffusers' config.json, else
+    from the published scaling and shift factor. `log` prints which, unless it is the file.
 
     Raises:
-        UserError: none is known, or one does not fit the latents.
+        UserError: none is known, or they do not fit the latents.
     """
-    channels = source.config.z_channels
+    shape = (1, source.config.z_channels, 1, 1)
     beside = vae_files(source.weights).statistics
     if beside.is_file():
-        return read_latent_statistics(source.weights, channels)
+        return read_latent_statistics(source.weights, source.config.z_channels)
     published = source.published or {}
     if published.get("latents_mean") is not None and published.get("latents_std") is not None:
         log(f"latent statistics of {source.weights}: latents_mean and latents_std in {CONFIG}")
+        keys = ("latents_mean", "latents_std")
         try:
-            mean, std = (torch.tensor(published[key], dtype=torch.float64) for key in ("latents_mean", "latents_std"))
-        except (TypeError, ValueError):
-            mean = std = torch.empty(0)
-        if mean.numel() != channels or std.numel() != channels or not (std > 0).all():
-            raise UserError(f"{source.weights}: latents_mean and latents_std in {CONFIG} are not {channels} numbers")
-        return (1 / std).float().reshape(1, channels, 1, 1), mean.float().reshape(1, channels, 1, 1)
+            mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"{source.weights}: latents_mean and latents_std in {CONFIG} are not {shape[1]} numbers"
+            ) from None
+        return (1 / std).float(), mean.float()
     if (factors := published_factors(source)) is None:
         raise UserError(
             f"latent statistics {beside}: no such file; train_vae.py --stats-only measures them and writes both files"
@@ -263,15 +251,14 @@ def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> t
         f"latent statistics of {source.weights}: the published scaling factor {factors.scaling_factor:g} and shift "
         f"{factors.shift_factor:g}; train_vae.py --stats-only measures them on your images"
     )
-    ones = torch.ones(1, channels, 1, 1)
-    return ones * factors.scaling_factor, ones * factors.shift_factor
+    return torch.full(shape, factors.scaling_factor), torch.full(shape, factors.shift_factor)
 
 
 def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tensor, Tensor]:
     """latents_scale and latents_bias, (1,C,1,1) float32 each, from the file beside `vae_weights`.
 
     Raises:
-        UserError: the file is missing or does not fit a latent of `channels` channels.
+        UserError: the file is missing, or its tensors do not have `channels` values.
     """
     path = vae_files(vae_weights).statistics
     stats = read_checkpoint(path, "latent statistics")
@@ -286,7 +273,7 @@ def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tens
 
 
 def load_discriminator(path: str | None) -> PatchDiscriminator:
-    """The discriminator, fresh or with the weights at `path`."""
+    """The discriminator with the weights at `path`, or freshly initialised."""
     discriminator = PatchDiscriminator()
     if path is not None:
         load_weights(discriminator, read_checkpoint(path, "discriminator weights"), f"discriminator weights {path}")
