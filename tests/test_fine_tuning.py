@@ -18,7 +18,7 @@ from models.encoder_table import encoder_spec
 from models.encoders import Encoder
 from models.sit import SiT, SiT_models
 from scripts import TINY, TINY_SIT, call, records
-from training.transformer_step import TransformerNets, copy_for_ema
+from training.build import build_transformer_nets
 from weights.checkpoint_io import read_checkpoint, vae_files
 from weights.trained_run import LABEL_TABLE, resample_positions, start_from_trained
 from weights.vae import latent_shape, open_vae
@@ -34,28 +34,21 @@ def own_sit(**options) -> SiT:
 
 
 def started(tmp_path: Path, sit: SiT, *flags: object, path: Path | None = None) -> tuple[dict, list[str]]:
-    """The state of `sit` after it started from a published checkpoint, and what was said."""
+    """The state of `sit` after it started from a published checkpoint, and what was logged."""
     path = path or published.write_run(tmp_path / "published", joint=True)
     args = train_repae.parse_args([*map(str, (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, *flags))])
     said = []
-    run = SimpleNamespace(checkpoints=SimpleNamespace(directory=tmp_path / "none"), print=said.append)
-    nets = TransformerNets(sit=sit, ema=copy_for_ema(sit), encoders=[], opt_sit=None)
-    start_from_trained(nets, args, run)
-    state = sit.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in nets.ema.state_dict().items())
-    return state, said
+    start_from_trained(sit, args, tmp_path / "none", said.append)
+    return sit.state_dict(), said
 
 
 def test_frozen_vae_training_starts_from_it_too(tmp_path):
     path = published.write_run(tmp_path / "published", joint=False)
     flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, "--enc-type", "none")
     args = train_ldm_only.parse_args([*map(str, flags)])
-    checkpoints = SimpleNamespace(directory=tmp_path / "none")
-    run = SimpleNamespace(
-        checkpoints=checkpoints, print=print, prepare=lambda module: module, device=torch.device("cpu")
-    )
+    run = SimpleNamespace(directory=tmp_path, print=print, prepare=lambda module: module, device=torch.device("cpu"))
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets, _ = train_ldm_only.build(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
+    nets = build_transformer_nets(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
     for sit in (nets.sit, nets.ema):
         assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
 

@@ -1,4 +1,4 @@
-"""A trained experiment, ours or published, ready to sample from: averaged transformer, VAE, and their flags."""
+"""A trained run, ours or published: to sample from, and to start another run's transformer from."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL
 from models.encoder_table import encoder_specs
 from models.sit import SIT_SIZES, SiT, SiT_models
 from weights.checkpoint_io import (
@@ -28,14 +28,22 @@ from weights.checkpoint_io import (
     training_flags,
     vae_files,
 )
-from weights.vae import VAESource, latent_shape, load_vae, open_vae, read_latent_statistics
+from weights.vae import (
+    VAESource,
+    latent_shape,
+    load_vae,
+    open_vae,
+    read_latent_statistics,
+    stated_architecture,
+)
 
-# what runs did whose args.json lacks the flag
+# the settings of published runs whose flags lack these
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 class Experiment(NamedTuple):
-    """What sampling needs of a run."""
+    """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags."""
 
     name: str
     step: int
@@ -47,18 +55,17 @@ class Experiment(NamedTuple):
 def load_experiment(
     exp_path: Path, step: int | str | None = None, vae_ckpt: str | None = None, offline: bool = False
 ) -> Experiment:
-    """The experiment in a run's folder at `step` ("best", or None: its latest checkpoint), in eval mode on the CPU.
+    """The experiment in a run's folder at `step` ("best", or None for its latest checkpoint).
 
-    A joint run's checkpoint holds its VAE. A frozen-VAE run's VAE is the one its flags name, or `vae_ckpt`, whatever
-    --vae-ckpt takes.
+    The checkpoint of a joint run holds its VAE. A frozen-VAE run's VAE is `vae_ckpt`, any value that --vae-ckpt takes,
+    or the one named by the run's flags.
 
     Raises:
-        UserError: something is missing, damaged, of another architecture, or the VAE is not the one trained with.
+        UserError: something is missing, damaged or of another architecture, or the VAE is not the one trained with.
     """
     path = find_checkpoint(exp_path, step)
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint.get("ema"), dict):
-        raise UserError(f"{path}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
+    ema = read_ema(checkpoint, str(path))
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
     for key in ("model", "vae"):
         if key not in flags:
@@ -66,8 +73,6 @@ def load_experiment(
     if flags["model"] not in SiT_models:
         raise UserError(f"{path}: " + unknown_name("model", str(flags["model"]), SiT_models))
     source = trained_vae(checkpoint, flags, vae_ckpt, path, offline)
-    ema = strip_prefixes(checkpoint["ema"])
-    ema = {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: ema")
     if isinstance(checkpoint.get("vae"), dict):
         vae = AutoencoderKL(source.config)
@@ -75,15 +80,15 @@ def load_experiment(
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
-    name = Path(os.path.abspath(exp_path)).name  # of a link, not of what it points to
+    name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
     return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
-    """Where the checkpoint of a run's folder lies.
+    """The path of a checkpoint in a run's folder.
 
     Raises:
-        UserError: no such folder, or no checkpoint in it.
+        UserError: there is no such folder, or no checkpoint in it.
     """
     folder = exp_path / "checkpoints"
     if not exp_path.is_dir():
@@ -96,27 +101,38 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     return path
 
 
-def trained_vae(checkpoint: dict, flags: dict, vae_ckpt: str | None, path: Path, offline: bool) -> VAESource:
-    """The VAE of a run's checkpoint: its architecture, and where its weights lie unless the checkpoint holds them.
+def read_ema(checkpoint: dict, source: str) -> dict[str, Tensor]:
+    """The EMA weights of a checkpoint's transformer, in float32 and without wrappers' prefixes.
 
     Raises:
-        UserError: it is unknown, or not there; or `vae_ckpt` names one though the checkpoint holds it.
+        UserError: the checkpoint has none.
     """
-    if isinstance(checkpoint.get("vae"), dict) and vae_ckpt is not None:
+    if not isinstance(checkpoint.get("ema"), dict):
+        raise UserError(f"{source}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
+    ema = strip_prefixes(checkpoint["ema"])
+    return {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
+
+
+def trained_vae(checkpoint: dict, flags: dict, vae_ckpt: str | None, path: Path, offline: bool) -> VAESource:
+    """The VAE of the run of the checkpoint at `path`; its `weights` are None if the checkpoint holds them.
+
+    Raises:
+        UserError: the VAE is unknown or missing, or `vae_ckpt` is given although the checkpoint holds the VAE.
+    """
+    is_inside = isinstance(checkpoint.get("vae"), dict)
+    if is_inside and vae_ckpt is not None:
         raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
-    architecture = (checkpoint.get("identity") or {}).get("architecture")
-    known = None if architecture is None else VAEConfig(**architecture)
-    weights = None if isinstance(checkpoint.get("vae"), dict) else vae_ckpt or flags.get("vae_ckpt")
+    weights = None if is_inside else vae_ckpt or flags.get("vae_ckpt")
     try:
-        return open_vae(str(flags["vae"]), weights, offline, known)
+        return open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int, int], source: str) -> SiT:
-    """The transformer with the weights `ema` for latents (C,h,w), without projectors.
+    """The transformer with weights `ema` for latents (C,h,w), without projectors.
 
-    Null label and q/k norm are what the weights have.
+    It has a null label and q/k norm if the weights have them.
     """
     ema = {key: value for key, value in ema.items() if not key.startswith("projectors.")}
     table = ema.get("y_embedder.embedding_table.weight")
@@ -139,8 +155,16 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
 
 
 def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> AutoencoderKL:
-    """The VAE of a frozen-VAE run: the fingerprint of its weights must be `known`, if that is; its statistics, if they
-    are beside it, those that the transformer was `trained` with."""
+    """The VAE of a frozen-VAE run, if it is the one that the transformer was trained with.
+
+    Args:
+        source: where the VAE is.
+        trained: scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.
+        known: fingerprint of the VAE's weights, if the checkpoint states it.
+
+    Raises:
+        UserError: the VAE is missing, or is another one.
+    """
     path = source.weights
     if path is None or not path.is_file():
         raise UserError(
@@ -149,24 +173,20 @@ def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: st
     vae = load_vae(source)
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
-        beside = read_latent_statistics(path, trained[0].numel())
-        same &= same_statistics(trained, beside)
+        same &= same_statistics(trained, read_latent_statistics(path, trained[0].numel()))
     if not same:
         raise UserError(f"VAE {path}: the transformer was trained on another one; name that by --vae-ckpt FILE")
     return vae
 
 
-LABEL_TABLE = "y_embedder.embedding_table.weight"
-
-
 def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log: Callable[[str], None]) -> None:
-    """Start a fresh transformer from the average in --sit-ckpt, if that is given; logs what was taken.
+    """Initialise a fresh transformer from the EMA weights in --sit-ckpt, if given; logs which weights stay fresh.
 
-    A run that continues restores its own checkpoint, and does not look at the file. The latent normaliser stays as it
-    is, that of the run's VAE.
+    A run that continues restores its own checkpoint and ignores the file. The latent normaliser keeps the statistics of
+    the run's VAE.
 
     Raises:
-        UserError: the file is no checkpoint of a transformer, or of one that does not fit.
+        UserError: the file is not a checkpoint of a transformer, or of one that does not fit.
     """
     if args.sit_ckpt is None:
         return
@@ -176,20 +196,23 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
     if latest_checkpoint(run_folder / "checkpoints") is not None:
         return
     checkpoint = read_checkpoint(args.sit_ckpt, "transformer weights")
-    if not isinstance(checkpoint.get("ema"), dict):
-        raise UserError(f"{source}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
-    ema = {key: value.float() for key, value in strip_prefixes(checkpoint["ema"]).items()}
+    ema = read_ema(checkpoint, source)
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, Path(args.sit_ckpt))}
     refuse_other_architecture(ema, sit, args, source)
-    state, changes = fitted(ema, flags, sit, args)
+    state, changes = fit_weights(ema, flags, sit, args)
     load_weights(sit, state, source)
     log("; ".join([f"{source}: starting from the average of step {checkpoint.get('steps', 'unknown')}", *changes]))
-    for what in differences(ema, flags, sit, args):
-        log(f"warning: {source}: {what}")
+    if not same_statistics(ema_latent_statistics(ema, source), sit.latent_statistics()):
+        log(
+            f"warning: {source}: trained on latents of another VAE, or by other statistics, than those of "
+            f"--vae-ckpt {args.vae_ckpt}"
+        )
+    if flags["path_type"] != args.path_type:
+        log(f"warning: {source}: trained with --path-type {flags['path_type']}, not {args.path_type}")
 
 
 def refuse_other_architecture(ema: dict[str, Tensor], sit: SiT, args: argparse.Namespace, source: str) -> None:
-    """Raise a UserError unless `ema` is of the channels, depth, width and patch of `sit`, and of its kind of blocks."""
+    """Raise a UserError unless `ema` has the latent channels, depth, width, patch size and q/k norm of `sit`."""
     if missing := [key for key in ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE) if key not in ema]:
         raise UserError(f"{source}: no {missing[0]} in ema; expected the weights of a SiT")
     width, channels, patch, _ = ema["x_embedder.proj.weight"].shape
@@ -211,10 +234,10 @@ def refuse_other_architecture(ema: dict[str, Tensor], sit: SiT, args: argparse.N
         raise UserError(f"{source}: a transformer that was trained with {flag}; use {flag}")
 
 
-def fitted(
+def fit_weights(
     ema: dict[str, Tensor], flags: dict, sit: SiT, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """`ema`, trained with `flags`, as a state dict of the fresh `sit`; and in words what was resampled or not taken."""
+    """`ema`, trained with `flags`, as a state dict of `sit`; and in words what was resampled and what stays fresh."""
     own = sit.state_dict()
     state = {key: value for key, value in ema.items() if not key.startswith(("bn.", "projectors."))}
     state |= {key: value for key, value in own.items() if key.startswith("bn.")}
@@ -228,17 +251,17 @@ def fitted(
 
 
 def resample_positions(table: Tensor, grid: int) -> Tensor:
-    """Position table (1,T,D) of a square grid -> (1,grid²,D), bicubic with antialias; the same one if T is grid²."""
+    """Position table (1,T,D) of a square grid -> (1,grid²,D), bicubic with antialias; unchanged if T is grid²."""
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=0)
 
 
 def fit_labels(trained: Tensor, own: Tensor, classes: int, own_classes: int) -> tuple[Tensor, list[str]]:
-    """A label table with the rows of `trained` (of so many `classes`) that `own` has a place for, and what stays fresh.
+    """The label table `own` with rows of `trained`, a table of `classes` classes; and in words what stays fresh.
 
-    Classes are taken if there are as many, the null label's row, which is the last of a table that has one, if both
-    have one.
+    Rows of classes are taken if both tables have as many classes. The row of the null label, the last one of a table
+    that has it, is taken if both tables have it.
     """
     table, fresh = own.cpu().clone(), []
     if classes == own_classes:
@@ -256,9 +279,9 @@ def fit_labels(trained: Tensor, own: Tensor, classes: int, own_classes: int) -> 
 def fit_projectors(
     ema: dict[str, Tensor], own: dict[str, Tensor], enc_type: str, own_enc_type: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Projectors of the encoders `own_enc_type`: those of `ema` for the same ones, if of the same kind and shape.
+    """State of the projectors for the encoders `own_enc_type`; and in words which stay fresh.
 
-    The second result says which stay fresh.
+    A projector of `ema` (trained with `enc_type`) for the same encoder is taken if its keys and shapes are the same.
     """
     before, found, fresh = enc_type.split(","), {}, []
     for number, name in enumerate(encoder_specs(own_enc_type)):
@@ -272,15 +295,3 @@ def fit_projectors(
         found |= theirs if fits else mine
         fresh += [] if fits else [f"projector of {name}"]
     return found, fresh
-
-
-def differences(ema: dict[str, Tensor], flags: dict, sit: SiT, args: argparse.Namespace) -> list[str]:
-    """What fits, but means something else to this run than to the one that `ema` was trained in, in words."""
-    found = []
-    if not same_statistics(ema_latent_statistics(ema, f"--sit-ckpt {args.sit_ckpt}"), sit.latent_statistics()):
-        found.append(
-            f"trained on latents of another VAE, or by other statistics, than those of --vae-ckpt {args.vae_ckpt}"
-        )
-    if flags["path_type"] != args.path_type:
-        found.append(f"trained with --path-type {flags['path_type']}, not {args.path_type}")
-    return found
