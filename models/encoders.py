@@ -25,12 +25,12 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 MEASURED_SIDE = 448  # a multiple of every usual stride
 IMAGE_STRIDE = 16  # pixels of the image that a token stands for on a side: 16x16 tokens at 256 px
-# where checkpoints of training keep a state dict; other projects' wrappers are a sign of another project
+# keys under which projects' checkpoints keep a state dict; a key that is not the row's means another project
 WRAPPERS = ("state_dict", "model", "encoder", "student", "teacher")
 
 
 class Origin(NamedTuple):
-    """Who published an encoder's weights (a repository of GitHub, or a package), and under which licence."""
+    """The publisher of an encoder's weights (a repository of GitHub, or a package), and their licence."""
 
     source: str
     licence: str
@@ -38,28 +38,29 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """One row of the registry.
+    """An encoder: its network, its preprocessing, and its weights.
 
     Attributes:
         embed_dim: D, the width of a token.
-        stride: pixels of the network's input that a token covers on a side.
+        stride: side in pixels of the part of the network's input that a token covers.
         model: timm's name of the network; with a tag it also names timm's copy of the weights.
-        origin: whose weights they are.
+        origin: the publisher of the weights.
         file: the usual name of a local copy of the weights.
         pixels: mean and standard deviation that pixels/255 are normalised by.
-        options: what the network has other than timm's `model`.
+        options: arguments of timm's `create_model` that differ from `model`'s.
         url: the project's own file, where timm has no copy.
-        package: the installed package whose only `.pth` file the weights are.
-        inside: the entry of the project's own checkpoint that holds the weights; None if they lie at its top.
-        convert: (state dict, keys of the network) -> what timm's filter of this network takes.
-        unused: beginnings of keys, after that filter, that the network does without.
-        table: tokens a side of the published position table, where other sizes are other weights.
+        package: the installed package whose only `.pth` file has the weights.
+        inside: the entry of the project's own checkpoint that holds the weights; None if they are at its top level.
+        convert: (state dict, keys of the network) -> the input of timm's filter of this network.
+        unused: prefixes of keys, after that filter, that the network does not have.
+        table: tokens a side of the published position table, if weights with another table are refused.
         resize_first: the input is resized before it is normalised, not after.
         final_norm: tokens pass the network's last LayerNorm.
-        level: which of timm's feature levels the tokens are; None is the last.
-        any_grid: the input is scaled to whatever gives the transformer's grid; others give a token for 16 pixels.
+        level: index among timm's feature levels; None for the last one.
+        any_grid: the input is scaled so that the network gives the transformer's grid; otherwise a token stands for
+            16x16 pixels of the image.
         sized: timm builds the network for one input size.
-        input_size: the only input that the network takes, whatever the grid; None if stride · grid.
+        input_size: the only input size of the network, whatever the grid; None for stride · grid.
     """
 
     embed_dim: int
@@ -83,19 +84,19 @@ class EncoderSpec:
     input_size: int | None = None
 
     def grid(self, resolution: int) -> int:
-        """Tokens a side for images of `resolution` pixels, unless it takes any grid."""
+        """Tokens a side for images of `resolution` pixels, unless `any_grid`."""
         return max(resolution // IMAGE_STRIDE, 1)
 
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """Bicubic, no antialias, (B,3,R,R) float -> (B,3,size,size); the identity if it has that size."""
+    """Bicubic, no antialias, (B,3,R,R) float -> (B,3,size,size); unchanged if R is size."""
     if image.shape[-1] == size:
         return image
     return F.interpolate(image, size=(size, size), mode="bicubic", align_corners=False)
 
 
 def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
-    """Tokens (B,T,D) of a square grid -> (B,grid²,D) float32: bilinear, antialiased; the identity if T is grid²."""
+    """Tokens (B,T,D) of a square grid -> (B,grid²,D) float32, bilinear, antialiased; unchanged if T is grid²."""
     side = math.isqrt(tokens.shape[1])
     if side == grid:
         return tokens
@@ -105,12 +106,12 @@ def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """The frozen network of one row, untrained until weights are loaded: eval mode, no gradient, whatever is asked.
+    """The frozen network of a spec, freshly initialised: always in eval mode and without gradients.
 
     Args:
-        spec: the row.
-        grid: tokens a side the network gives, which decides its input size and its position embeddings.
-        token_grid: tokens a side that come out, resampled if need be; None for those the network gives.
+        spec: its description.
+        grid: tokens a side of the network, which determines its input size and its position embeddings.
+        token_grid: tokens a side of the output, resampled if it differs from `grid`; None for no resampling.
     """
 
     def __init__(self, spec: EncoderSpec, grid: int, token_grid: int | None = None):
@@ -125,7 +126,7 @@ class Encoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stays in eval mode: a frozen encoder drops nothing and keeps its statistics."""
+        """Stay in eval mode: a frozen encoder has no dropout and keeps its statistics."""
         return super().train(False)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B,3,R,R) -> tokens (B, token_grid², embed_dim), without a graph."""
+        """uint8 pixels (B,3,R,R) -> tokens (B, token_grid², embed_dim), without gradients."""
         (features,) = self.network.forward_intermediates(
             self.preprocess(pixels),
             indices=1 if self.spec.level is None else [self.spec.level],
@@ -151,13 +152,13 @@ class Encoder(nn.Module):
 
     @functools.cached_property
     def has_class_token(self) -> bool:
-        """Whether the network has a class token, and timm's interface gives it."""
+        """Whether the network has a class token that timm's interface returns."""
         takes = inspect.signature(self.network.forward_intermediates).parameters
         return getattr(self.network, "cls_token", None) is not None and "return_prefix_tokens" in takes
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (B,3,R,R) -> one vector each, (B, embed_dim): the class token, or else the mean of tokens."""
+        """uint8 pixels (B,3,R,R) -> one vector per image, (B, embed_dim): the class token, else the mean of tokens."""
         if not self.has_class_token:
             return self(pixels).mean(dim=1)
         ((_, prefix),) = self.network.forward_intermediates(
@@ -172,11 +173,11 @@ class Encoder(nn.Module):
     def convert(self, checkpoint: dict) -> dict[str, Tensor]:
         """The network's state dict, float32, from a checkpoint in the project's own format or in timm's.
 
-        Position tables are resampled to this network's grid, bicubic with antialias. Keys that the checkpoint lacks or
-        has too much are not looked at.
+        Position tables are resampled to this network's grid, bicubic with antialias. Missing and unexpected keys are
+        not checked.
 
         Raises:
-            ValueError: the checkpoint is another project's, or of another patch size or resolution.
+            ValueError: the checkpoint is another project's, or has another patch size or position table.
         """
         keys = list(self.network.state_dict())
         state = self.spec.convert(unwrapped(checkpoint, self.spec.inside), keys)
@@ -187,10 +188,10 @@ class Encoder(nn.Module):
 
 
 def unwrapped(checkpoint: dict, inside: str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: those of its entry `inside`, of timm's `state_dict`, or of its top.
+    """The tensors of a checkpoint: in its entry `inside`, in timm's `state_dict`, or at its top level.
 
     Raises:
-        ValueError: the checkpoint has the form of another project.
+        ValueError: the checkpoint has another project's form.
     """
     nested = [name for name in WRAPPERS if isinstance(checkpoint.get(name), dict)]
     if inside in nested:
@@ -204,9 +205,9 @@ def unwrapped(checkpoint: dict, inside: str | None) -> dict[str, Tensor]:
 
 
 def check_patch_and_table(state: dict[str, Tensor], network: nn.Module, side: int | None) -> None:
-    """Raise a ValueError if patch size or position table are those of other weights, which timm would resample.
+    """Raise a ValueError if patch size or position table differ from the published ones; timm would resample them.
 
-    `side` is what the table's side should be, in tokens; None if any will do.
+    `side` is the expected side of the table in tokens; None if any is allowed.
     """
     own = network.state_dict().get("patch_embed.proj.weight")
     kernel = state.get("visual.conv1.weight", state.get("patch_embed.proj.weight"))
@@ -218,20 +219,20 @@ def check_patch_and_table(state: dict[str, Tensor], network: nn.Module, side: in
 
 
 def timm_filter(network: nn.Module) -> Callable[[dict, nn.Module], dict]:
-    """timm's conversion of checkpoints for the family of `network`; it also resamples position tables."""
+    """timm's conversion of checkpoints for the model family of `network`, which also resamples position tables."""
     module = sys.modules[type(network).__module__]
     return getattr(module, "checkpoint_filter_fn", lambda state, network: state)
 
 
 @functools.cache
 def timm_spec(name: str) -> EncoderSpec:
-    """The row `timm:MODEL` of any timm model with a square map of features or patch tokens: the last one.
+    """The spec of `timm:MODEL`, any timm model with a square map of features or patch tokens; its last one is taken.
 
-    Its width and stride are measured on a network without memory. Networks whose weights fit one input size only are
+    Width and stride are measured on a network on the meta device. A network whose weights fit a single input size is
     run at that size.
 
     Raises:
-        UserError: no such model, or one without such a map.
+        UserError: there is no such model, or it has no such map.
     """
     import timm
     from timm.models import get_pretrained_cfg
@@ -251,7 +252,7 @@ def timm_spec(name: str) -> EncoderSpec:
         origin=Origin("timm", config.license or "unknown"),
         file=f"{model}.safetensors",
         pixels=(config.mean, config.std),
-        unused=("",),  # whatever the network has no use for: heads have many names
+        unused=("",),  # any key: heads have many names
         sized=config.fixed_input_size,
     )
     if not resizable(spec):
@@ -259,14 +260,14 @@ def timm_spec(name: str) -> EncoderSpec:
     side = spec.input_size or MEASURED_SIDE
     try:
         shape = token_shape(spec, side)
-    except UserError:  # some networks cannot normalise what is not their output
+    except UserError:  # some networks cannot normalise intermediate features
         spec = replace(spec, final_norm=False)
         shape = token_shape(spec, side)
     return replace(spec, embed_dim=shape[2], stride=round(side / math.isqrt(shape[1])))
 
 
 def resizable(spec: EncoderSpec) -> bool:
-    """Whether timm can bring weights of a network's own input size to another one."""
+    """Whether timm can resample the weights of a network to another input size."""
     import timm
 
     if not spec.sized:
@@ -282,16 +283,16 @@ def resizable(spec: EncoderSpec) -> bool:
 
 
 def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
-    """Shape (1,T,D) of the tokens that a row's network gives when its input is stride · grid; needs no memory.
+    """Shape (1,T,D) of the tokens of a spec's network for an input of stride · grid, found on the meta device.
 
     Raises:
-        UserError: the network gives no square map of features.
+        UserError: the network has no square map of features.
     """
     size = spec.input_size or spec.stride * grid
     try:
         with torch.device("meta"):
             shape = Encoder(spec, grid)(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape
-    except Exception as error:  # timm's families fail in as many ways
+    except Exception as error:  # timm's model families raise many kinds of errors
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         raise UserError(f"timm's {spec.model} gives no map of features for {size} px ({reason})") from error
     if math.isqrt(shape[1]) ** 2 != shape[1]:

@@ -1,5 +1,5 @@
-"""Numerics that networks and losses share: precision, batch statistics over every process, recomputation, copies
-between host and device.
+"""Numerics shared by networks and losses: precision, batch statistics over all processes, recomputation of activations,
+and copies between host and device.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,56 +16,54 @@ from torch.utils.checkpoint import checkpoint
 
 
 def float32_or_wider(x: Tensor) -> Tensor:
-    """`x` in float32 if it came in half precision, unchanged if it is float32 or float64."""
+    """`x` in float32 if it is in half precision, unchanged if it is in float32 or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def channels_last(module: nn.Module) -> None:
-    """Lay the kernels of `module` out as convolutions are fastest on tensor cores: channels last. Values stay."""
+    """Store the kernels of `module` in channels-last layout, the fastest one on tensor cores. Values stay the same."""
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.contiguous(memory_format=torch.channels_last)
 
 
 def distributed_world_size() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Number of processes in the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is the all-reduced gradient: every process's loss depends on every process's input."""
+    """All-reduce whose gradient is all-reduced too, as the loss of every process depends on the input of every one."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
-        """Sum of `x` over all processes."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> Tensor:
-        """Sum of the gradients of all processes."""
         total = grad.clone()
         dist.all_reduce(total)
         return total
 
 
 def mean_over_batches(x: Tensor) -> Tensor:
-    """`x`, something averaged over this process's batch, averaged over all processes, whose batches are equally large.
+    """Mean over the global batch of `x`, a mean over this process's batch. All processes have equal batch sizes.
 
-    Autograd passes through the reduction, as in `global_moments`.
+    Gradients flow through the reduction, as in `global_moments`.
     """
     world = distributed_world_size()
     return x if world == 1 else SumOverProcesses.apply(x) / world
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Per-channel batch statistics of `x` (B,C,H,W) over the batches of all processes, which must be equally large.
+    """Per-channel statistics of the global batch, of which `x` (B,C,H,W) is this process's equal share.
 
-    Returns mean (C,), biased variance (C,) and the number of values behind each. Autograd passes through the
-    reductions, so gradients equal those of one process holding the whole batch. The variance is computed around the
-    global mean rather than from a sum of squares, which would cancel in float32.
+    Returns mean (C,), biased variance (C,) and the number of values in each. Gradients flow through the reductions and
+    equal those of one process with the whole batch. The variance is computed around the global mean, not from a sum of
+    squares, which would cancel in float32.
     """
     world = distributed_world_size()
     mean = SumOverProcesses.apply(x.mean((0, 2, 3))) / world
@@ -74,14 +72,15 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of the global batch, on any backend and device.
+    """BatchNorm2d with the training statistics of the global batch, on any backend and device.
 
-    torch's SyncBatchNorm has no CPU kernel, and per-process statistics make a result depend on the number of
-    processes. State-dict keys are BatchNorm2d's. Half-precision input is normalised in float32.
+    Statistics per process would make results depend on the number of processes, and torch's SyncBatchNorm has no CPU
+    kernel. State-dict keys are BatchNorm2d's. Half-precision input is normalised in float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (B,C,H,W): by batch statistics, updating the running ones, in training mode; else by those."""
+        """Normalise `x` (B,C,H,W): in training mode by batch statistics, with an update of the running ones, which are
+        used otherwise."""
         wide = float32_or_wider(x)
         if not self.training or distributed_world_size() == 1:
             return super().forward(wide).to(x.dtype)
@@ -96,19 +95,20 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return normalised.to(x.dtype)
 
     def by_running_statistics(self, x: Tensor) -> Tensor:
-        """Normalise `x` (B,C,H,W) by the running statistics and leave them as they are, whatever the module's mode."""
+        """Normalise `x` (B,C,H,W) by the running statistics, which stay unchanged, also in training mode."""
         wide = float32_or_wider(x)
         return F.batch_norm(wide, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 def checkpointed_call(module: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
-    """`module(*inputs)`; with `recompute`, and where gradients are taken, only `inputs` are kept for the backward pass.
+    """`module(*inputs)`, with activation checkpointing if `recompute` and gradients are enabled.
 
-    The module is then run twice, so it must draw no random numbers and update no buffer. Gradients are the same.
+    The backward pass then runs the module again from `inputs`, so it must draw no random numbers and update no buffer.
+    Gradients are the same.
     """
     if not (recompute and torch.is_grad_enabled()):
         return module(*inputs)
-    # by the backward pass, the module's own parameters may be back in place of those it was called with
+    # the module may be called with other parameters (functional_call), which are gone by the backward pass
     parameters = dict(module.named_parameters())
 
     def run(*inputs: Tensor) -> Tensor:
@@ -121,23 +121,23 @@ AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
-    """A function giving a fresh autocast context for `mixed_precision` (no, fp16, bf16).
+    """A function that returns a fresh autocast context for `mixed_precision` (no, fp16, bf16).
 
-    One context a pass: autocast caches the cast weights, and a cast cached without gradients would serve a later pass
-    that needs them.
+    Every pass needs its own context: autocast caches cast weights, and a later pass that needs gradients must not use
+    a cast that was cached without them.
     """
     dtype = AUTOCAST_DTYPES[mixed_precision]
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """Host tensors on `device`; the host does not wait for copies to a GPU."""
+    """Host tensors on `device`; copies to a GPU are asynchronous."""
     pin = device.type == "cuda"
     return tuple((tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin) for tensor in tensors)
 
 
 def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
-    """`tensor` as an array on the host, and what waits, in any thread, until its values have arrived there."""
+    """`tensor` as an array on the host, and a function that waits, in any thread, until its values are complete."""
     if tensor.device.type != "cuda":
         return tensor.contiguous().numpy(), lambda: None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,11 +1,11 @@
-"""SiT: the diffusion transformer that learns velocities, with projectors that expose its early tokens.
+"""SiT: the diffusion transformer that predicts velocities, with projectors of its early tokens.
 
 Architecture: DiT (Peebles & Xie, arXiv 2212.09748) as used by SiT (Ma et al., 2401.08740); projectors from REPA
 (Yu et al., 2410.06940); the latent normaliser `bn` inside the model from REPA-E (Leng et al., 2504.10483). State-dict
 keys are those of the published checkpoints.
 
-The forward pass is the raw network: its input is already normalised and already noised, and dropped labels are already
-replaced by the null label. `diffusion/transport.py` makes such inputs, and the training step applies `sit.bn`.
+The forward pass is the network alone: its input is normalised and noised latents, with dropped labels replaced by the
+null label. The training step applies `sit.bn`, and diffusion/transport.py adds the noise.
 """
 
 import math
@@ -67,7 +67,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Table of class embeddings; with label dropping it has one more row, the null label's."""
+    """Table of class embeddings, with one more row for the null label if `has_null`."""
 
     def __init__(self, num_classes: int, width: int, has_null: bool):
         super().__init__()
@@ -100,7 +100,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the linear layer to the pixels of a patch."""
+    """Modulated LayerNorm and a linear layer to the latent values of a patch."""
 
     def __init__(self, width: int, out_features: int):
         super().__init__()
@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
 
 
 class MLPProjector(nn.Sequential):
-    """REPA's projector, tokens (B,T,width) -> (B,T,z_dim), each by itself."""
+    """REPA's projector: an MLP of each token, (B,T,width) -> (B,T,z_dim)."""
 
     def __init__(self, width: int, z_dim: int, grid: int):
         super().__init__(
@@ -128,7 +128,7 @@ class MLPProjector(nn.Sequential):
 
 
 class ConvProjector(nn.Conv2d):
-    """iREPA's projector (Singh et al., arXiv 2512.10794): one 3x3 convolution over the grid of tokens."""
+    """iREPA's projector (Singh et al., arXiv 2512.10794): a 3x3 convolution over the grid of tokens."""
 
     def __init__(self, width: int, z_dim: int, grid: int):
         super().__init__(width, z_dim, kernel_size=3, padding=1)
@@ -146,9 +146,9 @@ PROJECTORS = {"mlp": MLPProjector, "conv": ConvProjector}
 class SiT(nn.Module):
     """Velocity network v(x, t, y) over latents (B, in_channels, input_size, input_size).
 
-    `null_label` is the label that stands for "no label" (num_classes), or None if the network was built without one.
-    `bn` holds the latent normaliser's statistics; the step applies it, `forward` does not. With `recompute`, the blocks
-    are computed again in the backward pass.
+    `null_label` is the index of the null label (num_classes), or None if class_dropout_prob is 0. `bn` is the latent
+    normaliser, which the training step applies, not `forward`. With `recompute`, the backward pass computes the blocks
+    again.
     """
 
     recompute = False
@@ -193,7 +193,7 @@ class SiT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """DiT's initialisation: every block starts as the identity and the output as zero."""
+        """DiT's initialisation: every block is the identity and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -210,7 +210,7 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def set_latent_statistics(self, scale: Tensor, bias: Tensor) -> None:
-        """Start the latent normaliser from a VAE's statistics: (1,C,1,1) each, running_var = 1/scale², mean = bias."""
+        """Set the normaliser to a VAE's statistics, (1,C,1,1) each: running_var = 1/scale², running_mean = bias."""
         self.bn.running_mean.copy_(bias.flatten())
         self.bn.running_var.copy_(scale.flatten() ** -2)
 
@@ -219,7 +219,7 @@ class SiT(nn.Module):
         return torch.rsqrt(self.bn.running_var)[None, :, None, None], self.bn.running_mean[None, :, None, None]
 
     def denormalise(self, z_norm: Tensor) -> Tensor:
-        """Normalised latents (B,C,h,w) -> what the VAE decodes: z_norm/scale + bias."""
+        """Normalised latents (B,C,h,w) -> the VAE's latents: z_norm/scale + bias."""
         scale, bias = self.latent_statistics()
         return z_norm / scale + bias
 
@@ -238,10 +238,10 @@ class SiT(nn.Module):
             t: (B,) in [0, 1]; 0 is data, 1 is noise.
             y: (B,) int64 labels, `null_label` where dropped.
             depth: stop after this block (1-based, at least `encoder_depth`); the velocity is then None.
-            project: whether tokens are projected; sampling needs none.
+            project: whether tokens are projected; sampling does not need them.
 
         Returns:
-            velocity (B, C, H, W) or None, and one (B, T, z_dim) tensor per projector, if they are asked for.
+            velocity (B, C, H, W) or None, and with `project` one (B, T, z_dim) tensor per projector.
         """
         tokens = []
         x = self.x_embedder(x) + self.pos_embed

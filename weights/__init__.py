@@ -1,1 +1,1 @@
-"""Networks from files and the hub, and back."""
+"""Networks read from and written to files and the hub."""
