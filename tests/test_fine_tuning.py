@@ -24,6 +24,22 @@ from weights.trained_run import LABEL_TABLE, resample_positions, start_from_trai
 from weights.vae import latent_shape, open_vae
 
 
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """The checkpoint of a published joint run."""
+    return published.write_run(tmp_path_factory.mktemp("published") / "joint", joint=True)
+
+
+def changed(start: Path, tmp_path: Path, key: str, value: torch.Tensor | None) -> Path:
+    """A copy of the published checkpoint with another EMA weight, or without it."""
+    content = torch.load(start, weights_only=False)
+    content["ema"] = {name: tensor for name, tensor in content["ema"].items() if name != f"_orig_mod.{key}"}
+    if value is not None:
+        content["ema"][key] = value
+    torch.save(content, tmp_path / "changed.pt")
+    return tmp_path / "changed.pt"
+
+
 def own_sit(**options) -> SiT:
     """A fresh transformer as a run makes it, that normalises as the published one does."""
     torch.manual_seed(7)
@@ -33,36 +49,34 @@ def own_sit(**options) -> SiT:
     return sit
 
 
-def started(tmp_path: Path, sit: SiT, *flags: object, path: Path | None = None) -> tuple[dict, list[str]]:
-    """The state of `sit` after it started from a published checkpoint, and what was logged."""
-    path = path or published.write_run(tmp_path / "published", joint=True)
+def started(path: Path, sit: SiT, *flags: object) -> tuple[dict, list[str]]:
+    """The state of `sit` after it started from a checkpoint, and what was logged."""
     args = train_repae.parse_args([*map(str, (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, *flags))])
     said = []
-    start_from_trained(sit, args, tmp_path / "none", said.append)
+    start_from_trained(sit, args, Path("none"), said.append)
     return sit.state_dict(), said
 
 
-def test_frozen_vae_training_starts_from_it_too(tmp_path):
-    path = published.write_run(tmp_path / "published", joint=False)
-    flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", path, "--enc-type", "none")
+def test_frozen_vae_training_starts_from_it_too(start, tmp_path):
+    flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", start, "--enc-type", "none")
     args = train_ldm_only.parse_args([*map(str, flags)])
     run = SimpleNamespace(directory=tmp_path, print=print, prepare=lambda module: module, device=torch.device("cpu"))
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets = build_transformer_nets(args, run, (4, args.resolution // 4, args.resolution // 4), statistics)
+    nets = build_transformer_nets(args, run, (4, 8, 8), statistics)
     for sit in (nets.sit, nets.ema):
         assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
 
 
-def test_the_same_size_starts_from_the_same_bits(tmp_path):
-    state, said = started(tmp_path, own_sit())
+def test_the_same_size_starts_from_the_same_bits(start):
+    state, said = started(start, own_sit())
     trained = published.fresh_sit().state_dict()
     assert all(torch.equal(state[key], trained[key]) for key in trained if key != "bn.num_batches_tracked")
     (line,) = said
     assert line.endswith("0400000.pt: starting from the average of step 400000")
 
 
-def test_positions_are_resampled_to_another_grid(tmp_path):
-    state, said = started(tmp_path, own_sit(input_size=16))
+def test_positions_are_resampled_to_another_grid(start):
+    state, said = started(start, own_sit(input_size=16))
     trained = published.fresh_sit().pos_embed
     image = trained.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
     expected = F.interpolate(image, size=(8, 8), mode="bicubic", align_corners=False, antialias=True)
@@ -72,47 +86,38 @@ def test_positions_are_resampled_to_another_grid(tmp_path):
     assert resample_positions(trained, 4) is trained
 
 
-def test_other_classes_start_fresh_and_keep_the_null_label(tmp_path):
+def test_labels_that_do_not_fit_start_fresh(start, tmp_path):
+    trained = published.fresh_sit().y_embedder.embedding_table.weight
     fresh = own_sit(num_classes=5).state_dict()[LABEL_TABLE].clone()
-    state, said = started(tmp_path, own_sit(num_classes=5), "--num-classes", 5)
-    assert torch.equal(state[LABEL_TABLE][:5], fresh[:5])
-    assert torch.equal(state[LABEL_TABLE][5], published.fresh_sit().y_embedder.embedding_table.weight[3])
+    state, said = started(start, own_sit(num_classes=5), "--num-classes", 5)
+    assert torch.equal(state[LABEL_TABLE], torch.cat([fresh[:5], trained[3:]]))
     assert said[0].endswith("; fresh: 5 classes instead of 3")
-
-
-def test_a_table_without_a_null_label_takes_the_classes(tmp_path):
-    state, _ = started(tmp_path, own_sit(class_dropout_prob=0.0), "--cfg-prob", 0)
-    assert torch.equal(state[LABEL_TABLE], published.fresh_sit().y_embedder.embedding_table.weight[:3])
-
-
-def test_a_null_label_that_was_not_trained_starts_fresh(tmp_path):
-    path = published.write_run(tmp_path / "published", joint=True)
-    content = torch.load(path, weights_only=False)
-    content["ema"]["_orig_mod." + LABEL_TABLE] = content["ema"]["_orig_mod." + LABEL_TABLE][:3].clone()
-    torch.save(content, path)
-    state, said = started(tmp_path, own_sit(), path=path)
-    assert torch.equal(state[LABEL_TABLE][:3], published.fresh_sit().y_embedder.embedding_table.weight[:3])
-    assert torch.equal(state[LABEL_TABLE][3], own_sit().y_embedder.embedding_table.weight[3])
+    state, _ = started(start, own_sit(class_dropout_prob=0.0), "--cfg-prob", 0)
+    assert torch.equal(state[LABEL_TABLE], trained[:3])
+    without_null = changed(start, tmp_path, LABEL_TABLE, trained[:3].detach().clone())
+    fresh = own_sit().state_dict()[LABEL_TABLE].clone()
+    state, said = started(without_null, own_sit())
+    assert torch.equal(state[LABEL_TABLE], torch.cat([trained[:3], fresh[3:]]))
     assert said[0].endswith("; fresh: null label")
 
 
-def test_a_projector_goes_with_its_encoder(tmp_path):
+def test_a_projector_goes_with_its_encoder(start):
     encoders = "dinov2-vit-s,efficientnet-lite0"
-    state, said = started(tmp_path, own_sit(z_dims=(384, 112)), "--enc-type", encoders)
+    state, said = started(start, own_sit(z_dims=(384, 112)), "--enc-type", encoders)
     fresh, trained = own_sit(z_dims=(384, 112)), published.fresh_sit()
     assert torch.equal(state["projectors.0.4.weight"], fresh.projectors[0][4].weight)
     assert torch.equal(state["projectors.1.4.weight"], trained.projectors[0][4].weight)
     assert said[0].endswith("; fresh: projector of dinov2-vit-s")
-    state, said = started(tmp_path / "conv", own_sit(projector="conv"), "--projector", "conv")
+    state, said = started(start, own_sit(projector="conv"), "--projector", "conv")
     assert torch.equal(state["projectors.0.weight"], own_sit(projector="conv").projectors[0].weight)
     assert said[0].endswith("; fresh: projector of efficientnet-lite0")
 
 
-def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stays(tmp_path):
+def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stays(start):
     sit = own_sit()
     sit.set_latent_statistics(torch.full((1, 4, 1, 1), 3.0), torch.zeros(1, 4, 1, 1))
     before = sit.bn.running_var.clone()
-    state, said = started(tmp_path, sit, "--path-type", "cosine")
+    state, said = started(start, sit, "--path-type", "cosine")
     assert torch.equal(state["bn.running_var"], before)
     assert len(said) == 3
     assert "warning" in said[1] and "trained on latents of another VAE, or by other statistics" in said[1]
@@ -128,22 +133,17 @@ def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stay
         ({"qk_norm": True}, ("--qk-norm",), "a transformer that was trained with --no-qk-norm; use --no-qk-norm"),
     ],
 )
-def test_another_architecture_is_refused(tmp_path, options, flags, message):
-    sit = SiT_models[options.pop("model", published.MODEL)](
-        input_size=8, num_classes=3, z_dims=(112,), encoder_depth=2, **options
-    )
+def test_another_architecture_is_refused(start, options, flags, message):
+    model = options.pop("model", published.MODEL)
+    options = {"encoder_depth": 2, **options}
     with pytest.raises(UserError) as error:
-        started(tmp_path, sit, *flags)
+        started(start, SiT_models[model](input_size=8, num_classes=3, z_dims=(112,), **options), *flags)
     assert message in str(error.value)
 
 
-def test_a_weight_that_is_missing_is_named(tmp_path):
-    path = published.write_run(tmp_path / "published", joint=True)
-    content = torch.load(path, weights_only=False)
-    del content["ema"]["_orig_mod.final_layer.linear.weight"]
-    torch.save(content, path)
+def test_a_weight_that_is_missing_is_named(start, tmp_path):
     with pytest.raises(UserError, match=r"1 weights are missing, first final_layer\.linear\.weight"):
-        started(tmp_path, own_sit(), path=path)
+        started(changed(start, tmp_path, "final_layer.linear.weight", None), own_sit())
 
 
 def test_published_rows_at_512_px():
@@ -159,26 +159,25 @@ def test_published_rows_at_512_px():
 
 
 @pytest.mark.slow
-def test_a_published_run_is_tuned_to_two_other_sizes_and_sampled(tmp_path, vgg_weights, capsys):
-    start = published.write_run(tmp_path / "published", joint=True)
+def test_a_published_run_is_tuned_to_two_other_sizes_and_sampled(start, tmp_path, vgg_weights, capsys):
     vae = published.write_vae(tmp_path / "vae")
     flags = (*TINY, *TINY_SIT, "--num-workers", 0, "--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", vae)
     flags += ("--disc-pretrained-ckpt", vae_files(vae).discriminator, "--output-dir", tmp_path, "--no-fused-attn")
-    for size in (64, 96):
+    for size, steps in ((64, 2), (96, 1)):
         data = make_data(tmp_path / f"data{size}", per_class=2, resolution=size)
         run = (*flags, "--resolution", size, "--data-dir", data, "--exp-name", size, "--sit-ckpt", start)
         assert call("train_repae.py", *run, "--max-train-steps", 1)[0] == 0
-        start.rename(start := start.with_suffix(".gone"))  # a run that continues does not look at it
-        assert call("train_repae.py", *run, "--max-train-steps", 2)[0] == 0
-        assert [record["step"] for record in records(tmp_path / f"{size}/metrics.jsonl")] == [1, 2]
-        assert all(
-            math.isfinite(value) for record in records(tmp_path / f"{size}/metrics.jsonl") for value in record.values()
-        )
-        samples = ("--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path / "samples", "--no-png")
-        assert call("generate.py", "--exp-path", tmp_path / str(size), *samples)[0] == 0
-        (path,) = (tmp_path / "samples").glob(f"{size}_*.npz")
-        assert np.load(path)["arr_0"].shape == (2, size, size, 3)
-        start = tmp_path / f"{size}/checkpoints/0000002.pt"
+        if steps == 2:
+            gone = tmp_path / "gone.pt"  # a run that continues ignores the file
+            assert call("train_repae.py", *run[:-1], gone, "--max-train-steps", 2)[0] == 0
+        log = records(tmp_path / f"{size}/metrics.jsonl")
+        assert [record["step"] for record in log] == list(range(1, steps + 1))
+        assert all(math.isfinite(value) for record in log for value in record.values())
+        start = tmp_path / f"{size}/checkpoints/{steps:07d}.pt"
+    samples = ("--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path / "samples", "--no-png")
+    assert call("generate.py", "--exp-path", tmp_path / "96", *samples)[0] == 0
+    (path,) = (tmp_path / "samples").glob("96_*.npz")
+    assert np.load(path)["arr_0"].shape == (2, 96, 96, 3)
     said = "".join(capsys.readouterr())
     assert "0400000.pt: starting from the average of step 400000; positions resampled from 4x4 to 8x8 tokens" in said
     assert "0000002.pt: starting from the average of step 2; positions resampled from 8x8 to 12x12 tokens" in said
