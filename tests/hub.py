@@ -1,4 +1,7 @@
-"""A model hub on this machine, for tests of downloads: it serves files by the hub's protocol and counts requests."""
+"""A model hub on this machine, for tests of downloads: it serves files by the hub's protocol and counts requests.
+
+And a small timm model, with weights as the hub has them.
+"""
 
 import hashlib
 import threading
@@ -7,7 +10,19 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+import torch
+
+TIMM = "timm:test_vit.r160_in1k"  # 0.4 M parameters
+REPOSITORY = "timm/test_vit.r160_in1k"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def timm_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """What the hub holds for TIMM, at the size it was trained at, with its classifier."""
+    import timm
+
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit.r160_in1k").state_dict()
 
 
 class Hub(NamedTuple):
@@ -32,8 +47,8 @@ def missing(path: str, files: dict[str, bytes]) -> str:
 
 
 @contextmanager
-def serving(files: dict[str, bytes], cut: int = 0) -> Iterator[Hub]:
-    """A hub that has `files`, by path, and answers 404 to everything else; it leaves out the last `cut` bytes."""
+def serving(files: dict[str, bytes]) -> Iterator[Hub]:
+    """A hub that has `files`, by path, and answers 404 to everything else."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -50,7 +65,7 @@ def serving(files: dict[str, bytes], cut: int = 0) -> Iterator[Hub]:
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if send and content is not None:
-                self.wfile.write(content[: len(content) - cut])
+                self.wfile.write(content)
 
         def do_HEAD(self) -> None:  # noqa: N802 http.server's name
             self.answer(send=False)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import joint_golden
-from demo.cifar10 import SHEETS
 from errors import UserError
 from golden_weights import assert_close, golden
 from loss.alignment import alignment_loss, spatial_normalise
@@ -34,18 +33,16 @@ GOLDEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def full_size() -> dict[str, Encoder]:
+    """Every row's network at its full size, without memory."""
+    with torch.device("meta"):
+        return {name: Encoder(spec, 16) for name, spec in ENCODERS.items()}
+
+
 def golden_pixels() -> torch.Tensor:
     seed = int(golden("encoders_tiny")["pixels_seed"])
     return torch.tensor(np.random.RandomState(seed).randint(0, 256, (2, 3, 256, 256)).astype(np.uint8))
-
-
-def cifar_images(count: int) -> torch.Tensor:
-    """(count,3,32,32) uint8: the first photographs of as many sheets as are needed."""
-    from PIL import Image
-
-    sheets = [np.asarray(Image.open(path))[:32] for path in sorted((SHEETS / "train").glob("*.png"))]
-    tiles = np.stack([sheet.reshape(32, -1, 32, 3).transpose(1, 0, 2, 3) for sheet in sheets], axis=1)
-    return torch.tensor(tiles.reshape(-1, 32, 32, 3)[:count]).permute(0, 3, 1, 2)
 
 
 def loaded(name: str, content: dict, tmp_path, grid: int = 16) -> Encoder:
@@ -78,8 +75,9 @@ def test_preprocessing(name):
     assert_close(tiny_encoder(name).preprocess(golden_pixels())[:, :, ::step, ::step], array)
 
 
-@pytest.mark.parametrize("grid", [16, 5])
-@pytest.mark.parametrize("name", [*GOLDEN, "dinov1-vit-b", "dinov3-vit-s"])
+@pytest.mark.parametrize(
+    ("name", "grid"), [*((name, 5) for name in (*GOLDEN, "dinov1-vit-b", "dinov3-vit-s")), ("mae-vit-l", 16)]
+)
 def test_original_and_timm_form_of_the_same_weights_give_the_same_tokens(name, grid, tmp_path):
     checkpoint = original(name, native=True)
     # timm publishes the state of a network of the size that it was trained at
@@ -118,34 +116,31 @@ def test_layers_that_mocov3_misnames_are_found(tmp_path):
     assert all(torch.equal(value, right[key]) for key, value in encoder.network.state_dict().items())
 
 
-@pytest.mark.parametrize("resolution", [256, 512])
-@pytest.mark.parametrize("name", ENCODERS)
-def test_every_row_at_full_size_gives_its_tokens(name, resolution):
-    spec = ENCODERS[name]
-    assert spec.grid(resolution) == resolution // 16
-    assert token_shape(spec, spec.grid(resolution)) == (1, (resolution // 16) ** 2, spec.embed_dim)
+def test_every_row_at_full_size_gives_its_tokens(full_size):
+    for name, encoder in full_size.items():
+        spec = encoder.spec
+        assert (spec.grid(256), spec.grid(512)) == (16, 32)
+        tokens = encoder(torch.zeros(1, 3, 256, 256, dtype=torch.uint8, device="meta"))
+        assert tokens.shape == (1, 256, spec.embed_dim), name
 
 
-def test_the_readme_lists_every_row():
-    lines = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8").splitlines()
-    for name, spec in ENCODERS.items():
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in Encoder(spec, 16).parameters())
+def test_the_documentation_lists_every_row(full_size):
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *root.glob("docs/*.md")]
+    lines = [line for page in pages for line in page.read_text(encoding="utf8").splitlines()]
+    for name, encoder in full_size.items():
+        spec, parameters = encoder.spec, sum(parameter.numel() for parameter in encoder.parameters())
         (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[2:5] == [
-            str(spec.stride * 16),
-            str(spec.embed_dim),
-            f"{parameters / 1e6:.0f} M, {parameters * 4e-6:.0f} MB",
-        ]
+        size = f"{parameters / 1e6:.0f} M, {parameters * 4e-6:.0f} MB"
+        assert cells[2:5] == [str(spec.stride * 16), str(spec.embed_dim), size]
         assert spec.origin.source in cells[5]
         assert cells[6:] == [spec.origin.licence, f"`{spec.file}`"]
 
 
-def test_rows_are_the_published_networks():
+def test_rows_are_the_published_networks(full_size):
     def network(name: str) -> nn.Module:
-        with torch.device("meta"):
-            return Encoder(ENCODERS[name], 16).network
+        return full_size[name].network
 
     layers = {"s": 12, "b": 12, "l": 24, "g": 40, "L": 24, "h": 32, "so400m": 27}
     for name in set(ENCODERS) - {"efficientnet-lite0"}:
@@ -175,19 +170,15 @@ def test_rows_are_the_published_networks():
         ("resnet18", 512, 32),
         ("convnext_atto", 320, 32),
         ("swin_tiny_patch4_window7_224", 768, 32),
-        ("vit_tiny_patch16_224.augreg_in21k", 192, 16),
-        ("vit_base_patch8_224.dino", 768, 8),
         ("eva02_tiny_patch14_224", 192, 14),
-        ("efficientnet_b1", 320, 32),
         ("hiera_tiny_224.mae", 768, 32),
         ("levit_128s", 384, 56),
-        ("mixer_s16_224", 512, 16),
     ],
 )
 def test_any_timm_model_with_a_map_of_features(model, width, stride):
     spec = encoder_spec(f"timm:{model}")
     assert (spec.embed_dim, spec.stride) == (width, stride)
-    fixed = model in ("hiera_tiny_224.mae", "levit_128s", "mixer_s16_224")  # weights that fit 224 px only
+    fixed = model in ("hiera_tiny_224.mae", "levit_128s")  # weights that fit 224 px only
     tokens = (224 // stride) ** 2 if fixed else 256
     assert token_shape(spec, spec.grid(256)) == (1, tokens, width)
     encoder = Encoder(spec, spec.grid(256))
@@ -276,8 +267,8 @@ def steps(names: list[str], encoders: list[Encoder]) -> list[dict]:
     return metrics
 
 
-@pytest.mark.parametrize("names", [[name] for name in ENCODERS] + [["dinov2-vit-b", "clip-vit-L"]], ids=",".join)
-def test_a_joint_step_runs_with_every_encoder(names):
+@pytest.mark.parametrize("names", [["efficientnet-lite0"], ["dinov2-vit-s", "clip-vit-L"]], ids=",".join)
+def test_a_joint_step_runs_with_one_encoder_or_several(names):
     torch.manual_seed(0)
     encoders = []
     for name in names:
@@ -288,31 +279,6 @@ def test_a_joint_step_runs_with_every_encoder(names):
         assert all(math.isfinite(float(value)) for value in metrics.values())
         assert -1 < float(metrics["vae_align_loss"]) < 1
         assert float(metrics["grad_norm_vae"]) > 0
-
-
-def test_shuffled_tokens_worsen_the_alignment_that_was_learnt():
-    # real features of real photographs, and a transformer's first blocks that learn to give them
-    torch.manual_seed(0)
-    pixels = cifar_images(8)
-    (zs,) = encoder_tokens([lite0(4)], pixels, joint_golden.CONFIG)
-    sit = SiT_models["SiT-XXS/2"](input_size=8, in_channels=3, num_classes=1, z_dims=(112,), encoder_depth=2)
-    x = nn.functional.avg_pool2d(pixels.float() / 127.5 - 1, 4)
-    t, y = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
-    optimizer = torch.optim.AdamW(sit.parameters(), lr=2e-3)
-    for _ in range(100):
-        loss = alignment_loss(sit(x, t, y, depth=2)[1], [zs])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        tokens = sit(x, t, y, depth=2)[1]
-    learnt = float(alignment_loss(tokens, [zs]))
-    shuffled = float(alignment_loss(tokens, [zs[:, torch.randperm(16)]]))
-    others = float(alignment_loss(tokens, [zs.roll(1, dims=0)]))
-    print(learnt, shuffled, others)
-    assert learnt < -0.8
-    assert shuffled > learnt + 0.1
-    assert others > learnt + 0.1
 
 
 def test_ireras_convolution_is_over_the_token_grid():
@@ -349,13 +315,9 @@ def test_spatial_normalisation_is_the_formula():
     torch.testing.assert_close(normalised, spatial_normalise(tokens, 0.6))
 
 
-@pytest.mark.parametrize("grid", [4, 8])
-def test_efficientnet_lite0_gives_the_transformers_grid(grid):
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert lite0(grid)(pixels).shape == (2, grid**2, 112)
-
-
-def test_efficientnet_lite0_input_is_x_minus_127_over_128():
+def test_efficientnet_lite0_takes_any_grid_and_x_minus_127_over_128():
+    for grid in (4, 8):
+        assert lite0(grid)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, grid**2, 112)
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     torch.testing.assert_close(lite0(4).preprocess(pixels), (pixels.float() - 127) / 128)
 
