@@ -1,1 +1,1 @@
-"""Short programs to begin one's own with; run from the root of the repository: `python -m examples.sample --help`."""
+"""Short programs to start from. Run them from the root of the repository: `python -m examples.sample --help`."""

@@ -1,11 +1,11 @@
-"""Encode and decode a picture with a tuned VAE by diffusers alone: nothing here is of this project.
+"""Encode and decode a picture with a tuned VAE, using diffusers and nothing of this project.
 
     python save_vae_weights.py --repae-ckpt exps/sit-repae/checkpoints/0400000.pt --vae-name e2e-vae --format diffusers
     python -m examples.round_trip exps/e2e-vae photo.jpg round-trip.png
 
-writes the picture beside its reconstruction. What a diffusion model sees are latents that are normalised channel by
-channel, z_norm = (z - latents_mean)·scaling_factor / latents_std, with the values in the VAE's config.json, as in
-SDXL's pipelines; a tuned VAE's scaling_factor is 1.
+writes the picture beside its reconstruction. Diffusion models take latents normalised per channel,
+z_norm = (z - latents_mean)·scaling_factor / latents_std, with the values in the VAE's config.json, as in SDXL's
+pipelines; the scaling_factor of a tuned VAE is 1.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 def latent_statistics(config) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (1,C,1,1) each, by which the latents of a VAE with this config are normalised.
+    """Mean and standard deviation of the latents, (1,C,1,1) each, in a VAE's config.
 
-    A VAE that was not tuned, like SD's or FLUX's, has one scaling and shift factor for all channels.
+    A VAE that was not tuned, like SD's or FLUX's, has a single scaling and shift factor for all channels.
     """
     if config.latents_mean is None:
         return torch.tensor(config.shift_factor or 0.0), 1 / torch.tensor(config.scaling_factor)
@@ -28,7 +28,7 @@ def latent_statistics(config) -> tuple[Tensor, Tensor]:
 
 
 def open_picture(path: str, multiple: int) -> Tensor:
-    """A picture as an image (1,3,H,W) with range [-1, 1], its sides cut to multiples of `multiple`."""
+    """A picture as an image (1,3,H,W) in [-1, 1], cropped to sides that are multiples of `multiple`."""
     picture = Image.open(path).convert("RGB")
     if min(picture.size) < multiple:
         raise SystemExit(f"error: {path} is {picture.width}x{picture.height} pixels, expected at least {multiple}")
@@ -38,14 +38,14 @@ def open_picture(path: str, multiple: int) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    """Load, encode, normalise, and all the way back."""
+    """Load, encode, normalise, and invert each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a folder with config.json and safetensors, or a repository of the hub")
     parser.add_argument("picture", help="any picture")
     parser.add_argument("output", help="where original and reconstruction go, side by side")
     args = parser.parse_args()
 
-    from diffusers import AutoencoderKL  # here, because it takes seconds
+    from diffusers import AutoencoderKL  # here, because importing it takes seconds
 
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     mean, std = latent_statistics(vae.config)

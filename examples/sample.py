@@ -1,9 +1,9 @@
-"""Sample a trained run from Python: the transformer's average and its VAE, as generate.py has them.
+"""Sample a trained run from Python: its EMA transformer and its VAE, as generate.py loads them.
 
     python -m examples.sample exps/sit-repae samples.png --classes 207 360 387 974
 
-writes one picture, a column a class. A run on a frozen VAE that has moved takes --vae-ckpt FILE. Sample i is a function
-of (seed, i): the same as sample i of generate.py with the same settings.
+writes one picture with a column for each class. If the VAE of a frozen-VAE run was moved, give its place by --vae-ckpt
+FILE. Sample i depends on the seed and i alone, and equals sample i of generate.py with the same settings.
 """
 
 import argparse
@@ -23,8 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, with checkpoints/ and args.json")
     parser.add_argument("output", type=Path, help="the picture")
-    parser.add_argument("--vae-ckpt", help="VAE weights, if a frozen-VAE run's are not where its flags say")
-    parser.add_argument("--classes", type=int, nargs="+", help="a column each (default: eight from all over)")
+    parser.add_argument("--vae-ckpt", help="VAE weights of a frozen-VAE run, if they were moved")
+    parser.add_argument("--classes", type=int, nargs="+", help="a column each (default: eight, evenly spaced)")
     parser.add_argument("--rows", type=int, default=4, help="samples of each class (default: 4)")
     parser.add_argument("--num-steps", type=int, default=50, help="Euler steps (default: 50)")
     parser.add_argument("--cfg-scale", type=float, default=2.5, help="1: no guidance (default: 2.5)")

@@ -168,11 +168,7 @@ ENCODERS = {
 
 
 def encoder_spec(name: str) -> EncoderSpec:
-    """The spec of the encoder `name`: a row of `ENCODERS`, or `timm:MODEL`.
-
-    Raises:
-        UserError: there is no such encoder.
-    """
+    """The spec of the encoder `name`: a row of `ENCODERS`, or `timm:MODEL`; a UserError if there is no such encoder."""
     if name.startswith("timm:"):
         return timm_spec(name)
     if name not in ENCODERS:

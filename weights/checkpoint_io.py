@@ -206,11 +206,7 @@ def check_weights(module: nn.Module, state: dict, source: str) -> dict[str, Tens
 
 
 def load_weights(module: nn.Module, state: dict, source: str) -> None:
-    """Load a state dict strictly.
-
-    Raises:
-        UserError: as `check_weights`.
-    """
+    """Load a state dict strictly; raises the errors of `check_weights`."""
     module.load_state_dict(check_weights(module, state, source))
 
 

@@ -85,11 +85,7 @@ def load_experiment(
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
-    """The path of a checkpoint in a run's folder.
-
-    Raises:
-        UserError: there is no such folder, or no checkpoint in it.
-    """
+    """The path of a checkpoint in a run's folder; a UserError if there is no such folder, or no checkpoint in it."""
     folder = exp_path / "checkpoints"
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
