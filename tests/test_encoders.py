@@ -1,6 +1,5 @@
 """Frozen encoders: golden tokens from every original format, shapes, preprocessing, freezing, and real features."""
 
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from models.encoder_table import ENCODERS, encoder_spec, encoder_specs
 from models.encoders import Encoder, resample_tokens, token_shape
 from models.sit import SiT_models
 from originals import original, sincos, tiny_encoder, tiny_spec
-from train_repae import repae_step
 from training.transformer_step import encoder_tokens
 from weights.encoders import load_encoder_weights, packaged_file
 
@@ -250,35 +248,6 @@ def test_half_precision_changes_tokens_little_and_the_cosine_is_float32(tmp_path
     a, b = exact.bfloat16(), half.bfloat16()
     expected = -nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean()
     assert torch.equal(alignment_loss([a], [b]), expected)
-
-
-def steps(names: list[str], encoders: list[Encoder]) -> list[dict]:
-    """Metrics of two joint steps on golden images with these encoders, tokens 2x2."""
-    widths = tuple(ENCODERS[name].embed_dim for name in names)
-    nets = joint_golden.golden_nets("f8d4-small", "SiT-XXS/2", depth=2, z_dims=widths, learning_rate=1e-3)
-    nets.encoders = encoders
-    metrics = []
-    for batch, draws, _ in list(joint_golden.golden_steps())[:2]:
-        latent = draws.noise[:, :, :4, :4]
-        draws = draws._replace(posterior=latent, noise=latent)
-        metrics.append(repae_step(nets, batch, draws, joint_golden.CONFIG))
-    held = {id(p) for optimizer in (nets.opt_sit, nets.opt_vae, nets.opt_disc) for p in optimizer.parameters}
-    assert not any(id(parameter) in held for encoder in encoders for parameter in encoder.parameters())
-    return metrics
-
-
-@pytest.mark.parametrize("names", [["efficientnet-lite0"], ["dinov2-vit-s", "clip-vit-L"]], ids=",".join)
-def test_a_joint_step_runs_with_one_encoder_or_several(names):
-    torch.manual_seed(0)
-    encoders = []
-    for name in names:
-        spec = ENCODERS[name]
-        shallow = {} if name == "efficientnet-lite0" else {"depth": 1}
-        encoders.append(Encoder(replace(spec, options={**spec.options, **shallow}), 2))
-    for metrics in steps(names, encoders):
-        assert all(math.isfinite(float(value)) for value in metrics.values())
-        assert -1 < float(metrics["vae_align_loss"]) < 1
-        assert float(metrics["grad_norm_vae"]) > 0
 
 
 def test_ireras_convolution_is_over_the_token_grid():
