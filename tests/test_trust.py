@@ -249,14 +249,8 @@ FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shel
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load", "torch.hub.load"),
     *("torch.hub.load_state_dict_from_url", "torch.serialization.add_safe_globals"),
-    *(
-        "yaml.load",
-        "yaml.load_all",
-        "yaml.full_load",
-        "yaml.unsafe_load",
-        "yaml.unsafe_load_all",
-        "importlib.import_module",
-    ),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"),
+    "importlib.import_module",
 }
 ALLOWED = {
     "demo/convert_lpips.py": {"import pickle"},  # for an Unpickler that knows numpy's arrays alone
@@ -288,35 +282,16 @@ def violations(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        *(
-            "import pickle",
-            "from dill import load",
-            "pickle.loads(x)",
-            "torch.load(x)",
-            "torch.load(x, weights_only=False)",
-        ),
-        *(
-            "np.load(x, allow_pickle=True)",
-            "read_array(f, allow_pickle=a)",
-            "yaml.load(x, Loader)",
-            "eval('1')",
-            "exec(x)",
-        ),
-        *("torch.jit.load(x)", "torch.serialization.safe_globals([A])", "W.V.get_state_dict()"),
-    ],
-)
-def test_the_search_finds(source):
-    assert violations(source)
-
-
-def test_the_search_lets_through():
-    good = (
-        "model.eval()\ntorch.load(x, weights_only=True)\nnp.load(x)\nread_array(f, allow_pickle=False)\njson.loads(x)"
-    )
-    assert not violations(good)
+def test_the_search_finds_what_executes_and_nothing_else():
+    for source in (
+        *("import pickle", "from dill import load", "pickle.loads(x)", "torch.load(x)", "eval('1')", "exec(x)"),
+        *("torch.load(x, weights_only=False)", "np.load(x, allow_pickle=True)", "read_array(f, allow_pickle=a)"),
+        *("yaml.load(x, Loader)", "torch.jit.load(x)", "torch.serialization.safe_globals([A])"),
+        "W.V.get_state_dict()",
+    ):
+        assert violations(source), source
+    for source in ("model.eval()", "torch.load(x, weights_only=True)", "np.load(x)", "json.loads(x)"):
+        assert not violations(source), source
 
 
 def test_no_source_executes_what_a_file_brings_along():
