@@ -16,7 +16,7 @@ from torch import Tensor  # noqa: E402
 from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image  # noqa: E402
 
 SMOOTHING = 0.9
-# panel title -> metric -> what it is called, where a panel has several
+# panel title -> metric -> suffix of its label
 PANELS = {
     "L1 reconstruction": {"reconstruction_loss": ""},
     "LPIPS": {"perceptual_loss": ""},

@@ -125,7 +125,7 @@ def test_restart_difference_is_relative_and_sees_missing_steps():
 
 
 def test_every_failure_is_named(tmp_path, monkeypatch):
-    """Of made-up runs: one that is as it should be, and what is said of each that is not."""
+    """Made-up runs: a good one, and one for each check that fails."""
 
     def found(first=None, again=None, losses=None, restarted=None) -> list[str]:
         good = {"first_step": 1, "recompiled": 0, "graph_breaks": 0, "waits": [], "memory": 1, "graphs": 8}

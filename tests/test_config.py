@@ -27,7 +27,7 @@ SECTIONS = {
     "repa-sdvae-xl2": FROZEN,
     "repa-e2e-vavae-xl1": FROZEN,
 }
-# what the presets differ by from the published command lines
+# differences of the presets from the published command lines
 JOINT_LINE = """--model=SiT-XL/{patch} --vae={arch} --vae-ckpt=pretrained/{vae}/{vae}-{arch}.pt
     --disc-pretrained-ckpt=pretrained/{vae}/{vae}-{arch}-discriminator-ckpt.pt --exp-name=sit-repae-{vae}"""
 SDVAE = "--model=SiT-XL/2 --vae=f8d4 --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --vae-latents-name=sdvae"

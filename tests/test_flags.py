@@ -17,7 +17,7 @@ from training.randomness import Rows, step_draws
 from weights.checkpoint_io import vae_files, write_atomically
 from weights.vae import open_vae
 
-# the reference's flags and defaults; in the end, ours that change what the reference would do
+# the reference's flags and defaults, and the defaults of our flags that change results
 BOTH = """output_dir=exps logging_dir=logs report_to=wandb sampling_steps=10000 resume_step=0
     continue_train_exp_dir=None wandb_history_path=None prediction=v compile=True data_dir=data resolution=256
     batch_size=256 allow_tf32=True
@@ -47,7 +47,7 @@ DEFAULTS = {
     "save_vae_weights": ("--repae-ckpt joint.pt", "vae_name=e2e-vae save_dir=exps format=pt"),
     "generate": ("--exp-path run", GENERATE),
 }
-# the command lines that people already type, and what a few of their flags must become
+# the published command lines, and the expected values of some of their flags
 PUBLISHED = {
     "preprocessing.py": ("--imagenet-path /PATH/TO/IMAGENET_TRAIN", {"resolution": 256, "num_workers": 16}),
     "train_repae.py": (
