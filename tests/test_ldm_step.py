@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import published
+from dataset import open_images, open_latents
 from diffusion.transport import interpolate
 from models.autoencoder import pixels_to_image
+from scripts import TINY, TINY_SIT, call, records
 from train_ldm_only import ldm_step
 from training.loop import Batch
 from training.optimizer import Optimizer
@@ -86,9 +88,6 @@ def test_gradients_are_clipped():
 
 
 def test_training_from_a_cache_equals_moments_computed_on_the_fly(tmp_path, tiny_data):
-    from dataset import open_images, open_latents
-    from scripts import call
-
     vae_path = published.write_vae(tmp_path / "vae")
     paths = ("--data-dir", tiny_data, "--output-dir", tmp_path, "--vae-ckpt-path", vae_path)
     flags = ("--vae-arch", published.VAE, "--vae-latents-name", "cache", "--num-workers", 0, "--pproc-batch-size", 5)
@@ -113,3 +112,17 @@ def test_training_from_a_cache_equals_moments_computed_on_the_fly(tmp_path, tiny
         )
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_continues_with_other_micro_batches_but_no_other_flags(tmp_path, tiny_data):
+    vae_path = published.write_vae(tmp_path / "vae")
+    cached = ("--vae-latents-name", "cache", "--num-workers", 0)
+    where = ("--data-dir", tiny_data, "--output-dir", tmp_path)
+    assert call("cache_latents.py", *where, *cached, "--vae-arch", published.VAE, "--vae-ckpt-path", vae_path)[0] == 0
+    where = ("--data-dir", tmp_path, "--output-dir", tmp_path, "--exp-name", "run", "--vae-ckpt", vae_path)
+    flags = (*TINY, *TINY_SIT, *cached, *where, "--enc-type", "none", "--sampling-steps", 9)
+    assert call("train_ldm_only.py", *flags, "--max-train-steps", 1)[0] == 0
+    assert call("train_ldm_only.py", *flags, "--max-train-steps", 2, "--gradient-accumulation-steps", 2)[0] == 0
+    assert [record["step"] for record in records(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    code, said = call("train_ldm_only.py", *flags, "--max-train-steps", 3, "--learning-rate", 1)
+    assert (code, "made with other flags (--learning-rate 0.0001 -> 1.0)" in said) == (2, True)

@@ -34,6 +34,10 @@ class MetricsLog:
         args: the run's flags.
         directory: the run's folder.
         log: a callable that prints on rank 0.
+
+    Attributes:
+        evaluations: distances by step, which `write` logs with the metrics of that step.
+        clock: when the time began that images_per_second is computed from.
     """
 
     def __init__(self, accelerator, args: argparse.Namespace, directory: Path, log: Callable[[str], None]):
@@ -117,13 +121,9 @@ class MetricsLog:
             self._without_tracker(error)
         self.accelerator.trackers = []
 
-    def start_clock(self) -> None:
-        """Count training time, which images_per_second is computed from, from now on."""
-        self.clock = time.monotonic()
-
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Within, time does not count as training time."""
+        """Within, time does not count for images_per_second."""
         started = time.monotonic()
         try:
             yield
@@ -137,10 +137,6 @@ class MetricsLog:
             values = {name: [m[name] for m in self.micro_metrics if m[name] is not None] for name in metrics}
             self.pending.append((step, {name: torch.stack(v).mean() for name, v in values.items() if v}))
             self.micro_metrics = []
-
-    def add_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Log `values` with the metrics of `step`."""
-        self.evaluations[step] = values
 
     def add_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Write a picture (3,H,W) uint8 to the run's folder `name`; the tracker gets it with the next `write`."""

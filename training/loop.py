@@ -206,8 +206,7 @@ class Run:
         atexit.register(end_workers)
         bar = tqdm(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
-        self.metrics.start_clock()
-        self.saved_at = time.monotonic()
+        self.metrics.clock = self.saved_at = time.monotonic()
         try:
             for step in range(first, last):
                 self.step = step + 1
@@ -251,7 +250,7 @@ class Run:
         self._check_state()
         with self.metrics.clock_stopped():
             values = evaluation(*nets)
-        self.metrics.add_evaluation(self.step, values)
+        self.metrics.evaluations[self.step] = values
         if self.is_main:
             self.print(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
             self.checkpoints.save_if_best(self._state_dict(), evaluation.measure, evaluation.judge, values)
