@@ -112,10 +112,10 @@ def test_two_processes_measure_what_one_does(sets, first):
     assert json.loads((sets / "two.json").read_text())["processes"] == 2
 
 
-def test_the_result_says_what_it_depends_on(sets, capsys):
+def test_the_result_says_what_it_depends_on(sets):
     (sets / "a.json").write_text('{"format": "repae-samples/1", "samples": {"seed": 5}}')
     flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--metrics", "fid")
-    evaluated(*flags, "--markdown")
+    printed = run("evaluate.py", *flags, "--markdown").stdout
     result = json.loads((sets / "a.metrics.json").read_text())
     assert list(result["metrics"]) == [FD]
     assert result["manifest"]["samples"] == {"seed": 5}
@@ -123,7 +123,7 @@ def test_the_result_says_what_it_depends_on(sets, capsys):
     assert result["reference"]["path"] == str(sets / "b.npz")
     assert len(result["features"]["efficientnet-lite0"]["sha256"]) == 64
     assert result["versions"]["torch"] == version("torch")
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert rows == [f"|  | {FD} |", "| --- | --- |", f"| a | {result['metrics'][FD]:.4g} |"]
 
 
