@@ -1,4 +1,4 @@
-"""Running the scripts as a user does: subprocesses with real command lines, at tiny settings."""
+"""Runs the scripts at tiny settings with real command lines, in this process or in processes of their own."""
 
 import contextlib
 import importlib
@@ -42,32 +42,61 @@ def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list
     return [sys.executable, *launcher, script, *map(str, flags)]
 
 
-def call(script: str, *flags: object) -> tuple[int, str]:
-    """Run a script's main in this process, without the seconds a process takes to start; exit code and stderr."""
+def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script's main in this process, without the seconds that a process takes to start."""
     module = importlib.import_module(script.removesuffix(".py"))
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as stderr:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        contextlib.chdir(ROOT),
+        pytest.raises(SystemExit) as end,
+    ):
         patch.setattr("sys.argv", [script, *map(str, flags)])
-        with pytest.raises(SystemExit) as end:
-            run_script(module.main)
-    return end.value.code or 0, stderr.getvalue()
+        patch.setenv("WANDB_MODE", "offline")
+        run_script(module.main)
+    return subprocess.CompletedProcess([script], end.value.code or 0, stdout.getvalue(), stderr.getvalue())
+
+
+def run_process(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int = 0, **options):
+    """Run a script as a user does and check its exit code; returns the CompletedProcess."""
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENVIRONMENT, "timeout": 240, **options}
+    return checked(subprocess.run(command(script, *flags, launcher=launcher), **options), code)
 
 
 def run(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int = 0) -> subprocess.CompletedProcess:
-    """Run a script and check its exit code."""
-    line = command(script, *flags, launcher=launcher)
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
+    """Run a script, in this process if no launcher is given, and check its exit code."""
+    if launcher:
+        return run_process(script, *flags, launcher=launcher, code=code)
+    return checked(run_in_process(script, *flags), code)
+
+
+def checked(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:
+    """`done`, which must have ended with exit code `code`."""
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def call(script: str, *flags: object) -> tuple[int, str]:
+    """Run a script in this process; its exit code and what it wrote to stderr."""
+    done = run_in_process(script, *flags)
+    return done.returncode, done.stderr
+
+
+def wait_for_log(log: Path, lines: int, process: subprocess.Popen) -> None:
+    """Wait until the log of a run has so many lines."""
+    deadline = time.monotonic() + 240
+    while len(records(log)) < lines:
+        assert process.poll() is None, f"ended with exit code {process.returncode} before it had logged so much"
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.02)
 
 
 def interrupt(script: str, *flags: object, log: Path, lines: int, kind: signal.Signals) -> int:
     """Run a script, signal it and its workers once its log has so many lines, and return its exit code."""
     process = subprocess.Popen(command(script, *flags), cwd=ROOT, env=ENVIRONMENT, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while len(records(log)) < lines:
-        assert process.poll() is None, "ended before it was interrupted"
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.05)
+    wait_for_log(log, lines, process)
     os.killpg(process.pid, kind)
     return process.wait(timeout=120)
 

@@ -21,7 +21,7 @@ from dataset import ImageDataset, open_images, open_latents
 from errors import UserError
 from images import make_data, make_tree
 from models.autoencoder import pixels_to_image
-from scripts import call
+from scripts import run
 from storage.shards import Shards, shard_name, write_shard
 from test_files import bomb_png
 from train_ldm_only import check_vae
@@ -32,9 +32,7 @@ def cache(data, vae, *flags, name="latents", code=0) -> str:
     """Run cache_latents.py in this process, check its exit code and give back what it said on stderr."""
     paths = ("--data-dir", data, "--output-dir", data, "--vae-ckpt-path", vae, "--vae-latents-name", name)
     options = ("--vae-arch", published.VAE, "--num-workers", "0", "--pproc-batch-size", "3")
-    found, stderr = call("cache_latents.py", *options, *paths, *flags)
-    assert found == code, stderr
-    return stderr
+    return run("cache_latents.py", *options, *paths, *flags, code=code).stderr
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +162,7 @@ def hdf5(data, tmp_path_factory):
 def test_the_references_hdf5_images_are_imported(data, hdf5, tmp_path):
     flags = ("--imagenet-path", hdf5, "--output-path", tmp_path, "--resolution", 32, "--num-workers", 2)
     for _ in range(2):  # the second time, all is there
-        code, stderr = call("preprocessing.py", *flags)
-        assert code == 0, stderr
+        run("preprocessing.py", *flags)
     shards, images = open_images(data), open_images(tmp_path)
     assert (len(images), images.num_classes, images.classes) == (18, 3, None)
     for i in range(18):

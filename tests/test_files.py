@@ -26,12 +26,11 @@ import published
 from dataset import open_images
 from errors import UserError
 from images import make_data, make_tree
-from scripts import ROOT, TINY, TINY_SIT, call, records
+from scripts import ROOT, TINY, TINY_SIT, records, run
 from storage.files import locked
 from storage.image_sets import map_member
 from storage.sample_files import read_png
 from storage.shards import read_header
-from test_generate import flip_a_bit
 from weights.checkpoint_io import vae_files
 
 NOBODY = 65534
@@ -48,11 +47,11 @@ def bomb_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def quietly(script: str, *flags: object) -> tuple[int, str, str]:
-    """Run a script's main in this process; exit code, stdout and stderr, none of which reaches a file."""
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        code, stderr = call(script, *flags)
-    return code, stdout.getvalue(), stderr
+def flip_a_bit(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def error_line(stderr: str) -> str:
@@ -144,7 +143,7 @@ def files_limited_to(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("script", OUTPUTS)
 def test_a_full_disk_is_one_line_and_the_same_command_completes(work, out, script):
     flags, (large, removed) = flags_of(script, work), OUTPUTS[script]
-    assert quietly(script, *flags)[0] == 0
+    run(script, *flags)
     whole = contents(out)
     limit = len(whole[large]) // 2
     for victim in (large, None):  # on top of what is there, and from nothing
@@ -155,16 +154,14 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes(work, out, scrip
             out.mkdir()
         before = contents(out)
         with files_limited_to(limit):
-            code, _, stderr = quietly(script, *flags)
-        assert code == 2, stderr
-        line = error_line(stderr)
+            line = error_line(run(script, *flags, code=2).stderr)
         assert line.startswith("error: [Errno 27] File too large")
         assert line.endswith("; free some space and run the same again")
         after = contents(out)
         assert after.keys() >= before.keys() - removed
         assert all(whole[name] == content for name, content in after.items()), "half a file, or another one"
         assert not [name for name in after if name.endswith(".tmp")]
-        assert quietly(script, *flags)[0] == 0
+        run(script, *flags)
         assert contents(out) == whole
 
 
@@ -184,7 +181,7 @@ def another_user() -> Iterator[None]:
 @pytest.mark.parametrize("script", OUTPUTS)
 def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out, script):
     flags, (large, _) = flags_of(script, work), OUTPUTS[script]
-    assert quietly(script, *flags)[0] == 0
+    run(script, *flags)
     whole = contents(out)
     (out / large).unlink()
     folder = (out / large).parent
@@ -197,14 +194,12 @@ def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out
             out.mkdir(mode=0o555)
             left = {}
         with another_user():
-            code, _, stderr = quietly(script, *flags)
-        assert code == 2, stderr
-        line = error_line(stderr)
+            line = error_line(run(script, *flags, code=2).stderr)
         assert str(out) in line
         assert any(words in line for words in ("cannot be written to", "not to be written to", "Permission denied"))
         assert contents(out) == left
     out.chmod(0o755)
-    assert quietly(script, *flags)[0] == 0
+    run(script, *flags)
     assert contents(out) == whole
 
 
@@ -226,12 +221,11 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(work, out):
         for script, folder in folders.items():
             left = folder / ".half.1.tmp"
             left.write_bytes(b"the other process's")
-            code, _, stderr = quietly(script, *flags_of(script, work))
-            assert code == 2
-            assert "another process is writing there; wait for it" in error_line(stderr)
+            done = run(script, *flags_of(script, work), code=2)
+            assert "another process is writing there; wait for it" in error_line(done.stderr)
             assert left.exists()
     for script, folder in folders.items():
-        assert quietly(script, *flags_of(script, work))[0] == 0
+        run(script, *flags_of(script, work))
         assert not (folder / ".half.1.tmp").exists()
 
 
@@ -251,18 +245,16 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
 
 def verified(directory: Path, code: int = 0) -> tuple[list[str], str]:
     """Run dataset.py --verify; the lines it prints, and its last line on stderr."""
-    found, stdout, stderr = quietly("dataset.py", "--verify", directory)
-    assert found == code, stdout + stderr
+    done = run("dataset.py", "--verify", directory, code=code)
     if code:
-        error_line(stderr)
-    return stdout.splitlines(), stderr.splitlines()[-1]
+        error_line(done.stderr)
+    return done.stdout.splitlines(), done.stderr.splitlines()[-1]
 
 
 def cached(work: Path, data: Path, *flags: object) -> None:
     """Cache the latents of a copy of the data beside them."""
     good = flags_of("cache_latents.py", work)
-    code, _, stderr = quietly("cache_latents.py", *good, "--data-dir", data, "--output-dir", data, *flags)
-    assert code == 0, stderr
+    run("cache_latents.py", *good, "--data-dir", data, "--output-dir", data, *flags)
 
 
 @pytest.fixture
@@ -398,14 +390,12 @@ def test_everything_works_behind_links_and_under_names_with_spaces_and_other_let
         ),
         ("train_ldm_only.py", *train, *latents, "--vae-ckpt", tuned, "--exp-name", "Eis é"),
     ):
-        code, _, stderr = quietly(script, *flags)
-        assert code == 0, stderr
+        run(script, *flags)
     few = ("--num-fid-samples", 2, "--num-steps", 1)
     for name in ("Übung 一", "Eis é"):
         assert [record["step"] for record in records(exps / name / "metrics.jsonl")] == [1]
         flags = ("--exp-path", exps / name, "--sample-dir", root / "Proben 样", *few)
-        code, _, stderr = quietly("generate.py", *flags)
-        assert code == 0, stderr
+        run("generate.py", *flags)
         pixels = np.load(root / f"Proben 样/{name}_0000001_cfg1.5-0.0-1.0.npz")["arr_0"]
         assert pixels.shape == (2, 32, 32, 3)
     assert data.is_symlink()
