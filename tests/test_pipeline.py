@@ -17,18 +17,10 @@ from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
-from test_files import quietly
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
-
-
-def done(script: str, *flags: object) -> str:
-    """Run a script's main in this process to a good end; what it printed."""
-    code, stdout, stderr = quietly(script, *flags)
-    assert code == 0, stderr
-    return stdout + stderr
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +31,8 @@ def world(tmp_path_factory) -> Path:
         patch.setattr(preprocessing, "SHARD_IMAGES", 4)
         make_data(root, per_class=6)
     checkpoint = published.write_run(root / "published", joint=True)
-    done("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
-    done("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
+    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
+    run("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
     return root
 
 
@@ -59,7 +51,7 @@ def frozen_flags(root: Path, name: str) -> tuple:
 @pytest.fixture(scope="module")
 def frozen(world) -> Path:
     """An uninterrupted frozen-VAE run of LAST steps."""
-    done("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
+    run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
     return world / "exps/whole"
 
 
@@ -117,8 +109,8 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
 
 def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
     flags = (*frozen_flags(world, "two"), "--max-train-steps", 3)
-    process = run("train_ldm_only.py", *flags, launcher=torchrun(2))
-    assert "4 images a step = 2 processes x" in process.stdout + process.stderr
+    done = run("train_ldm_only.py", *flags, launcher=torchrun(2))
+    assert "4 images a step = 2 processes x" in done.stdout + done.stderr
     log = records(world / "exps/two/metrics.jsonl")
     assert len(log) == 3
     for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
@@ -129,7 +121,7 @@ def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
 def test_without_an_encoder_no_images_are_needed(world, tmp_path):
     shutil.copytree(world / "data/one", tmp_path / "one")
     flags = ("--data-dir", tmp_path, "--enc-type", "none", "--max-train-steps", 1)
-    done("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags)
+    run("train_ldm_only.py", *frozen_flags(world, "no-encoder"), *flags)
     assert "proj_loss" not in records(world / "exps/no-encoder/metrics.jsonl")[0]
 
 
@@ -139,11 +131,8 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
     for processes, batch in ((1, 7), (2, 2)):
         folder = tmp_path / str(processes)
         options = ("--sample-dir", folder, "--pproc-batch-size", batch)
-        if processes == 1:
-            said = done("generate.py", *flags, *options)
-        else:
-            said = run("generate.py", *flags, *options, launcher=torchrun(processes)).stdout
-        assert said.count("7 samples of 32 px: ") == 1
+        done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
+        assert done.stdout.count("7 samples of 32 px: ") == 1
         (path,) = folder.glob("*.npz")
         manifest = json.loads(path.with_suffix(".json").read_text())
         assert manifest["made_with"]["processes"] == processes
@@ -163,8 +152,8 @@ def test_training_goes_on_from_published_checkpoints(world, vgg_weights):
     ):
         length = ("--max-train-steps", published.STEP + 1, "--epochs", 10**6)
         source = ("--continue-train-exp-dir", world / name)
-        said = done(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
-        assert f"continuing after step {published.STEP} from {world / name}" in said
+        done = run(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
+        assert f"continuing after step {published.STEP} from {world / name}" in done.stdout + done.stderr
         saved = read_checkpoint(world / f"exps/{name}/checkpoints/{published.STEP + 1:07d}.pt")
         before = published.fresh_sit().state_dict()
         moved = saved["model"]["final_layer.linear.weight"] - before["final_layer.linear.weight"]
@@ -187,9 +176,8 @@ def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
         content[part][f"{prefix}bn.running_mean"] += 0.1
     torch.save(content, path)
     flags = ("--continue-train-exp-dir", world / "other-vae", "--max-train-steps", published.STEP + 1)
-    code, _, stderr = quietly("train_ldm_only.py", *frozen_flags(world, "wrong"), *flags, "--epochs", 10**6)
-    assert code == 2
-    assert "it was trained on another VAE" in stderr
+    done = run("train_ldm_only.py", *frozen_flags(world, "wrong"), *flags, "--epochs", 10**6, code=2)
+    assert "it was trained on another VAE" in done.stderr
     assert not (world / "exps/wrong/args.json").exists()
 
 
@@ -201,20 +189,20 @@ def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(w
     content["identity"] = {"loss": {"kl_weight": 1e-6}}
     torch.save(content, path)
     flags = ("--continue-train-exp-dir", world / "joint-source", "--max-train-steps", published.STEP + 1)
-    done("train_ldm_only.py", *frozen_flags(world, "from-joint"), *flags, "--epochs", 10**6)
+    run("train_ldm_only.py", *frozen_flags(world, "from-joint"), *flags, "--epochs", 10**6)
     model = read_checkpoint(world / f"exps/from-joint/checkpoints/{published.STEP + 1:07d}.pt")["model"]
     torch.testing.assert_close(model["bn.running_mean"], published.STATISTICS["latents_bias"])
 
 
 def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
     flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
-    process = run("generate.py", *flags, launcher=torchrun(2), code=1)
-    assert process.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
+    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
 
 
 def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     checkpoint = max((whole_run / "checkpoints").glob("*.pt"))
-    done("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
+    run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
     saved = read_checkpoint(checkpoint)
     vae = build_vae(published.VAE)
     load_weights(vae, read_checkpoint(tmp_path / "own/own.pt"), "own")
@@ -223,5 +211,5 @@ def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     torch.testing.assert_close(scale.flatten(), saved["ema"]["bn.running_var"].rsqrt())
     torch.testing.assert_close(bias.flatten(), saved["ema"]["bn.running_mean"])
     flags = ("--exp-path", whole_run, "--sample-dir", tmp_path, "--num-fid-samples", 2, "--num-steps", 2, "--no-png")
-    done("generate.py", *flags)
+    run("generate.py", *flags)
     assert len(list(tmp_path.glob("*.npz"))) == 1

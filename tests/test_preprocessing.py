@@ -19,9 +19,9 @@ from dataset import ImageDataset, open_images
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
-from scripts import ROOT
+from scripts import ROOT, run
 from storage.photographs import center_crop, list_sources, list_tree, read_image
-from test_files import bomb_png, quietly
+from test_files import bomb_png
 
 
 def rows(data) -> list[tuple[np.ndarray, int]]:
@@ -293,15 +293,13 @@ def test_command_line_says_what_it_did_and_what_is_wrong(tmp_path):
     tree = make_tree(tmp_path / "tree with ü", 1)
     (tree / "ape/bad.png").write_bytes(b"bad")
     flags = ("--output-path", tmp_path / "data", "--resolution", 32, "--num-workers", 2, "--imagenet-path")
-    code, stdout, stderr = quietly("preprocessing.py", *flags, tree)
-    assert code == 0, stderr
-    assert "3 images of 3 classes at 32 px" in stdout
-    assert "1 files skipped" in stdout
+    done = run("preprocessing.py", *flags, tree)
+    assert "3 images of 3 classes at 32 px" in done.stdout
+    assert "1 files skipped" in done.stdout
     for folder, message in ((tmp_path / "none", "no such file or folder"), (tmp_path / "data/images", "no images")):
-        code, _, stderr = quietly("preprocessing.py", *flags, folder)
-        assert code == 2
-        assert message in stderr
-        assert stderr.count("\n") == 1
+        done = run("preprocessing.py", *flags, folder, code=2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def loaded(data, context: str, workers: int) -> torch.Tensor:
