@@ -56,6 +56,7 @@ def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
         patch.setattr("sys.argv", [script, *map(str, flags)])
         patch.setenv("WANDB_MODE", "offline")
         run_script(module.main)
+    sys.stdout.write(stdout.getvalue())
     return subprocess.CompletedProcess([script], end.value.code or 0, stdout.getvalue(), stderr.getvalue())
 
 
