@@ -50,7 +50,6 @@ def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        contextlib.chdir(ROOT),
         pytest.raises(SystemExit) as end,
     ):
         patch.setattr("sys.argv", [script, *map(str, flags)])
