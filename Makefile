@@ -12,8 +12,7 @@ demo: $(STAMP)
 	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -50,12 +50,12 @@ def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        contextlib.chdir(ROOT),
         pytest.raises(SystemExit) as end,
     ):
         patch.setattr("sys.argv", [script, *map(str, flags)])
         patch.setenv("WANDB_MODE", "offline")
         run_script(module.main)
+    sys.stdout.write(stdout.getvalue())
     return subprocess.CompletedProcess([script], end.value.code or 0, stdout.getvalue(), stderr.getvalue())
 
 

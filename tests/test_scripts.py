@@ -171,6 +171,11 @@ def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae,
     assert "another process is writing there" in failed.stderr
 
 
+@pytest.mark.parametrize("script", ["preprocessing.py", "save_vae_weights.py", "dataset.py"])
+def test_a_script_that_no_other_test_starts_as_a_process_starts(script):
+    assert run_process(script, "--help").stdout.startswith(f"usage: {script}")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
     output, flags = joint
     broken = read_checkpoint(tiny_vae[1])
