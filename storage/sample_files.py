@@ -65,30 +65,39 @@ class SampleFiles:
             replace_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
     def missing(self) -> set[int]:
-        """The indices of the samples that still have to be made.
+        """The indices of the samples that still have to be made; raises a UserError as `has_npz` does."""
+        return set() if self.has_npz() else set(range(self.count)) - self._done()
+
+    def has_npz(self) -> bool:
+        """Whether the npz is there.
 
         Raises:
-            UserError: the npz is there, but it is damaged, or not all of the PNGs that are wanted as well are there.
+            UserError: it is there, but it is damaged, or not all of the PNGs that are wanted as well are there.
         """
-        done = set(range(self.count))
-        if self.png:
-            names = {path.name for path in self.png_folder.glob("*.png")}
-            done = {index for index in done if self._png(index).name in names}
-        if self.npz_file.is_file():
-            again = f"delete {self.npz_file} and run the same again"
-            if NpzImages(self.npz_file).array.shape != self.shape:
-                raise UserError(f"{self.npz_file} is not of this set; {again}")
-            if len(done) < self.count:
-                raise UserError(f"{self.png_folder} lacks PNGs; {again} to make them, or add --no-png")
-        elif self.in_parts:
-            done &= self._rows().keys()
-        return set(range(self.count)) - done
+        if not self.npz_file.is_file():
+            return False
+        again = f"delete {self.npz_file} and run the same again"
+        if NpzImages(self.npz_file).array.shape != self.shape:
+            raise UserError(f"{self.npz_file} is not of this set; {again}")
+        if self.png and len(self._pngs()) < self.count:
+            raise UserError(f"{self.png_folder} lacks PNGs; {again} to make them, or add --no-png")
+        return True
 
     @property
     def bytes_needed(self) -> int:
         """Disk space for what is not there yet; a PNG takes about as much as its raw pixels, or less."""
-        npz = self.count if self.npz and not self.npz_file.is_file() else 0
-        return (len(self.missing()) * (self.png + self.in_parts) + npz) * 3 * self.resolution**2
+        if self.has_npz():
+            return 0
+        images = (self.count - len(self._done())) * (self.png + self.in_parts) + self.count * self.npz
+        return images * 3 * self.resolution**2
+
+    def _done(self) -> set[int]:
+        if not self.in_parts:
+            return self._pngs()
+        return self._pngs() & self._rows().keys() if self.png else set(self._rows())
+
+    def _pngs(self) -> set[int]:
+        return {int(path.stem) for path in self.png_folder.glob("*.png")}
 
     def _png(self, index: int) -> Path:
         return self.png_folder / f"{index:06d}.png"
