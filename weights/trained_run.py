@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL
+from models.autoencoder import AutoencoderKL
 from models.encoder_table import encoder_specs
 from models.sit import SIT_SIZES, SiT, SiT_models
 from weights.checkpoint_io import (
