@@ -3,14 +3,12 @@
 import argparse
 import re
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-import train_ldm_only
 from errors import UserError
 from hub import TIMM, timm_weights
 from models.encoder_table import encoder_spec
@@ -18,7 +16,6 @@ from models.encoders import Encoder
 from originals import original, tiny_encoder
 from published import write_vae
 from scripts import TINY, TINY_SIT, call
-from training.build import build_transformer_nets
 from weights.checkpoint_io import read_checkpoint, vae_files
 from weights.encoders import encoder_fingerprints, load_encoder_weights
 
@@ -26,7 +23,6 @@ CPU = torch.device("cpu")
 
 
 def save(content: object, path: Path) -> Path:
-    """torch.save, and where to."""
     torch.save(content, path)
     return path
 
@@ -51,17 +47,6 @@ def test_checkpoints_of_timms_training_are_read(tmp_path):
     encoder = Encoder(encoder_spec("timm:resnet18"), 2)
     load_encoder_weights(encoder, "timm:resnet18", path)
     assert torch.equal(encoder.network.conv1.weight, network.conv1.weight)
-
-
-def test_half_precision_files_are_resampled_in_single(tmp_path):
-    half = {"model": {key: value.half() for key, value in original("mae-vit-l")["model"].items()}}
-    single = {"model": {key: value.float() for key, value in half["model"].items()}}
-    states = []
-    for content in (half, single):
-        encoder = tiny_encoder("mae-vit-l", 5)
-        load_encoder_weights(encoder, "mae-vit-l", save(content, tmp_path / "weights.pth"))
-        states.append(encoder.state_dict())
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def refused(name: str, path: Path) -> str:
@@ -161,29 +146,6 @@ def test_clip_as_openai_publishes_it(tmp_path):
     content = (tmp_path / "archive").read_bytes()
     (tmp_path / "cut").write_bytes(content[: len(content) // 2])
     refused("clip-vit-L", tmp_path / "cut")
-
-
-def test_encoders_are_never_wrapped_for_several_processes(tmp_path):
-    class Recorder:
-        device, directory = CPU, tmp_path
-        prepared: ClassVar[list[nn.Module]] = []
-
-        def print(self, text: str) -> None:
-            pass
-
-        def prepare(self, module: nn.Module) -> nn.Module:
-            self.prepared.append(module)
-            return module
-
-    args = train_ldm_only.parse_args(
-        [*TINY, *TINY_SIT, "--exp-name", "x", "--enc-type", f"{TIMM},efficientnet-lite0", "--resample-tokens"]
-        + ["--enc-ckpt", f"{TIMM}={save(timm_weights(), tmp_path / 'weights.pth')}"]
-    )
-    nets = build_transformer_nets(args, Recorder(), (4, 8, 8), (torch.ones(4), torch.zeros(4)))
-    assert Recorder.prepared == [nets.sit]
-    assert [encoder.spec.model for encoder in nets.encoders] == ["test_vit.r160_in1k", "tf_efficientnet_lite0"]
-    own = {id(parameter) for encoder in nets.encoders for parameter in encoder.parameters()}
-    assert own and own.isdisjoint(map(id, [*nets.sit.parameters(), *nets.ema.parameters(), *nets.opt_sit.parameters]))
 
 
 @pytest.mark.slow
