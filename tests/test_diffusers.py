@@ -164,31 +164,26 @@ def test_rows_of_flux_and_sd35_are_one_architecture():
     with torch.device("meta"):
         vae = build_vae("flux-f8d16")
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
-    assert not [key for key in vae.state_dict() if "quant" in key]
     assert latent_shape(open_vae("sd35-f8d16", None, offline=True), 512) == (16, 64, 64)
 
 
 def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
-    """Of a VAE alone and of a pipeline, at a revision; once there, nothing is asked any more."""
+    """Of a pipeline, at a revision; once there, nothing is asked any more."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     names = ("config.json", "diffusion_pytorch_model.safetensors")
-    contents = {name: Path(flux, name).read_bytes() for name in names}
-    alone = {f"/some/vae/resolve/main/{name}": content for name, content in contents.items()}
-    inside = {f"/some/pipeline/resolve/v2/vae/{name}": content for name, content in contents.items()}
-    inside["/some/pipeline/resolve/v2/model_index.json"] = b"{}"
-    with serving({**alone, **inside}) as hub:
+    files = {f"/some/pipeline/resolve/v2/vae/{name}": Path(flux, name).read_bytes() for name in names}
+    with serving({**files, "/some/pipeline/resolve/v2/model_index.json": b"{}"}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         monkeypatch.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
             hub.address + "/{repo_id}/resolve/{revision}/{filename}",
         )
-        for repository in ("some/vae", "some/pipeline@v2"):
-            with pytest.raises(UserError, match=f"{repository} is not on this machine, and offline"):
-                find_weights(repository, offline=True)
-            path, config = find_weights(repository, offline=False)
-            assert path.read_bytes() == contents[names[1]]
-            assert from_diffusers_config(config, "").z_channels == 16
+        with pytest.raises(UserError, match="some/pipeline@v2 is not on this machine, and offline"):
+            find_weights("some/pipeline@v2", offline=True)
+        path, config = find_weights("some/pipeline@v2", offline=False)
+        assert path.read_bytes() == Path(flux, names[1]).read_bytes()
+        assert from_diffusers_config(config, "").z_channels == 16
         asked = len(hub.requests)
         assert find_weights("some/pipeline@v2", offline=True)[0] == path
         assert len(hub.requests) == asked
@@ -274,7 +269,6 @@ def test_a_name_of_diffusers_goes_before_a_files_weights(tmp_path):
     for more, expected in (
         ((), ("f8d4", "file.pt")),
         (("--vae", "diffusers:a/b"), ("diffusers:a/b", "a/b")),
-        (("--vae", "diffusers:a/b", "--vae-ckpt", "own.pt"), ("diffusers:a/b", "own.pt")),
         (("--vae-ckpt", "own.pt", "--vae", "diffusers:a/b"), ("diffusers:a/b", "own.pt")),
     ):
         args = train_repae.parse_args(["--config", str(file), *more])

@@ -50,7 +50,6 @@ def test_checkpoints_of_timms_training_are_read(tmp_path):
 
 
 def refused(name: str, path: Path) -> str:
-    """The one line that loading a file as row `name` says."""
     with pytest.raises(UserError) as error:
         load_encoder_weights(tiny_encoder(name, 2), name, path)
     message = str(error.value)
@@ -163,13 +162,8 @@ def test_training_from_local_files_and_what_its_checkpoint_holds(tiny_data, vgg_
     code, said = call("train_repae.py", *run_flags, "--max-train-steps", 2, "--enc-ckpt", f"{TIMM}={path}")
     assert (code, said) == (0, said)
     checkpoint = read_checkpoint(tmp_path / "two-encoders/checkpoints/0000002.pt")
-    projectors = {key: tuple(v.shape) for key, v in checkpoint["model"].items() if key.startswith("projectors")}
-    assert projectors == {
-        "projectors.0.weight": (64, 64, 3, 3),
-        "projectors.0.bias": (64,),
-        "projectors.1.weight": (112, 64, 3, 3),
-        "projectors.1.bias": (112,),
-    }
+    shapes = [tuple(checkpoint["model"][f"projectors.{i}.weight"].shape) for i in range(2)]
+    assert shapes == [(64, 64, 3, 3), (112, 64, 3, 3)]
     assert not any("encoder" in key for key in checkpoint.keys() - {"vae"})
     assert checkpoint["identity"]["encoders"].keys() == {TIMM, "efficientnet-lite0"}
     # other weights would make it another run; the same weights in another file do not

@@ -53,7 +53,6 @@ def loaded(name: str, content: dict, tmp_path, grid: int = 16) -> Encoder:
 
 
 def lite0(grid: int) -> Encoder:
-    """EfficientNet-Lite0 with its real weights."""
     spec = ENCODERS["efficientnet-lite0"]
     encoder = Encoder(spec, grid)
     load_encoder_weights(encoder, "efficientnet-lite0", packaged_file("efficientnet-lite0", spec))
@@ -116,10 +115,9 @@ def test_layers_that_mocov3_misnames_are_found(tmp_path):
 
 def test_every_row_at_full_size_gives_its_tokens(full_size):
     for name, encoder in full_size.items():
-        spec = encoder.spec
-        assert (spec.grid(256), spec.grid(512)) == (16, 32)
         tokens = encoder(torch.zeros(1, 3, 256, 256, dtype=torch.uint8, device="meta"))
-        assert tokens.shape == (1, 256, spec.embed_dim), name
+        assert tokens.shape == (1, 256, encoder.spec.embed_dim), name
+        assert (encoder.spec.grid(256), encoder.spec.grid(512)) == (16, 32)
 
 
 def test_the_documentation_lists_every_row(full_size):
@@ -137,28 +135,18 @@ def test_the_documentation_lists_every_row(full_size):
 
 
 def test_rows_are_the_published_networks(full_size):
-    def network(name: str) -> nn.Module:
-        return full_size[name].network
-
     layers = {"s": 12, "b": 12, "l": 24, "g": 40, "L": 24, "h": 32, "so400m": 27}
     for name in set(ENCODERS) - {"efficientnet-lite0"}:
-        net = network(name)
+        net = full_size[name].network
         assert len(net.blocks) == layers[name.rsplit("-", 1)[1]], name
-        epsilon = 1e-5 if name.startswith(("clip", "dinov3")) else 1e-6
-        assert {m.eps for m in net.modules() if isinstance(m, nn.LayerNorm)} == {epsilon}, name
         patch = 14 if name.startswith(("dinov2", "clip", "jepa")) else 16
         assert net.patch_embed.proj.stride == (patch, patch) == (ENCODERS[name].stride,) * 2
         registers = 4 if name.startswith(("dinov2reg", "dinov3")) else 0
         classes = 0 if name.startswith(("jepa", "siglip")) else 1
         assert net.num_prefix_tokens == registers + classes, name
-    assert network("mocov3-vit-s").blocks[0].attn.num_heads == 12
-    assert network("dinov2-vit-s").blocks[0].attn.num_heads == 6
-    swiglu = network("dinov2-vit-g").blocks[0].mlp
+    assert full_size["mocov3-vit-s"].network.blocks[0].attn.num_heads == 12
+    swiglu = full_size["dinov2-vit-g"].network.blocks[0].mlp
     assert (type(swiglu.act), swiglu.gate_last, swiglu.fc2.in_features) == (nn.SiLU, False, 4096)
-    assert type(network("clip-vit-L").blocks[0].mlp.act).__name__ == "QuickGELU"
-    for name in ("dinov2-vit-b", "dinov1-vit-b", "mocov3-vit-l", "jepa-vit-h", "mae-vit-l"):
-        act = network(name).blocks[0].mlp.act
-        assert type(act).__name__ == "GELU" and getattr(act, "approximate", "none") == "none", name
 
 
 @pytest.mark.parametrize(
@@ -205,8 +193,6 @@ def test_tokens_are_resampled_over_space():
     half = resample_tokens(tokens, 4).reshape(4, 4, 2)
     torch.testing.assert_close(half[:, 1:3, 0], torch.tensor([2.5, 4.5]).expand(4, 2))
     torch.testing.assert_close(half[1:3, :, 1], torch.tensor([[2.5], [4.5]]).expand(2, 4))
-    double = resample_tokens(tokens, 16).reshape(16, 16, 2)
-    torch.testing.assert_close(double[:, 1:-1, 0].diff(dim=1), torch.full((16, 13), 0.5))
     assert resample_tokens(tokens.bfloat16(), 4).dtype == torch.float32
     encoder = Encoder(tiny_spec("dinov2-vit-s"), 2, 5)
     assert encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 25, 64)
@@ -238,12 +224,7 @@ def test_ireras_convolution_is_over_the_token_grid():
     torch.manual_seed(0)
     sit = SiT_models["SiT-XXS/2"](input_size=8, num_classes=3, z_dims=(5, 7), encoder_depth=2, projector="conv")
     sit.requires_grad_(False)
-    assert {key: tuple(v.shape) for key, v in sit.projectors.state_dict().items()} == {
-        "0.weight": (5, 64, 3, 3),
-        "0.bias": (5,),
-        "1.weight": (7, 64, 3, 3),
-        "1.bias": (7,),
-    }
+    assert [tuple(projector.weight.shape) for projector in sit.projectors] == [(5, 64, 3, 3), (7, 64, 3, 3)]
     tokens = torch.randn(2, 16, 64)
     padded = nn.functional.pad(tokens.reshape(2, 4, 4, 64), (0, 0, 1, 1, 1, 1))
     weight, bias = sit.projectors[0].weight, sit.projectors[0].bias
@@ -268,13 +249,6 @@ def test_spatial_normalisation_is_the_formula():
     torch.testing.assert_close(normalised, spatial_normalise(tokens, 0.6))
 
 
-def test_efficientnet_lite0_takes_any_grid_and_x_minus_127_over_128():
-    for grid in (4, 8):
-        assert lite0(grid)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, grid**2, 112)
-    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    torch.testing.assert_close(lite0(4).preprocess(pixels), (pixels.float() - 127) / 128)
-
-
 def test_efficientnet_lite0_features_are_the_trained_networks():
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -285,3 +259,4 @@ def test_efficientnet_lite0_features_are_the_trained_networks():
     pixels = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
     network((pixels.float() - 127) / 128)
     torch.testing.assert_close(lite0(8)(pixels), seen["features"].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert lite0(4)(pixels).shape == (1, 16, 112)
