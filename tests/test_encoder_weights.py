@@ -166,10 +166,10 @@ def test_training_from_local_files_and_what_its_checkpoint_holds(tiny_data, vgg_
     assert shapes == [(64, 64, 3, 3), (112, 64, 3, 3)]
     assert not any("encoder" in key for key in checkpoint.keys() - {"vae"})
     assert checkpoint["identity"]["encoders"].keys() == {TIMM, "efficientnet-lite0"}
-    # other weights would make it another run; the same weights in another file do not
-    code, said = call("train_repae.py", *run_flags, "--max-train-steps", 3, "--enc-ckpt", f"{TIMM}={other}")
-    assert code == 2 and "was made with other weights of the encoders" in said
+    # the same weights in another file continue the run; other weights would make it another run
     same = tmp_path / "same.safetensors"
     safetensors.torch.save_file(weights, same)
     code, said = call("train_repae.py", *run_flags, "--max-train-steps", 3, "--enc-ckpt", f"{TIMM}={same}")
     assert code == 0, said
+    code, said = call("train_repae.py", *run_flags, "--max-train-steps", 4, "--enc-ckpt", f"{TIMM}={other}")
+    assert code == 2 and "was made with other weights of the encoders" in said
