@@ -281,6 +281,3 @@ def test_a_model_without_a_patch_takes_it_from_the_vae():
         choose_patch(args, VAE_CONFIGS[vae])
         assert args.model == f"SiT-XL/{patch}"
         assert SiT_models[args.model].keywords["patch_size"] == patch
-    args.model = "SiT-B/8"
-    choose_patch(args, VAE_CONFIGS["f8d4"])
-    assert args.model == "SiT-B/8"

@@ -138,11 +138,6 @@ def test_another_architecture_is_refused(start, options, flags, message):
     assert message in str(error.value)
 
 
-def test_a_weight_that_is_missing_is_named(start, tmp_path):
-    with pytest.raises(UserError, match=r"1 weights are missing, first final_layer\.linear\.weight"):
-        started(changed(start, tmp_path, "final_layer.linear.weight", None), own_sit())
-
-
 @pytest.mark.slow
 def test_a_published_run_is_tuned_to_another_size_and_sampled(start, tmp_path, vgg_weights, capsys):
     vae = published.write_vae(tmp_path / "vae")
