@@ -49,7 +49,6 @@ class Extracted(NamedTuple):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("--repae-ckpt", type=Path, help="a checkpoint of train_repae.py")
     groups.add_vae_flags(parser, vae=None, vae_ckpt=None)
@@ -58,14 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--format", default="pt", choices=("pt", "diffusers"), help="this project's three files, or diffusers' folder"
     )
-    parser.add_argument(
-        "--metrics",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="results of evaluate.py for the model card, of this VAE or of its samples; may be repeated",
-    )
+    about_metrics = "results of evaluate.py for the model card, of this VAE or of its samples; may be repeated"
+    parser.add_argument("--metrics", type=Path, action="append", default=[], metavar="FILE", help=about_metrics)
     groups.add_offline_flag(parser)
     args = parse_flags(parser, argv, "save_vae_weights")
     if (args.repae_ckpt is None) == (args.vae_ckpt is None):
@@ -76,11 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def extract(checkpoint: dict, path: Path) -> Extracted:
-    """The tuned VAE in the joint checkpoint at `path`, ours or published.
-
-    Raises:
-        UserError: the checkpoint's run had no VAE, or VAE or discriminator have another architecture.
-    """
+    """The tuned VAE in the joint checkpoint at `path`, ours or published."""
     if missing := [key for key in ("vae", "discriminator", "ema") if not isinstance(checkpoint.get(key), dict)]:
         raise UserError(f"{path}: no {', '.join(missing)} inside; expected a checkpoint of train_repae.py")
     flags = training_flags(checkpoint, path)
@@ -102,11 +91,7 @@ def extract(checkpoint: dict, path: Path) -> Extracted:
 
 
 def convert(args: argparse.Namespace) -> Extracted:
-    """The VAE named by --vae and --vae-ckpt, unchanged.
-
-    Raises:
-        UserError: it is missing, or the statistics of its latents are unknown.
-    """
+    """The VAE named by --vae and --vae-ckpt, unchanged."""
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
     scale, bias = known_statistics(source)
     beside = vae_files(source.weights).discriminator
@@ -120,11 +105,7 @@ def convert(args: argparse.Namespace) -> Extracted:
 
 
 def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
-    """Write a VAE in the form of --format; returns the files.
-
-    Raises:
-        UserError: files with other content are there.
-    """
+    """Write a VAE in the form of --format; returns the files."""
     if form == "diffusers":
         if found.config is None:
             raise UserError("--format diffusers: the --vae of the checkpoint's run is an unknown architecture")
@@ -134,7 +115,6 @@ def save(found: Extracted, folder: Path, name: str, form: str) -> list[Path]:
 
 
 def main() -> None:
-    """Extract or convert a VAE, and write it."""
     args = parse_args()
     folder, name, path = args.save_dir / args.vae_name, args.vae_name, args.repae_ckpt
     if path is None:

@@ -38,7 +38,6 @@ def open_picture(path: str, multiple: int) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    """Load, encode, normalise, and invert each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a folder with config.json and safetensors, or a repository of the hub")
     parser.add_argument("picture", help="any picture")

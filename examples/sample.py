@@ -19,7 +19,6 @@ from weights.trained_run import load_experiment
 
 
 def main() -> None:
-    """Load, sample, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder, with checkpoints/ and args.json")
     parser.add_argument("output", type=Path, help="the picture")

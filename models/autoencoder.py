@@ -108,10 +108,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = group_norm(groups, channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -143,10 +140,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention if `attention`.
-
-    With `recompute`, every block is computed again in the backward pass.
-    """
+    """The residual blocks of one resolution, each followed by attention if `attention`."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, groups: int):
         super().__init__()
@@ -154,12 +148,19 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(width, channels, groups) for width in before)
         self.attn = nn.ModuleList(AttnBlock(channels, groups) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor, recompute: bool) -> Tensor:
+    def stages(self) -> list[nn.Module]:
+        """What is applied in turn; the change of resolution is last."""
+        found = []
         for i, block in enumerate(self.block):
-            x = checkpointed_call(block, x, recompute=recompute)
-            if self.attn:
-                x = checkpointed_call(self.attn[i], x, recompute=recompute)
-        return x
+            found += [block, self.attn[i]] if self.attn else [block]
+        return found + [part for name, part in self.named_children() if name in ("downsample", "upsample")]
+
+
+def in_turn(stages: list[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+    """Apply `stages` to x; with `recompute`, each is computed again in the backward pass."""
+    for stage in stages:
+        x = checkpointed_call(stage, x, recompute=recompute)
+    return x
 
 
 def middle(config: VAEConfig) -> nn.ModuleDict:
@@ -195,14 +196,8 @@ class Encoder(nn.Module):
         self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x, self.recompute)
-            if hasattr(level, "downsample"):
-                x = checkpointed_call(level.downsample, x, recompute=self.recompute)
-        for module in self.mid.values():
-            x = checkpointed_call(module, x, recompute=self.recompute)
-        return checkpointed_call(self.head[0], x, recompute=self.recompute)
+        stages = [stage for level in self.down for stage in level.stages()]
+        return in_turn([*stages, *self.mid.values(), *self.head], self.conv_in(x), self.recompute)
 
 
 class Decoder(nn.Module):
@@ -229,14 +224,8 @@ class Decoder(nn.Module):
         self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for module in self.mid.values():
-            x = checkpointed_call(module, x, recompute=self.recompute)
-        for level in reversed(self.up):
-            x = level(x, self.recompute)
-            if hasattr(level, "upsample"):
-                x = checkpointed_call(level.upsample, x, recompute=self.recompute)
-        return checkpointed_call(self.head[0], x, recompute=self.recompute)
+        stages = [stage for level in reversed(self.up) for stage in level.stages()]
+        return in_turn([*self.mid.values(), *stages, *self.head], self.conv_in(z), self.recompute)
 
 
 class AutoencoderKL(nn.Module):
@@ -269,7 +258,7 @@ class AutoencoderKL(nn.Module):
 
 
 def build_vae(name: str) -> AutoencoderKL:
-    """The autoencoder of registry row `name`, freshly initialised."""
+    """The autoencoder of row `name`, freshly initialised."""
     return AutoencoderKL(VAE_CONFIGS[name])
 
 

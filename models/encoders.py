@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError, nearest
+from errors import UserError, first_line, nearest
 
 # mean and standard deviation of pixels/255, per channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -150,16 +150,11 @@ class Encoder(nn.Module):
         tokens = features.flatten(2).transpose(1, 2)
         return tokens if self.token_grid is None else resample_tokens(tokens, self.token_grid)
 
-    @functools.cached_property
-    def has_class_token(self) -> bool:
-        """Whether the network has a class token that timm's interface returns."""
-        takes = inspect.signature(self.network.forward_intermediates).parameters
-        return getattr(self.network, "cls_token", None) is not None and "return_prefix_tokens" in takes
-
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (B,3,R,R) -> one vector per image, (B, embed_dim): the class token, else the mean of tokens."""
-        if not self.has_class_token:
+        takes = inspect.signature(self.network.forward_intermediates).parameters
+        if getattr(self.network, "cls_token", None) is None or "return_prefix_tokens" not in takes:
             return self(pixels).mean(dim=1)
         ((_, prefix),) = self.network.forward_intermediates(
             self.preprocess(pixels),
@@ -205,10 +200,7 @@ def unwrapped(checkpoint: dict, inside: str | None) -> dict[str, Tensor]:
 
 
 def check_patch_and_table(state: dict[str, Tensor], network: nn.Module, side: int | None) -> None:
-    """Raise a ValueError if patch size or position table differ from the published ones; timm would resample them.
-
-    `side` is the expected side of the table in tokens; None if any is allowed.
-    """
+    """Raise a ValueError for another patch size, or another side of the position table; timm would resample them."""
     own = network.state_dict().get("patch_embed.proj.weight")
     kernel = state.get("visual.conv1.weight", state.get("patch_embed.proj.weight"))
     if own is not None and kernel is not None and kernel.shape[2:] != own.shape[2:]:
@@ -238,13 +230,10 @@ def timm_spec(name: str) -> EncoderSpec:
     from timm.models import get_pretrained_cfg
 
     model = name.removeprefix("timm:")
-    if not timm.is_model(model):
-        raise UserError(f"timm has no model {model!r}; did you mean {nearest(model, timm.list_models())!r}?")
-    try:
-        config = get_pretrained_cfg(model)
-    except RuntimeError:
-        tags = timm.list_pretrained(model.split(".")[0] + ".*")
-        raise UserError(f"timm has no weights {model}; it has {', '.join(tags) or 'none of this model'}") from None
+    known = timm.list_models() if "." not in model else timm.list_pretrained()
+    if model not in known:
+        raise UserError(f"timm has no model {model!r}; did you mean {nearest(model, known)!r}?")
+    config = get_pretrained_cfg(model)
     spec = EncoderSpec(
         embed_dim=0,
         stride=1,
@@ -283,18 +272,13 @@ def resizable(spec: EncoderSpec) -> bool:
 
 
 def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
-    """Shape (1,T,D) of the tokens of a spec's network for an input of stride · grid, found on the meta device.
-
-    Raises:
-        UserError: the network has no square map of features.
-    """
+    """Shape (1,T,D) of the tokens of a spec's network for an input of stride · grid, found on the meta device."""
     size = spec.input_size or spec.stride * grid
     try:
         with torch.device("meta"):
             shape = Encoder(spec, grid)(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape
     except Exception as error:  # timm's model families raise many kinds of errors
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
-        raise UserError(f"timm's {spec.model} gives no map of features for {size} px ({reason})") from error
+        raise UserError(f"timm's {spec.model} gives no map of features for {size} px ({first_line(error)})") from error
     if math.isqrt(shape[1]) ** 2 != shape[1]:
         raise UserError(f"timm's {spec.model} gives {shape[1]} tokens for {size} px, expected a square of them")
     return shape

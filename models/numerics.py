@@ -123,8 +123,7 @@ AUTOCAST_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
     """A function that returns a fresh autocast context for `mixed_precision` (no, fp16, bf16).
 
-    Every pass needs its own context: autocast caches cast weights, and a later pass that needs gradients must not use
-    a cast that was cached without them.
+    Every pass needs its own: autocast caches casts of weights, and those made without gradients must not be used with.
     """
     dtype = AUTOCAST_DTYPES[mixed_precision]
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)

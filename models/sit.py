@@ -118,13 +118,8 @@ class MLPProjector(nn.Sequential):
     """REPA's projector: an MLP of each token, (B,T,width) -> (B,T,z_dim)."""
 
     def __init__(self, width: int, z_dim: int, grid: int):
-        super().__init__(
-            nn.Linear(width, PROJECTOR_WIDTH),
-            nn.SiLU(),
-            nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH),
-            nn.SiLU(),
-            nn.Linear(PROJECTOR_WIDTH, z_dim),
-        )
+        first, second = nn.Linear(width, PROJECTOR_WIDTH), nn.Linear(PROJECTOR_WIDTH, PROJECTOR_WIDTH)
+        super().__init__(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(PROJECTOR_WIDTH, z_dim))
 
 
 class ConvProjector(nn.Conv2d):

@@ -39,7 +39,6 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch) -> None:
-    """Fails the test at the first attempt to connect."""
 
     def refuse(*args: object) -> None:
         pytest.fail("touched the network")
@@ -61,12 +60,7 @@ def fill_cache(cache: Path, repository: str, weights: dict, revision: str = "mai
 
 
 def test_offline_every_row_names_the_file_to_put_where(elsewhere, no_network):
-    files = {name: spec.file for name, spec in ENCODERS.items()}
-    assert len(set(files.values())) == len(files)
-    assert [files[name] for name in ("mocov3-vit-b", "mae-vit-l", "jepa-vit-h", "dinov1-vit-b")] == [
-        *("mocov3_vitb.pth", "mae_vitl.pth"),
-        *("ijepa_vith.pth", "dinov1_vitb.pth"),
-    ]
+    assert len({spec.file for spec in ENCODERS.values()}) == len(ENCODERS)
     (elsewhere / "ckpts").mkdir()
     for name in [*ENCODERS, TIMM]:
         spec = encoder_spec(name)
@@ -92,8 +86,6 @@ def test_order_of_sources(elsewhere, no_network):
     assert weights_file(TIMM, spec, "mine.pth", offline=False) == Path("mine.pth")
     with pytest.raises(UserError, match="timm/other@abc is not on this machine, and offline"):
         weights_file(TIMM, spec, "hf-hub:timm/other@abc", offline=True)
-    packaged = ENCODERS["efficientnet-lite0"]
-    assert weights_file("efficientnet-lite0", packaged, "mine.pth", offline=True) == Path("mine.pth")
 
 
 def test_the_hubs_weights_are_timms_own(elsewhere, no_network):
@@ -118,8 +110,6 @@ def test_grids_that_differ_stop_unless_tokens_are_resampled(elsewhere, no_networ
     pixels = torch.zeros(1, 3, 264, 264, dtype=torch.uint8)
     (encoder,) = load_encoders(flags(resample_tokens=True, resolution=264), 33, CPU)
     assert encoder(pixels).shape == (1, 33**2, 64)
-    (encoder,) = load_encoders(flags(resolution=512), 32, CPU)
-    assert encoder.size == 512
     with pytest.raises(UserError, match="gives 4x4 tokens at 256 px, but the transformer has 16x16"):
         load_encoders(flags(enc_type="timm:levit_128s"), 16, CPU)
     with pytest.raises(UserError, match="--enc-ckpt names mae-vit-l, which no other flag does"):

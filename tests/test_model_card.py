@@ -149,9 +149,6 @@ def test_results_of_evaluate_are_quoted_and_those_of_other_vaes_refused(run, res
         with pytest.raises(UserError, match=f"{file.name}: measured another VAE than this one"):
             card(run, results.values())
         file.write_text(good)
-    for content in ("[]", "{", '{"metrics": {}, "samples": null, "manifest": null, "reference": null}'):
-        file.write_text(content)
-        with pytest.raises(UserError, match=f"{file.name}: not what evaluate.py writes"):
-            card(run, [file])
-    with pytest.raises(UserError, match="nowhere.json: no such file"):
-        card(run, [file.with_name("nowhere.json")])
+    file.write_text("{")
+    with pytest.raises(UserError, match=f"{file.name}: not what evaluate.py writes"):
+        card(run, [file])

@@ -262,9 +262,6 @@ def test_flags_come_from_inside_the_checkpoint_or_else_from_args_json(tmp_path):
     assert training_flags({"args": argparse.Namespace(model="SiT-L/2")}, path) == {"model": "SiT-L/2"}
     beside.write_text('{"model": ')
     assert training_flags({"args": {"model": "SiT-L/2"}}, path) == {"model": "SiT-L/2"}
-    for checkpoint in ({}, {"args": ["--model"]}):
-        with pytest.raises(UserError, match="run/"):
-            training_flags(checkpoint, path)
 
 
 def test_checkpoint_round_trip_and_published_layout(tmp_path):
@@ -361,7 +358,7 @@ def test_latent_statistics_file(tmp_path):
         {"latents_scale": torch.ones(1, 4, 1, 1), "latents_bias": torch.zeros(1, 4, 1, 1)}, vae_files(weights)[1]
     )
     assert read_latent_statistics(weights, 4)[0].shape == (1, 4, 1, 1)
-    with pytest.raises(UserError, match="expected a tensor of 32 values"):
+    with pytest.raises(UserError, match="of 4 channels, expected 32"):
         read_latent_statistics(weights, 32)
 
 

@@ -83,25 +83,19 @@ READERS = [
     ("train_repae.py", "--enc-ckpt efficientnet-lite0={bad}"),
     ("train_repae.py", "--vae-ckpt {beside}/sdvae.pt"),
     ("train_repae.py", "--output-dir {resumed}"),
-    ("train_repae.py", "--output-dir {resumed} --resume-step 5"),
     ("train_repae.py", "--output-dir {out} --continue-train-exp-dir {resumed}/run"),
     ("train_vae.py", "--vae-ckpt {bad}"),
     ("train_ldm_only.py", "--vae-ckpt {bad}"),
     ("generate.py", "--exp-path {resumed}/run"),
-    ("generate.py", "--exp-path {resumed}/run --train-steps best"),
     ("generate.py", "--vae-ckpt {bad}"),
-    ("generate.py", "--vae-ckpt {beside}/sdvae.pt"),
     ("save_vae_weights.py", "--repae-ckpt {bad}"),
     ("save_vae_weights.py", "--save-dir {taken}"),
     ("cache_latents.py", "--vae-ckpt-path {bad}"),
-    ("cache_latents.py", "--vae-ckpt-path {beside}/sdvae.pt"),
     ("evaluate.py", "--features inception --inception-weights {bad}"),
     ("evaluate.py", "--enc-ckpt efficientnet-lite0={bad}"),
     ("evaluate.py", "--samples {bad}"),
     ("evaluate.py", "--reference {bad}"),
     ("reconstruction", "--vae {bad}"),
-    ("reconstruction", "--vae {beside}/sdvae.pt"),
-    ("reconstruction", "--lpips-vgg-ckpt {bad}"),
 ]
 
 
@@ -125,8 +119,7 @@ def crafted(places: dict[str, Path], root: Path, form: str) -> dict[str, Path]:
     craft(vae_files(found["beside"] / "sdvae.pt").statistics, form, found["canary"])
     found["resumed"], checkpoints = root / "resumed", root / "resumed/run/checkpoints"
     checkpoints.mkdir(parents=True)
-    for name in ("0000005.pt", "best.pt"):
-        shutil.copyfile(found["bad"], checkpoints / name)
+    shutil.copyfile(found["bad"], checkpoints / "0000005.pt")
     found["taken"] = root / "taken"
     (found["taken"] / "e2e").mkdir(parents=True)
     shutil.copyfile(found["bad"], found["taken"] / "e2e/e2e.pt")
@@ -161,30 +154,10 @@ def test_a_file_that_would_execute_is_refused_wherever_it_is_read(places, tmp_pa
     assert str(tmp_path) in line
 
 
-def test_a_file_in_torchvisions_cache_is_not_trusted(places, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
-    cached.parent.mkdir(parents=True)
-    craft(cached, "zip", tmp_path / "canary")
-    flags = good_flags("train_repae.py", places, tmp_path)
-    at = flags.index("--lpips-vgg-ckpt")
-    line = refused("train_repae.py", [*flags[:at], *flags[at + 2 :]], tmp_path / "canary")
-    assert f"VGG16 weights {cached}: not a readable PyTorch file" in line
-
-
-@pytest.mark.parametrize(
-    ("save", "name", "flag"),
-    [
-        (np.savez, "arr_0", "--samples"),
-        (np.savez_compressed, "arr_0", "--samples"),
-        (np.savez, "arr_0", "--reference"),
-        (np.savez, "mu", "--reference"),
-        (np.savez, "about", "--reference"),
-    ],
-)
-def test_objects_in_an_npz_are_refused(places, tmp_path, save, name, flag):
+@pytest.mark.parametrize(("name", "flag"), [("arr_0", "--samples"), ("mu", "--reference"), ("about", "--reference")])
+def test_objects_in_an_npz_are_refused(places, tmp_path, name, flag):
     canary, path = tmp_path / "canary", tmp_path / "bad.npz"
-    save(path, **{name: np.array([Executed(canary), None], dtype=object)})
+    np.savez(path, **{name: np.array([Executed(canary), None], dtype=object)})
     line = refused("evaluate.py", [*good_flags("evaluate.py", places, tmp_path), flag, path], canary)
     assert str(path) in line
     with pytest.raises(FileExistsError):  # it would have been: once by each of the two
@@ -192,16 +165,15 @@ def test_objects_in_an_npz_are_refused(places, tmp_path, save, name, flag):
         np.load(path, allow_pickle=True)[name]
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/object/new:os.mkdir [{}]"])
-def test_a_yaml_that_would_execute_is_refused(places, tmp_path, tag):
+def test_a_yaml_that_would_execute_is_refused(places, tmp_path):
     path, canary = tmp_path / "loss.yaml", tmp_path / "canary"
-    path.write_text("losses: " + tag.format(canary) + "\n")
+    path.write_text(f"losses: !!python/object/apply:os.mkdir [{canary}]\n")
     flags = [*good_flags("train_repae.py", places, tmp_path), "--loss-cfg-path", path]
     assert "loss.yaml: not a readable YAML file" in refused("train_repae.py", flags, canary)
 
 
 @pytest.mark.parametrize("name", ["index.json", "00000.safetensors"])
-@pytest.mark.parametrize("script", ["train_repae.py", "cache_latents.py", "dataset.py"])
+@pytest.mark.parametrize("script", ["train_repae.py", "dataset.py"])
 def test_pickles_in_place_of_index_and_shards_are_refused(places, tmp_path, script, name):
     data = shutil.copytree(places["data"], tmp_path / "data")
     craft(data / "images" / name, "pickle", tmp_path / "canary")
@@ -232,12 +204,11 @@ def test_torchscript_that_would_execute_is_refused(places, tmp_path, suffix):
     torch.jit.script(Busy()).save(tmp_path / "busy.pt")
     with zipfile.ZipFile(tmp_path / "busy.pt") as busy, zipfile.ZipFile(path, "w") as archive:
         for name in busy.namelist():
-            content = (
-                busy.read(name).replace(b'"CANARY"', f'"{canary}"'.encode())
-                if name.endswith(".py")
-                else busy.read(name)
-            )
-            archive.writestr(name.removesuffix(".py") + suffix if name.endswith(".py") else name, content)
+            content = busy.read(name)
+            if name.endswith(".py"):
+                name = name.removesuffix(".py") + suffix
+                content = content.replace(b'"CANARY"', f'"{canary}"'.encode())
+            archive.writestr(name, content)
     flags = [*good_flags("train_repae.py", places, tmp_path), "--enc-ckpt", f"efficientnet-lite0={path}"]
     assert "runs code when loaded" in refused("train_repae.py", flags, canary)
     torch.jit.load(path)

@@ -30,7 +30,11 @@ def read_weights(path: Path, what: str) -> dict:
     Raises:
         UserError: the file is missing, damaged, none of these, or would execute code.
     """
-    if path.is_file() and is_safetensors(path):
+    if not path.is_file():
+        return read_checkpoint(path, what)
+    with open(path, "rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"  # the length of a JSON object, and the object
+    if is_safetensors:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -38,25 +42,15 @@ def read_weights(path: Path, what: str) -> dict:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{what} {path}: damaged or cut short ({error}); take another copy") from None
-    if path.is_file() and zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return read_torchscript(path, what, archive)
     return read_checkpoint(path, what)
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file starts as safetensors files do: with the length of a JSON object and the object."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
 def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The weights of a TorchScript archive, in which OpenAI publishes CLIP; its code is not run.
-
-    Raises:
-        UserError: the archive is damaged, or would run code when it is loaded.
-    """
+    """The weights of a TorchScript archive, in which OpenAI publishes CLIP; one that would run code is refused."""
     check_zip(archive, f"{what} {path}")
     reader = torch._C.PyTorchFileReader(str(path))  # ignores the case of names, as torch.jit.load does
     sources = (name for name in reader.get_all_records() if name.lower().endswith(".py"))
@@ -68,7 +62,7 @@ def read_torchscript(path: Path, what: str, archive: zipfile.ZipFile) -> dict[st
 
 
 def check_zip(archive: zipfile.ZipFile, what: str) -> None:
-    """Raise a UserError if a checksum in the archive is wrong; torch.load does not verify them."""
+    """Raise a UserError if a checksum is wrong; torch.load does not verify them."""
     if damaged := archive.testzip():
         raise UserError(f"{what}: damaged (checksum of {damaged} differs); take another copy")
 
@@ -126,7 +120,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
 
 
 def neighbours(path: Path) -> str:
-    """For the message about a missing file: the `.pt` files in its folder."""
+    """For the message about a missing file: the `.pt` files beside it."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
     names = sorted(other.name for other in path.parent.glob("*.pt"))
@@ -148,22 +142,13 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def training_flags(checkpoint: dict, path: Path) -> dict:
-    """The flags of a checkpoint's run, by underscore name: those inside it, completed by the run's args.json.
-
-    Raises:
-        UserError: either is not a mapping.
-    """
+    """The flags of a checkpoint's run, by underscore name: those inside it, completed by the run's args.json."""
     inside = checkpoint.get("args") or {}
     inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
-    if not isinstance(inside, dict):
-        raise UserError(f"{path}: its args are a {type(inside).__name__}, expected flags by name")
     beside = path.parent.parent / "args.json"
     if "model" in inside or not beside.is_file():
         return inside
-    try:
-        return {**json.loads(beside.read_text(encoding="utf8")), **inside}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{beside}: damaged ({error}); expected a mapping of flags") from None
+    return {**json.loads(beside.read_text(encoding="utf8")), **inside}
 
 
 def ema_latent_statistics(ema: dict[str, Tensor], source: str) -> tuple[Tensor, Tensor]:
@@ -197,11 +182,9 @@ def check_weights(module: nn.Module, state: dict, source: str) -> dict[str, Tens
     if extra := [key for key in state if key not in expected]:
         raise UserError(f"{source}: {len(extra)} unexpected weights, first {extra[0]}: another architecture?")
     for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise UserError(
-                f"{source}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}: "
-                "another architecture or size?"
-            )
+        found, wanted = tuple(state[key].shape), tuple(value.shape)
+        if found != wanted:
+            raise UserError(f"{source}: {key} has shape {found}, expected {wanted}: another architecture or size?")
     return state
 
 
@@ -221,15 +204,11 @@ class VAEFiles(NamedTuple):
 def vae_files(weights: str | Path) -> VAEFiles:
     """NAME.pt -> itself, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt beside it."""
     weights = Path(weights)
-    return VAEFiles(
-        weights,
-        weights.with_name(f"{weights.stem}-latents-stats.pt"),
-        weights.with_name(f"{weights.stem}-discriminator-ckpt.pt"),
-    )
+    beside = (weights.with_name(f"{weights.stem}-{what}.pt") for what in ("latents-stats", "discriminator-ckpt"))
+    return VAEFiles(weights, *beside)
 
 
 def pt_bytes(state: dict[str, Tensor]) -> bytes:
-    """The content of a `.pt` file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

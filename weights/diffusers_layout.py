@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from errors import UserError
 from models.autoencoder import AutoencoderKL, VAEConfig
 
 # patterns of our keys -> diffusers', applied in this order
@@ -33,7 +34,6 @@ EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def diffusers_key(key: str, levels: int) -> str:
-    """diffusers' key of our weight `key`, in an autoencoder of `levels` levels."""
     key = re.sub(r"\bup\.(\d+)\.", lambda match: f"up.{levels - 1 - int(match[1])}.", key)
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
@@ -41,7 +41,6 @@ def diffusers_key(key: str, levels: int) -> str:
 
 
 def is_diffusers_state(state: dict[str, Tensor]) -> bool:
-    """Whether a state dict has diffusers' keys."""
     return any(key.startswith("encoder.down_blocks.") for key in state)
 
 
@@ -70,35 +69,28 @@ def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[st
     return found
 
 
-def from_diffusers_config(found: dict) -> VAEConfig:
+def from_diffusers_config(found: dict, where: str) -> VAEConfig:
     """The architecture in a config.json of diffusers' AutoencoderKL, with its scaling and shift factor.
 
     Raises:
-        ValueError: it is of another class, or has a setting that our autoencoder does not support.
+        UserError: it is of another class, or has a setting that our autoencoder does not support; it names `where`.
     """
     # diffusers' defaults for missing settings
     defaults = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
     config = {**defaults, "scaling_factor": 0.18215, **{k: value for k, value in found.items() if value is not None}}
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"describes a {kind}, expected an AutoencoderKL")
-    expected = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+    expected = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu"}
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{key} is {config[key]!r}, expected {value!r}")
+            raise UserError(f"VAE {where}: {key} in config.json is {config[key]!r}, expected {value!r}")
     widths = config["block_out_channels"]
     down = config.get("down_block_types", ["DownEncoderBlock2D"] * len(widths))
     up = config.get("up_block_types", ["UpDecoderBlock2D"] * len(widths))
-    for kinds, known in (
-        (down, ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
-        (up, ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
-    ):
-        if len(kinds) != len(widths) or not set(kinds) <= set(known):
-            raise ValueError(f"blocks are {', '.join(kinds)}, expected {len(widths)} of {' or '.join(known)}")
-    if any(width % config["norm_num_groups"] for width in widths):
-        raise ValueError(f"norm_num_groups {config['norm_num_groups']} does not divide all of {widths}")
+    known = {"DownEncoderBlock2D", "AttnDownEncoderBlock2D", "UpDecoderBlock2D", "AttnUpDecoderBlock2D"}
+    if other := {*down, *up} - known:
+        raise UserError(f"VAE {where}: config.json has blocks {', '.join(sorted(other))}, which are not supported")
     attention = tuple(level for level, kind in enumerate(down) if kind.startswith("Attn"))
     if attention != tuple(level for level, kind in enumerate(reversed(up)) if kind.startswith("Attn")):
-        raise ValueError("encoder and decoder have attention at different levels")
+        raise UserError(f"VAE {where}: in config.json, encoder and decoder have attention at different levels")
     return VAEConfig(
         z_channels=int(config["latent_channels"]),
         widths=tuple(int(width) for width in widths),

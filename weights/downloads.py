@@ -31,16 +31,10 @@ def one_line(text: object) -> str:
 def local_or_download(what: str, path: Path, url: str, offline: bool, advice: str, sha256: str | None = None) -> Path:
     """`path` if that file exists, else after downloading `url` to it, with a progress bar.
 
-    Args:
-        what: what the file is, for messages.
-        path: the local copy.
-        url: where it is published.
-        offline: whether a download is forbidden.
-        advice: what else the user can do, for messages.
-        sha256: beginning of the content's hash, if it is known.
+    `what` (the file) and `advice` (what else the user can do) are for messages; `sha256` begins the content's hash.
 
     Raises:
-        UserError: the file is not on this machine and must not or cannot be downloaded.
+        UserError: the file is not on this machine and must not (`offline`) or cannot be downloaded.
     """
     if path.is_file():
         return path
@@ -69,10 +63,7 @@ def hub_file(what: str, repository: str, filenames: Sequence[str], offline: bool
     """The first of `filenames` that a repository of the hub has: this machine's copy if there is one, else a download.
 
     The hub is not asked whether a local copy is outdated, so weights stay the same between runs. `repository` may end
-    in @REVISION. `what` and `advice` are as in `local_or_download`.
-
-    Raises:
-        UserError: the file is not on this machine and must not or cannot be downloaded.
+    in @REVISION. `what`, `advice` and errors are as in `local_or_download`.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -27,8 +27,6 @@ def load_encoders(
 ) -> list[Encoder]:
     """The frozen encoders of --enc-type, each giving grid x grid tokens for images of --resolution pixels.
 
-    `log` prints where weights were found.
-
     Raises:
         UserError: an encoder cannot give this token grid, or its weights are missing or another network's.
     """
@@ -49,14 +47,8 @@ def load_encoders(
 
 
 def given_files(args: argparse.Namespace) -> dict[str, str]:
-    """--enc-ckpt as a table: name -> path.
-
-    Raises:
-        UserError: it names an encoder twice, or one that no other flag names.
-    """
+    """--enc-ckpt as a table, name -> path; a UserError if it names an encoder that no other flag names."""
     given = dict(text.split("=", 1) for text in args.enc_ckpt)
-    if len(given) < len(args.enc_ckpt):
-        raise UserError("--enc-ckpt names an encoder twice")
     lists = [getattr(args, flag, "none") for flag in ("enc_type", "features", "eval_features")]
     for name in given:
         if not any(name in names.split(",") for names in lists):
@@ -65,10 +57,10 @@ def given_files(args: argparse.Namespace) -> dict[str, str]:
 
 
 def network_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: int) -> int:
-    """Tokens a side that row `name` gives for images of --resolution pixels, for a transformer of grid x grid.
+    """Tokens a side that row `name` gives for images of --resolution pixels.
 
     Raises:
-        UserError: the two grids differ, and --resample-tokens is not given.
+        UserError: the transformer's grid differs, and --resample-tokens is not given.
     """
     if spec.any_grid:
         return grid
@@ -87,36 +79,26 @@ def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> d
 
     Position tables are left out: they are resampled, and the rounding differs between processors.
     """
-    hashes = {}
-    for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True):
-        state = encoder.state_dict()
-        hashes[name] = fingerprint({key: value for key, value in state.items() if "pos" not in key})
-    return hashes
+    return {
+        name: fingerprint({key: value for key, value in encoder.state_dict().items() if "pos" not in key})
+        for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True)
+    }
 
 
 def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
-    """Load a file's weights strictly into the network of row `name`; returns the file's content.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another network.
-    """
+    """Load a file's weights strictly into the network of row `name`; returns the file's content."""
     what = f"weights of {name}"
     content = read_weights(path, what)
     try:
         state = encoder.convert(content)
     except Exception as error:  # timm's filters rely on what they expect
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-        raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(reason)})") from error
+        raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(error)})") from error
     load_weights(encoder.network, state, f"{what} {path}")
     return content
 
 
 def weights_file(name: str, spec: EncoderSpec, given: str | None, offline: bool) -> Path:
-    """The file with the weights of row `name`: the `given` one, the usual local copy, a package's, or a download.
-
-    Raises:
-        UserError: they are not on this machine, and cannot or, if `offline`, must not be downloaded.
-    """
+    """The file with the weights of row `name`: the `given` one, the usual local copy, a package's, or a download."""
     what, local = f"weights of {name}", LOCAL_COPIES / spec.file
     if given is not None and not given.startswith(HUB_PREFIX):
         return Path(given)
@@ -145,8 +127,6 @@ def published(spec: EncoderSpec) -> tuple[str | None, str | None]:
 
 
 def packaged_file(name: str, spec: EncoderSpec) -> Path:
-    """The only `.pth` file in the installed package that a row names."""
-    found = importlib.util.find_spec(spec.package)
-    if found is None:
+    if (found := importlib.util.find_spec(spec.package)) is None:
         raise UserError(f"{name} needs the package {spec.package}: pip install -r requirements-demo.txt")
     return next(Path(found.origin).parent.rglob("*.pth"))

@@ -25,26 +25,16 @@ from weights.encoders import given_files, load_encoder_weights, weights_file
 
 
 def check_feature_names(text: str) -> list[str]:
-    """The names in a --features: inception, and encoders of models/encoder_table.py, joined by commas.
-
-    Raises:
-        UserError: an unknown or repeated name.
-    """
-    names = text.split(",")
+    """The names in a --features: inception, and encoders of models/encoder_table.py, joined by commas."""
+    names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name != "inception":
             encoder_spec(name)
-        if names.count(name) > 1:
-            raise UserError(f"{name} is named twice")
     return names
 
 
 def load_feature_networks(names: list[str], args: argparse.Namespace, device: torch.device) -> list[FeatureNetwork]:
-    """The networks with these names, on `device`, from --inception-weights, --enc-ckpt or their usual places.
-
-    Raises:
-        UserError: weights are missing, damaged or of another network.
-    """
+    """The networks with these names, on `device`, from --inception-weights, --enc-ckpt or their usual places."""
     given, offline = given_files(args), is_offline(args)
 
     def file_of(name: str) -> Path:
@@ -75,7 +65,6 @@ def load_encoder(name: str, path: Path) -> EncoderFeatures:
 
 
 def inception_file(given: str | None, offline: bool) -> Path:
-    """torch-fidelity's Inception-2015 weights: the file that was given, its copy on this machine, or a download."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     advice = (
@@ -91,18 +80,13 @@ def load_inception(path: Path) -> Inception:
     try:
         return Inception(path)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"weights of inception {path}: not torch-fidelity's Inception-2015 ({one_line(error)})"
-        ) from error
+        raise UserError(f"{path}: not torch-fidelity's Inception-2015 ({one_line(error)})") from error
 
 
 def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
     """LPIPS with VGG16's trained convolutions from `vgg_path`, or by torchvision's download of IMAGENET1K_V1.
 
     The v0.1 linear heads are those in the installed lpips package (md5 d507d7349b931f0638a25a48a722f98a).
-
-    Raises:
-        UserError: a file is missing or lacks weights, or the download failed or, if `offline`, would be needed.
     """
     from torchvision.models import VGG16_Weights
 

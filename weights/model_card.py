@@ -25,13 +25,8 @@ PICTURES = {"reconstructions": "Originals, above their reconstructions", "sample
 def write_model_card(folder: Path, name: str, checkpoint: dict, path: Path, metrics: list[Path]) -> list[Path]:
     """Write README.md, and copies of the run's latest pictures, beside the VAE `name` in `folder`; returns their paths.
 
-    A card that somebody edited stays, and the new one becomes README.new.md.
-
-    Args:
-        folder: holds the VAE's .pt files, diffusers' files, or both.
-        checkpoint: the joint checkpoint that the VAE was taken from.
-        path: the checkpoint's path; the pictures are those in its run's folder.
-        metrics: results of evaluate.py, of this VAE or of samples decoded by it.
+    The VAE was taken from the joint `checkpoint` at `path`. `metrics` are results of evaluate.py, of this VAE or of
+    samples decoded by it. A card that somebody edited stays, and the new one becomes README.new.md.
 
     Raises:
         UserError: a file of `metrics` does not hold such results, or is of another VAE.
@@ -64,6 +59,7 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
     repeated = {key: value for key, value in flags.items() if value is not None and key not in NOT_REPEATED}
     hashes = {"images": identity.get("data"), **(identity.get("encoders") or {})}
+    others = {"loss": identity.get("loss"), "time": checkpoint.get("time_convention")}
     return {
         "name": name,
         "is_diffusers": is_diffusers,
@@ -85,8 +81,7 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
         "identity": {
             "fingerprint of the VAE's weights": vae_hash,
             **{f"fingerprint of {what}": value for what, value in hashes.items() if value},
-            **({"loss": identity["loss"]} if identity.get("loss") else {}),
-            **({"time": checkpoint["time_convention"]} if "time_convention" in checkpoint else {}),
+            **{what: value for what, value in others.items() if value},
         },
     }
 
@@ -109,11 +104,7 @@ def vae_fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def measured(file: Path, vae_hash: str) -> str:
-    """One line with the results of evaluate.py in `file`.
-
-    Raises:
-        UserError: the file does not hold such results, or is of another VAE than the one with fingerprint `vae_hash`.
-    """
+    """One line with the results of evaluate.py in `file`, which must not be of another VAE."""
     what = f"--metrics {file}"
     try:
         results = json.loads(file.read_text(encoding="utf8"))
@@ -129,9 +120,7 @@ def measured(file: Path, vae_hash: str) -> str:
                     sampler += f" for t from {made['guidance_low']:g} to {made['guidance_high']:g}"
                 subject += f", of {made['experiment']} at step {made['train_steps']} ({made['model']}; {sampler})"
             known = made.get("vae_fingerprint")
-    except FileNotFoundError:
-        raise UserError(f"{what}: no such file") from None
-    except (ValueError, TypeError, KeyError, AttributeError, IsADirectoryError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{what}: not what evaluate.py writes; expected its .metrics.json") from None
     if known not in (None, vae_hash):
         raise UserError(f"{what}: measured another VAE than this one; leave it out, or measure again")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL
+from models.autoencoder import AutoencoderKL
 from models.encoder_table import encoder_specs
 from models.sit import SIT_SIZES, SiT, SiT_models
 from weights.checkpoint_io import (
@@ -28,14 +28,7 @@ from weights.checkpoint_io import (
     training_flags,
     vae_files,
 )
-from weights.vae import (
-    VAESource,
-    latent_shape,
-    load_vae,
-    open_vae,
-    read_latent_statistics,
-    stated_architecture,
-)
+from weights.vae import VAESource, latent_shape, load_vae, open_vae, read_latent_statistics, stated_architecture
 
 # the settings of published runs whose flags lack these
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
@@ -67,14 +60,17 @@ def load_experiment(
     checkpoint = read_checkpoint(path)
     ema = read_ema(checkpoint, str(path))
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
-    for key in ("model", "vae"):
-        if key not in flags:
-            raise UserError(f"{path}: its run's flags do not name --{key}; put the run's args.json into {exp_path}")
+    if "model" not in flags or "vae" not in flags:
+        raise UserError(f"{path}: its flags lack --model or --vae; put the run's args.json into {exp_path}")
     if flags["model"] not in SiT_models:
         raise UserError(f"{path}: " + unknown_name("model", str(flags["model"]), SiT_models))
-    source = trained_vae(checkpoint, flags, vae_ckpt, path, offline)
+    is_joint = isinstance(checkpoint.get("vae"), dict)
+    if is_joint and vae_ckpt is not None:
+        raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
+    weights = None if is_joint else vae_ckpt or flags.get("vae_ckpt")
+    source = open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: ema")
-    if isinstance(checkpoint.get("vae"), dict):
+    if is_joint:
         vae = AutoencoderKL(source.config)
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
     else:
@@ -85,10 +81,9 @@ def load_experiment(
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
-    """The path of a checkpoint in a run's folder; a UserError if there is no such folder, or no checkpoint in it."""
-    folder = exp_path / "checkpoints"
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
+    folder = exp_path / "checkpoints"
     if step == "best":
         return folder / BEST_CHECKPOINT
     path = latest_checkpoint(folder) if step is None else checkpoint_path(folder, step)
@@ -98,31 +93,11 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
 
 
 def read_ema(checkpoint: dict, source: str) -> dict[str, Tensor]:
-    """The EMA weights of a checkpoint's transformer, in float32 and without wrappers' prefixes.
-
-    Raises:
-        UserError: the checkpoint has none.
-    """
+    """The EMA weights of a checkpoint's transformer, in float32 and without wrappers' prefixes."""
     if not isinstance(checkpoint.get("ema"), dict):
         raise UserError(f"{source}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
     ema = strip_prefixes(checkpoint["ema"])
     return {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
-
-
-def trained_vae(checkpoint: dict, flags: dict, vae_ckpt: str | None, path: Path, offline: bool) -> VAESource:
-    """The VAE of the run of the checkpoint at `path`; its `weights` are None if the checkpoint holds them.
-
-    Raises:
-        UserError: the VAE is unknown or missing, or `vae_ckpt` is given although the checkpoint holds the VAE.
-    """
-    is_inside = isinstance(checkpoint.get("vae"), dict)
-    if is_inside and vae_ckpt is not None:
-        raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
-    weights = None if is_inside else vae_ckpt or flags.get("vae_ckpt")
-    try:
-        return open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int, int], source: str) -> SiT:
@@ -131,35 +106,26 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
     It has a null label and q/k norm if the weights have them.
     """
     ema = {key: value for key, value in ema.items() if not key.startswith("projectors.")}
-    table = ema.get("y_embedder.embedding_table.weight")
-    has_null = table is not None and len(table) > flags["num_classes"]
-    try:
-        with torch.device("meta"):
-            sit = SiT_models[flags["model"]](
-                input_size=latent[1],
-                in_channels=latent[0],
-                num_classes=flags["num_classes"],
-                class_dropout_prob=0.1 if has_null else 0.0,
-                z_dims=(),
-                encoder_depth=flags["encoder_depth"],
-                qk_norm=any(".q_norm." in key for key in ema),
-            )
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
+    has_null = len(ema.get(LABEL_TABLE, ())) > flags["num_classes"]
+    with torch.device("meta"):
+        sit = SiT_models[flags["model"]](
+            input_size=latent[1],
+            in_channels=latent[0],
+            num_classes=flags["num_classes"],
+            class_dropout_prob=0.1 if has_null else 0.0,
+            z_dims=(),
+            encoder_depth=flags["encoder_depth"],
+            qk_norm=any(".q_norm." in key for key in ema),
+        )
     sit.load_state_dict(check_weights(sit, ema, source), assign=True)
     return sit.eval().requires_grad_(False)
 
 
 def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> AutoencoderKL:
-    """The VAE of a frozen-VAE run, if it is the one that the transformer was trained with.
+    """The VAE of a frozen-VAE run; a UserError if it is missing, or not the one that the transformer was trained with.
 
-    Args:
-        source: where the VAE is.
-        trained: scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.
-        known: fingerprint of the VAE's weights, if the checkpoint states it.
-
-    Raises:
-        UserError: the VAE is missing, or is another one.
+    `trained` is scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.
+    `known` is the fingerprint of the VAE's weights, if the checkpoint states it.
     """
     path = source.weights
     if path is None or not path.is_file():
@@ -194,8 +160,8 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
     checkpoint = read_checkpoint(args.sit_ckpt, "transformer weights")
     ema = read_ema(checkpoint, source)
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, Path(args.sit_ckpt))}
-    refuse_other_architecture(ema, sit, args, source)
-    state, changes = fit_weights(ema, flags, sit, args)
+    refuse_other_size(ema, sit, args.model, source)
+    state, changes = fit_weights(ema, flags, sit, args.enc_type)
     load_weights(sit, state, source)
     log("; ".join([f"{source}: starting from the average of step {checkpoint.get('steps', 'unknown')}", *changes]))
     if not same_statistics(ema_latent_statistics(ema, source), sit.latent_statistics()):
@@ -207,43 +173,57 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
         log(f"warning: {source}: trained with --path-type {flags['path_type']}, not {args.path_type}")
 
 
-def refuse_other_architecture(ema: dict[str, Tensor], sit: SiT, args: argparse.Namespace, source: str) -> None:
-    """Raise a UserError unless `ema` has the latent channels, depth, width, patch size and q/k norm of `sit`."""
+def refuse_other_size(ema: dict[str, Tensor], sit: SiT, model: str, source: str) -> None:
+    """Raise a UserError that names the right --model, unless `ema` has the depth, width and patch size of `sit`."""
     if missing := [key for key in ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE) if key not in ema]:
         raise UserError(f"{source}: no {missing[0]} in ema; expected the weights of a SiT")
-    width, channels, patch, _ = ema["x_embedder.proj.weight"].shape
-    if channels != sit.in_channels:
-        fitting = ", ".join(name for name, config in VAE_CONFIGS.items() if config.z_channels == channels) or "none"
-        raise UserError(
-            f"{source}: a transformer of latents of {channels} channels, but --vae {args.vae} has {sit.in_channels}; "
-            f"VAEs that fit: {fitting}"
-        )
+    width, _, patch, _ = ema["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in ema if key.startswith("blocks.")})
     if (depth, width, patch) != (len(sit.blocks), sit.pos_embed.shape[2], sit.patch_size):
         names = [f"{name}/{patch}" for name, size in SIT_SIZES.items() if size[:2] == (depth, width)]
         raise UserError(
             f"{source}: a transformer of {depth} blocks of width {width} and patch {patch}, but --model is "
-            f"{args.model}; " + (f"use --model {names[0]}" if names else "no --model has this size")
+            f"{model}; " + (f"use --model {names[0]}" if names else "no --model has this size")
         )
-    if (qk_norm := any(".q_norm." in key for key in ema)) != args.qk_norm:
-        flag = "--qk-norm" if qk_norm else "--no-qk-norm"
-        raise UserError(f"{source}: a transformer that was trained with {flag}; use {flag}")
 
 
-def fit_weights(
-    ema: dict[str, Tensor], flags: dict, sit: SiT, args: argparse.Namespace
-) -> tuple[dict[str, Tensor], list[str]]:
-    """`ema`, trained with `flags`, as a state dict of `sit`; and in words what was resampled and what stays fresh."""
-    own = sit.state_dict()
+def fit_weights(ema: dict[str, Tensor], flags: dict, sit: SiT, enc_type: str) -> tuple[dict[str, Tensor], list[str]]:
+    """`ema`, trained with `flags`, as a state dict of `sit`; and in words what was resampled and what stays fresh.
+
+    Label embeddings are taken if both have as many classes, and that of the null label, the last row, if both have it.
+    A projector is taken if it is for the same encoder and of the same kind. `enc_type` is the --enc-type of `sit`.
+    """
+    own, fresh, changes = sit.state_dict(), [], []
     state = {key: value for key, value in ema.items() if not key.startswith(("bn.", "projectors."))}
     state |= {key: value for key, value in own.items() if key.startswith("bn.")}
     state["pos_embed"] = resample_positions(ema["pos_embed"], sit.grid)
-    state[LABEL_TABLE], fresh = fit_labels(ema[LABEL_TABLE], own[LABEL_TABLE], flags["num_classes"], sit.num_classes)
-    projectors, fresh_projectors = fit_projectors(ema, own, str(flags.get("enc_type")), args.enc_type)
-    changes, fresh = [], fresh + fresh_projectors
     if (before := math.isqrt(ema["pos_embed"].shape[1])) != sit.grid:
         changes.append(f"positions resampled from {before}x{before} to {sit.grid}x{sit.grid} tokens")
-    return state | projectors, changes + ([f"fresh: {', '.join(fresh)}"] if fresh else [])
+
+    labels, trained, classes = own[LABEL_TABLE].cpu().clone(), ema[LABEL_TABLE], flags["num_classes"]
+    if classes == sit.num_classes:
+        labels[:classes] = trained[:classes]
+    else:
+        fresh.append(f"{sit.num_classes} classes instead of {classes}")
+    if sit.null_label is not None and len(trained) > classes:
+        labels[-1] = trained[-1]
+    elif sit.null_label is not None:
+        fresh.append("null label")
+    state[LABEL_TABLE] = labels
+
+    old_names = str(flags.get("enc_type")).split(",")
+    for number, name in enumerate(encoder_specs(enc_type)):
+        mine = with_prefix(own, f"projectors.{number}.")
+        theirs = with_prefix(ema, f"projectors.{old_names.index(name)}.") if name in old_names else {}
+        fits = {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
+        state |= {f"projectors.{number}.{key}": value for key, value in (theirs if fits else mine).items()}
+        fresh += [] if fits else [f"projector of {name}"]
+    return state, changes + ([f"fresh: {', '.join(fresh)}"] if fresh else [])
+
+
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose keys start with `prefix`, which is removed."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def resample_positions(table: Tensor, grid: int) -> Tensor:
@@ -251,43 +231,3 @@ def resample_positions(table: Tensor, grid: int) -> Tensor:
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=0)
-
-
-def fit_labels(trained: Tensor, own: Tensor, classes: int, own_classes: int) -> tuple[Tensor, list[str]]:
-    """The label table `own` with rows of `trained`, a table of `classes` classes; and in words what stays fresh.
-
-    Rows of classes are taken if both tables have as many classes. The row of the null label, the last one of a table
-    that has it, is taken if both tables have it.
-    """
-    table, fresh = own.cpu().clone(), []
-    if classes == own_classes:
-        table[:classes] = trained[:classes]
-    else:
-        fresh.append(f"{own_classes} classes instead of {classes}")
-    if len(own) > own_classes:
-        if len(trained) > classes:
-            table[-1] = trained[-1]
-        else:
-            fresh.append("null label")
-    return table, fresh
-
-
-def fit_projectors(
-    ema: dict[str, Tensor], own: dict[str, Tensor], enc_type: str, own_enc_type: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """State of the projectors for the encoders `own_enc_type`; and in words which stay fresh.
-
-    A projector of `ema` (trained with `enc_type`) for the same encoder is taken if its keys and shapes are the same.
-    """
-    before, found, fresh = enc_type.split(","), {}, []
-    for number, name in enumerate(encoder_specs(own_enc_type)):
-        prefix = f"projectors.{number}."
-        mine = {key: value for key, value in own.items() if key.startswith(prefix)}
-        theirs = {}
-        if name in before:
-            old = f"projectors.{before.index(name)}."
-            theirs = {prefix + key.removeprefix(old): value for key, value in ema.items() if key.startswith(old)}
-        fits = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
-        found |= theirs if fits else mine
-        fresh += [] if fits else [f"projector of {name}"]
-    return found, fresh

@@ -63,10 +63,10 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
         found = published if own == weights else find_weights(own, offline)[1]
         if found is None:
             raise UserError(f"--vae {name}: no {CONFIG} of diffusers there; name a folder or a repository that has one")
-        config = read_architecture(found, own)
+        config = from_diffusers_config(found, own)
     else:
         raise UserError(unknown_name("vae", name, VAE_CONFIGS))
-    if published is not None and read_architecture(published, str(weights)) != config:
+    if published is not None and from_diffusers_config(published, str(weights)) != config:
         raise UserError(
             f"VAE weights {weights}: {CONFIG} describes another architecture than {name}; take --vae "
             f"{DIFFUSERS}{weights}"
@@ -81,11 +81,7 @@ def stated_architecture(checkpoint: dict) -> VAEConfig | None:
 
 
 def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
-    """The file of the weights named by `text`, and diffusers' config.json if it lies beside them.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The file of the weights named by `text`, and the content of diffusers' config.json if it lies beside them."""
     path = Path(text)
     if path.is_dir():
         for folder in (path / subfolder for subfolder in SUBFOLDERS):
@@ -93,14 +89,18 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
                 files = [folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()]
                 if not files:
                     raise UserError(f"VAE weights {folder}: none of {', '.join(DIFFUSERS_FILES)} beside {CONFIG}")
-                return files[0], read_config(folder / CONFIG)
+                return files[0], read_json(folder / CONFIG)
         raise UserError(f"VAE weights {path}: a folder without diffusers' {CONFIG}{neighbours(path / CONFIG)}")
     is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
     if path.is_file() or is_path:
         config = path.with_name(CONFIG)
-        return path, read_config(config) if path.name in DIFFUSERS_FILES and config.is_file() else None
+        return path, read_json(config) if path.name in DIFFUSERS_FILES and config.is_file() else None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
-    return weights, read_config(config)
+    return weights, read_json(config)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf8"))
 
 
 def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
@@ -112,35 +112,8 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
     return config, hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
 
 
-def read_config(path: Path) -> dict:
-    """A config.json; a UserError if it is damaged."""
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}), expected diffusers' description of an AutoencoderKL") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: damaged (holds a {type(config).__name__}), expected a mapping of settings")
-    return config
-
-
-def read_architecture(config: dict, where: str) -> VAEConfig:
-    """The architecture in a config.json; `where` names it in messages.
-
-    Raises:
-        UserError: it is not an AutoencoderKL, or has settings that are not supported.
-    """
-    try:
-        return from_diffusers_config(config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"VAE {where}: {CONFIG} {error}") from None
-
-
 def load_vae(source: VAESource) -> AutoencoderKL:
-    """The autoencoder with its weights, or freshly initialised, in float32 whatever the file's dtype.
-
-    Raises:
-        UserError: weights are missing, damaged or of another architecture.
-    """
+    """The autoencoder with its weights, or freshly initialised, in float32 whatever the file's dtype."""
     vae = AutoencoderKL(source.config)
     if source.weights is not None:
         state = read_vae_state(source.weights, source.config)
@@ -149,11 +122,7 @@ def load_vae(source: VAESource) -> AutoencoderKL:
 
 
 def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
-    """The weights of a VAE under our keys, from a file in any published form.
-
-    Raises:
-        UserError: the file is missing, damaged, or a checkpoint of our training.
-    """
+    """The weights of a VAE under our keys, from a file in any published form."""
     state = read_weights(path, "VAE weights")
     if isinstance(state.get("vae"), dict):
         raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
@@ -171,14 +140,9 @@ def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
 def diffusers_files(
     folder: Path, weights: dict[str, Tensor], config: VAEConfig, statistics: dict[str, Tensor], resolution: int
 ) -> dict[Path, bytes]:
-    """A VAE as diffusers' AutoencoderKL.from_pretrained reads it: the files of `folder` and their contents.
+    """A VAE as diffusers' AutoencoderKL.from_pretrained reads it: the files to be written to `folder`.
 
-    Args:
-        folder: where they are to be written.
-        weights: under our keys.
-        config: their architecture.
-        statistics: latents_scale and latents_bias, (1,C,1,1) each.
-        resolution: side in pixels of the images that the VAE was trained on.
+    `statistics` are latents_scale and latents_bias, (1,C,1,1) each; `resolution` is the side of the training images.
     """
     from safetensors.torch import save
 
@@ -190,11 +154,7 @@ def diffusers_files(
 
 
 def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
-    """(C, h, w) of a VAE's latents of images of `resolution` pixels.
-
-    Raises:
-        UserError: the VAE's factor does not divide the resolution.
-    """
+    """(C, h, w) of a VAE's latents; a UserError if the VAE's factor does not divide the `resolution` of images."""
     factor = source.config.downsampling
     if resolution % factor:
         raise UserError(f"--resolution {resolution} is no multiple of {factor}, which --vae {source.name} needs")
@@ -213,20 +173,16 @@ def published_factors(source: VAESource) -> VAEConfig | None:
     were trained further: the row's factors do not hold for them.
     """
     if source.published is not None:
-        return read_architecture(source.published, str(source.weights))
+        return from_diffusers_config(source.published, str(source.weights))
     row = VAE_CONFIGS.get(source.name)
-    is_own = source.weights.suffix == ".pt"
-    return None if row is None or row.scaling_factor is None or is_own else row
+    return None if row is None or row.scaling_factor is None or source.weights.suffix == ".pt" else row
 
 
 def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> tuple[Tensor, Tensor]:
-    """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE.
+    """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE; a UserError if they are not known.
 
     They come from the file beside its weights, else from latents_mean and latents_std in diffusers' config.json, else
     from the published scaling and shift factor. `log` prints which, unless it is the file.
-
-    Raises:
-        UserError: none is known, or they do not fit the latents.
     """
     shape = (1, source.config.z_channels, 1, 1)
     beside = vae_files(source.weights).statistics
@@ -236,12 +192,7 @@ def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> t
     if published.get("latents_mean") is not None and published.get("latents_std") is not None:
         log(f"latent statistics of {source.weights}: latents_mean and latents_std in {CONFIG}")
         keys = ("latents_mean", "latents_std")
-        try:
-            mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError(
-                f"{source.weights}: latents_mean and latents_std in {CONFIG} are not {shape[1]} numbers"
-            ) from None
+        mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
         return (1 / std).float(), mean.float()
     if (factors := published_factors(source)) is None:
         raise UserError(
@@ -258,18 +209,14 @@ def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tens
     """latents_scale and latents_bias, (1,C,1,1) float32 each, from the file beside `vae_weights`.
 
     Raises:
-        UserError: the file is missing, or its tensors do not have `channels` values.
+        UserError: the file is missing, or C is not `channels`.
     """
     path = vae_files(vae_weights).statistics
     stats = read_checkpoint(path, "latent statistics")
-    values = []
-    for key in ("latents_scale", "latents_bias"):
-        value = stats.get(key)
-        if not isinstance(value, Tensor) or value.numel() != channels:
-            found = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
-            raise UserError(f"latent statistics {path}: {key} is {found}, expected a tensor of {channels} values")
-        values.append(value.float().reshape(1, channels, 1, 1))
-    return values[0], values[1]
+    scale, bias = stats["latents_scale"].float(), stats["latents_bias"].float()
+    if scale.numel() != channels:
+        raise UserError(f"latent statistics {path}: of {scale.numel()} channels, expected {channels}; of another VAE?")
+    return scale.reshape(1, -1, 1, 1), bias.reshape(1, -1, 1, 1)
 
 
 def load_discriminator(path: str | None) -> PatchDiscriminator:
