@@ -107,9 +107,7 @@ def test_a_run_that_becomes_nan_stops_and_overwrites_nothing(started, network, k
     before = files_of(folder)
     code, said = call("train_repae.py", *flags, "--max-train-steps", 9)
     assert code == 2
-    assert (
-        f"error: step 4: {term} is nan; training stopped. Last good checkpoint: {path}. Another --exp-name with" in said
-    )
+    assert f"error: step 4: {term} is nan; training stopped. Last good checkpoint: {path}. Start another" in said
     assert files_of(folder) == before
     assert [record["step"] for record in records(folder / "metrics.jsonl")][-1] < 9
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[3])[term] is None
