@@ -193,9 +193,3 @@ def test_loss_yaml_errors(tmp_path, text, message):
     with pytest.raises(UserError, match="--loss-cfg-path .*loss.yaml") as error:
         config.load_loss_config(str(tmp_path / "loss.yaml"))
     assert message in str(error.value)
-
-
-def test_loss_yaml_values_are_read(tmp_path):
-    (tmp_path / "loss.yaml").write_text("losses: {kl_weight: 1, discriminator_start: 5, lecam_ema_decay: 0.9}")
-    cfg = config.load_loss_config(str(tmp_path / "loss.yaml"))
-    assert cfg == VAELossConfig(kl_weight=1.0, discriminator_start=5, lecam_ema_decay=0.9)

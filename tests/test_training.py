@@ -13,13 +13,11 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError, run_script
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
-from models.sit import SiT_models
 from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
 from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, IDENTITY, RESUMABLE, refuse_changed_flags
 from training.state import TrainingState
-from training.transformer_step import copy_for_ema, update_ema
 from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
     latest_checkpoint,
@@ -52,16 +50,6 @@ def test_optimizer_is_clipped_adamw():
     torch.testing.assert_close(ours.weight, theirs.weight)
 
 
-def test_micro_batches_average_to_their_batch():
-    whole, parts = linear(), linear()
-    x = torch.randn(8, 4)
-    one = Optimizer(whole.parameters(), CPU).backward_and_step(whole(x).square().mean())
-    optimizer = Optimizer(parts.parameters(), CPU, accumulation_steps=2)
-    assert optimizer.backward_and_step(parts(x[:4]).square().mean()) is None
-    torch.testing.assert_close(optimizer.backward_and_step(parts(x[4:]).square().mean()), one)
-    torch.testing.assert_close(whole.weight, parts.weight)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_gradient_that_is_not_finite_is_skipped(precision):
     model = linear()
@@ -92,16 +80,6 @@ def test_loss_scaling_changes_no_gradient_and_each_optimizer_has_its_own_scale()
     assert int(b.scaler_metrics("x")["skipped_x"]) == 1
     assert other.scaler.get_scale() == 65536
     assert a.scaler_metrics("x") == {}
-
-
-def test_ema_copies_integers_and_keeps_fixed_tables_to_the_bit():
-    sit = SiT_models["SiT-XXS/2"](input_size=8, encoder_depth=2)
-    ema = copy_for_ema(sit)
-    sit.bn(torch.randn(2, 4, 8, 8))
-    update_ema(ema, sit, 0.999)
-    assert int(ema.bn.num_batches_tracked) == 1
-    assert torch.equal(ema.pos_embed, sit.pos_embed)
-    torch.testing.assert_close(ema.bn.running_mean, 0.001 * sit.bn.running_mean)
 
 
 def test_global_batch_norm_is_batch_norm_on_one_process():

@@ -156,8 +156,8 @@ def transformer_step_options(args: argparse.Namespace, device: torch.device) -> 
 def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
     """Warn if a new run tunes its VAE against a fresh discriminator from the first step."""
     if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
-        what = "the VAE is tuned against an untrained discriminator from the start"
-        run.print(f"warning: {what}; give --disc-pretrained-ckpt or, without one, --disc-warmup-steps 1000")
+        what = "warning: the VAE is tuned against an untrained discriminator from the start"
+        run.print(f"{what}; give --disc-pretrained-ckpt or, without one, --disc-warmup-steps 1000")
 
 
 def print_plan(run: Run, data, nets, latent: tuple[int, int, int]) -> None:

@@ -89,16 +89,18 @@ class MetricsLog:
             self._start_tracker({**options, "mode": mode})
         except Exception as error:
             files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
-            hint = f"it keeps its files here, which `wandb sync {files}` uploads"
-            self.log(f"warning: wandb cannot be used online ({one_line(error)}); {hint}")
+            self.log(
+                f"warning: wandb cannot be used online ({one_line(error)}); it keeps its files here, which "
+                f"`wandb sync {files}` uploads"
+            )
             self.accelerator.trackers = []
             wandb.teardown(exit_code=1)  # else the run id counts as in use
             self._start_tracker({**options, "mode": "offline"})
 
     def _without_tracker(self, error: Exception) -> None:
         self.accelerator.trackers = []
-        what = f"{self.args.report_to} is not available ({one_line(error)})"
-        self.log(f"warning: {what}; metrics.jsonl is written all the same")
+        reason, tracker = one_line(error), self.args.report_to
+        self.log(f"warning: {tracker} is not available ({reason}); metrics.jsonl is written all the same")
 
     def close(self) -> None:
         """Finish the tracker; what it has not uploaded by then stays in its files."""

@@ -143,8 +143,8 @@ class CheckpointFolder:
             else:
                 return path
         if candidates:
-            hint = "put copies of them back, or choose another --exp-name to start afresh"
-            raise UserError(f"{candidates[0].parent}: all {len(candidates)} checkpoints are damaged; {hint}")
+            what = "checkpoints are damaged; put copies of them back, or choose another --exp-name to start afresh"
+            raise UserError(f"{candidates[0].parent}: all {len(candidates)} {what}")
         return None
 
     def save(self, content: dict, permanent: bool, keep_last: int) -> None:
