@@ -9,7 +9,6 @@ where it stopped, on any number of processes.
 """
 
 import argparse
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 from dataset import LATENT_FORMAT, ImageDataset, fingerprint_of, images_directory, open_images
 from errors import Parser, run_script
 from flags.config import parse_flags
-from flags.groups import add_caching_flags, add_offline_flag, add_vae_name
-from flags.types import VAE_WEIGHTS
+from flags.groups import add_caching_flags
 from models.autoencoder import AutoencoderKL, pixels_to_image
 from training.build import compile_in_place, use_tf32
 from training.distributed import process_state
@@ -28,28 +26,10 @@ from weights.checkpoint_io import fingerprint
 from weights.downloads import is_offline
 from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae
 
-DTYPES = ("float16", "float32")
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
-    add_vae_name(parser, "--vae-arch", "f16d32", "vae_ckpt_path")
-    parser.add_argument("--vae-ckpt-path", help=f"the VAE's {VAE_WEIGHTS}")
-    parser.add_argument(
-        "--vae-latents-name", default="repae-invae-400k", help="folder below --output-dir (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="float16 halves the disk (default: float32)",
-    )
-    parser.add_argument(
-        "--compile", action=BooleanOptionalAction, default=True, help="compile the encoder on GPUs (default: yes)"
-    )
     add_caching_flags(parser)
-    add_offline_flag(parser)
     args = parse_flags(parser, argv, "cache_latents")
     if args.vae_ckpt_path is None:
         parser.error("one of these is required: --vae-ckpt-path, --vae-arch diffusers:PATH_OR_ID")

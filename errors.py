@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -16,21 +17,10 @@ DISK_ERRORS = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 # torch's messages when another process of the job has died or does not answer
-LOST_PROCESS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Connection refused",
-    "Timed out waiting",
-    "Connection timed out",
-    "Broken pipe",
-    "No route to host",
-    "Network is unreachable",
-    "failed to recv",
-    "ncclRemoteError",
-    "remote process exited",
+LOST_PROCESS = re.compile(
+    "Connection (closed by peer|reset by peer|refused|timed out)|Timed out waiting|Broken pipe|No route to host|"
+    "Network is unreachable|failed to recv|ncclRemoteError|remote process exited"
 )
-EXIT_USER_ERROR = 2
-EXIT_KEYBOARD = 130
 SECONDS_TO_END = 5
 
 
@@ -66,23 +56,17 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160]
 
 
-def lost_process(error: BaseException) -> str | None:
-    """Torch's words, in lower case, if the error says that another process died or does not answer; else None."""
-    return next((words.lower() for words in LOST_PROCESS if words in str(error)), None)
-
-
 def explain_runtime_error(error: RuntimeError) -> str | None:
     """One line for torch's errors about lost processes and full memory; None for any other error."""
     text = str(error)
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
     if type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"the GPU's memory is full ({first_line(error)}); train with --gradient-checkpointing or more "
-            "--gradient-accumulation-steps, sample and cache with a smaller --pproc-batch-size"
-        )
-    if (how := lost_process(error)) is not None:
-        return f"another process is gone or does not answer ({how}); the same command continues from what was saved"
+        remedy = "--gradient-checkpointing, more --gradient-accumulation-steps or a smaller --pproc-batch-size"
+        return f"the GPU's memory is full ({first_line(error)}); use {remedy}"
+    if lost := LOST_PROCESS.search(text):
+        how = f"another process is gone or does not answer ({lost[0].lower()})"
+        return f"{how}; the same command continues from what was saved"
     return None
 
 
@@ -108,7 +92,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_TO_END)  # rank 0 reports what all ranks found, then the launcher ends the others
         print(f"error: {message}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = 2
     except KeyboardInterrupt:
-        code = EXIT_KEYBOARD
+        code = 130
     sys.exit(code)

@@ -52,35 +52,29 @@ def ldm_step(nets: TransformerNets, batch: Batch, draws: Draws, cfg: Transformer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
     groups.add_run_flags(parser)
     groups.add_data_flags(parser)
     groups.add_vae_flags(parser, vae="f16d32", vae_ckpt="pretrained/e2e-vavae-400k/e2e-vavae-400k.pt")
-    groups.add_latent_flags(parser)
+    name = "folder of cache_latents.py below --data-dir"
+    groups.add(parser, "--vae-latents-name", "e2e-vavae-400k", str, name)
     groups.add_transformer_flags(parser, default_model="SiT-XL/1")
     groups.add_optimisation_flags(parser)
     return parse_flags(parser, argv, "train_ldm_only")
 
 
 def open_data(args: argparse.Namespace, source: VAESource):
-    """The cached latents that the flags name, with their images if an encoder needs them.
-
-    Raises:
-        UserError: they are missing, too few, of another size, or have more classes than the transformer.
-    """
+    """The cached latents that the flags name, with their images if an encoder needs them."""
     images = open_images(args.data_dir, args.resolution) if args.enc_type != "none" else None
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
     check_data(latents, args)
     if latents.shape != (shape := latent_shape(source, args.resolution)):
-        raise UserError(
-            f"{latents.source} holds latents of {latents.shape}, but --vae {args.vae} at --resolution "
-            f"{args.resolution} gives {shape}; cache them again, or change the flags"
-        )
+        flags = f"--vae {args.vae} --resolution {args.resolution}"
+        raise UserError(f"{latents.source} holds latents of {latents.shape}, but {flags} needs {shape}; cache again")
     return latents
 
 
-def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: argparse.Namespace, run: Run) -> None:
+def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
     """Raise a UserError unless the latents were cached with the VAE at --vae-ckpt, of fingerprint `weights`."""
     what = f"{latents.source} was cached with {{}} than those of --vae-ckpt {args.vae_ckpt}; cache again, or change it"
     if latents.vae_fingerprint != weights:
@@ -91,29 +85,18 @@ def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: ar
 
 
 def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
-    """Set the normaliser of restored networks to the VAE's `statistics`, which their EMA normalised by.
+    """Set the normaliser of restored networks to the VAE's `statistics`, which their EMA must normalise by.
 
     The statistics of a joint run's VAE are those of its EMA; the statistics of its transformer are slightly newer.
-
-    Raises:
-        UserError: the EMA normalises by others: it was trained on another VAE.
     """
     if not same_statistics(nets.ema.latent_statistics(), statistics):
-        raise UserError(
-            f"the checkpoint that --exp-name {args.exp_name} continues from normalises latents by other "
-            f"statistics than those beside --vae-ckpt {args.vae_ckpt}; it was trained on another VAE"
-        )
+        what = f"--exp-name {args.exp_name} continues from a checkpoint that was trained on another VAE"
+        raise UserError(f"{what}: the latents' statistics beside --vae-ckpt {args.vae_ckpt} are not those in it")
     for sit in (unwrap(nets.sit), nets.ema):
         sit.set_latent_statistics(*statistics)
 
 
-def evaluation_images(args: argparse.Namespace):
-    """The images of --data-dir if samples are compared to them, else None."""
-    return open_images(args.data_dir, args.resolution) if args.eval_steps and not args.eval_reference else None
-
-
 def main() -> None:
-    """Parse, build, loop."""
     args = parse_args()
     use_tf32(args.allow_tf32)
     run = Run(args)
@@ -122,13 +105,15 @@ def main() -> None:
     statistics = known_statistics(source, run.print)
     vae = load_vae(source).eval().requires_grad_(False)
     weights = fingerprint(vae.state_dict())
-    check_vae(data, weights, statistics, args, run)
+    check_vae(data, weights, statistics, args)
     torch.manual_seed(args.seed)
     nets = build_transformer_nets(args, run, data.shape, statistics)
     identity = identity_of(args, source, nets, data=data.image_fingerprint, latents=data.fingerprint, vae=weights)
     run.begin(nets, identity, check=lambda: keep_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
-    previews = Previews(args, run, vae.to(run.device), nets.ema, reference=evaluation_images(args))
+    measured = args.eval_steps and not args.eval_reference
+    reference = open_images(args.data_dir, args.resolution) if measured else None
+    previews = Previews(args, run, vae.to(run.device), nets.ema, reference=reference)
     if args.dry_run:
         print_plan(run, data, nets, data.shape)
         return

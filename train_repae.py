@@ -89,8 +89,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     return metrics
 
 
-def command_line() -> Parser:
-    """All flags."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     groups.add_run_flags(parser)
     groups.add_data_flags(parser)
@@ -99,12 +98,7 @@ def command_line() -> Parser:
     groups.add_transformer_flags(parser, default_model="SiT-XL/2")
     groups.add_joint_flags(parser)
     groups.add_optimisation_flags(parser)
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    return parse_flags(command_line(), argv, "train_repae")
+    return parse_flags(parser, argv, "train_repae")
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
@@ -127,7 +121,6 @@ def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConf
 
 
 def main() -> None:
-    """Parse, build, loop."""
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = training_images(args)

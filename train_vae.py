@@ -49,18 +49,14 @@ def vae_step(nets: VAENets, batch: Batch, draws: Draws, cfg: VAEStepConfig) -> d
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = Parser(__doc__)
     groups.add_run_flags(parser, max_train_steps=100000)
     groups.add_data_flags(parser)
     groups.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
     groups.add_vae_loss_flags(parser)
     groups.add_optimisation_flags(parser)
-    parser.add_argument(
-        "--stats-only",
-        action="store_true",
-        help="do not train: measure the latents of a trained VAE, and write its weights and their statistics",
-    )
+    measure_only = "do not train: measure the latents of a trained VAE, and write its weights and their statistics"
+    parser.add_argument("--stats-only", action="store_true", help=measure_only)
     args = parse_flags(parser, argv, "train_vae")
     if args.dry_run and args.stats_only:
         parser.error("--dry-run is about training, which --stats-only does not do; leave one of them out")
@@ -82,11 +78,7 @@ def write_vae(args: argparse.Namespace, run: Run, vae: AutoencoderKL, discrimina
 
 
 def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None:
-    """Write a trained VAE with the statistics of its latents on `data`; its discriminator too, if one is given.
-
-    Raises:
-        UserError: no trained VAE is named, or another one is in the run's folder.
-    """
+    """Write a trained VAE with the statistics of its latents on `data`; its discriminator too, if one is given."""
     if source.weights is None:
         raise UserError("--stats-only measures a trained VAE; name one by --vae-ckpt, or --vae diffusers:PATH_OR_ID")
     vae = load_vae(source).eval().requires_grad_(False)
@@ -101,7 +93,6 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
 
 
 def main() -> None:
-    """Parse, build, loop, write."""
     args = parse_args()
     use_tf32(args.allow_tf32)
     data = training_images(args)

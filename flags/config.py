@@ -25,23 +25,12 @@ SCRIPTS = (
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
     """The flags of the command line `argv` (None: this process's) and of the file that its --config names.
 
-    Rank 0 prints the flags of the command line and those of the file that differ from their defaults: in training
-    always, elsewhere if there is a file. The result has no `config`, so that args.json holds the flags themselves.
-
-    Args:
-        parser: the script's parser, with all its flags.
-        script: the script's name, one of SCRIPTS, which is the name of its section.
-
-    Raises:
-        UserError: a flag is wrong or missing; the message begins with the file's name if the file is at fault.
+    Training, and any script with a file, prints which flags the two set. The result has no `config`, so that args.json
+    holds the flags themselves. A UserError begins with the file's name if the file is at fault.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML or JSON of flags, or of sections named after scripts, like configs/presets/* or a run's args.json; "
-        "the command line overrides it",
-    )
+    what = "YAML or JSON of flags, or of sections named after scripts; the command line overrides it"
+    parser.add_argument("--config", metavar="FILE", help=what)
     defaults, _ = parse_into(parser, [], {})
     given, complaint = parse_into(parser, argv, dict.fromkeys(defaults))
     given = {name: value for name, value in given.items() if value is not None}
@@ -66,11 +55,7 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
 
 
 def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, str]:
-    """`values` updated by the `words` of a command line, and the parser's complaint, if any.
-
-    argparse sets defaults only for flags that are missing from `values`. It reports missing required flags after it
-    has read all words.
-    """
+    """`values` updated by the `words` of a command line, and the parser's complaint, if any."""
     found, complaint = argparse.Namespace(**values), ""
     try:
         parser.parse_args(words, found)
@@ -80,11 +65,7 @@ def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, st
 
 
 def read_words(path: str, script: str, defaults: dict[str, object]) -> dict[str, list[str]]:
-    """The flags that a file sets for `script`, as words of a command line, by name; `defaults` has all known names.
-
-    Raises:
-        UserError: there is no such file, or it has an unknown key or a value that cannot be written as words.
-    """
+    """The flags that a file sets for `script`, as words of a command line, by name; `defaults` has all known names."""
     what = f"--config {path}"
     config = {str(key): value for key, value in read_yaml(path, what).items()}
     sections = [key for key in config if key in SCRIPTS]
@@ -112,8 +93,6 @@ def to_words(name: str, value: object, default: object, what: str) -> list[str]:
             return []
         return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(part, (dict, list, type(None))) for part in values):
-        raise UserError(f"{what} is {value!r}, expected a value or a list of them")
     # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
     texts = [("yes" if part else "no") if isinstance(part, bool) else str(part) for part in values]
     repeatable = isinstance(default, list)
@@ -121,11 +100,7 @@ def to_words(name: str, value: object, default: object, what: str) -> list[str]:
 
 
 def load_loss_config(path: str) -> VAELossConfig:
-    """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml.
-
-    Raises:
-        UserError: one line naming the file, what was found and what was expected.
-    """
+    """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml."""
     what = f"--loss-cfg-path {path}"
     config = read_yaml(path, what)
     losses = config.get("losses")

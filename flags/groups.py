@@ -52,15 +52,11 @@ def add_run_flags(parser: Parser, max_train_steps: int = 400000) -> None:
     add(group, "--keep-last", 2, POSITIVE, "how many checkpoints saved by time or by a signal are kept")
     add(group, "--check-ranks", 1000, COUNT, "compare the states of all ranks every N steps and before a checkpoint")
     add(group, "--sampling-steps", 10000, POSITIVE, "write pictures every N steps")
-    group.add_argument(
-        "--resume-step", type=COUNT, default=0, help="start from the checkpoint of this step (default: the latest)"
-    )
+    start = "start from the checkpoint of this step (default: the latest)"
+    group.add_argument("--resume-step", type=COUNT, default=0, help=start)
     group.add_argument("--continue-train-exp-dir", help="another run's folder whose checkpoint this run starts from")
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build and check everything, print sizes, steps and disk space, and stop; nothing is written",
-    )
+    dry_run = "build and check everything, print sizes, steps and disk space, and stop; nothing is written"
+    group.add_argument("--dry-run", action="store_true", help=dry_run)
     add_offline_flag(group)
     for flag, value in WITHOUT_EFFECT.items():
         choices = None if value is None else (value,)
@@ -68,7 +64,6 @@ def add_run_flags(parser: Parser, max_train_steps: int = 400000) -> None:
 
 
 def add_data_flags(parser: Parser) -> None:
-    """Images and how they are read."""
     group = parser.add_argument_group("data")
     add(group, "--data-dir", "data", str, "output of preprocessing.py")
     add(group, "--resolution", 256, POSITIVE, "side of the images in pixels")
@@ -77,7 +72,6 @@ def add_data_flags(parser: Parser) -> None:
 
 
 def add_optimisation_flags(parser: Parser) -> None:
-    """Precision and the optimisers."""
     group = parser.add_argument_group("optimisation")
     add(group, "--mixed-precision", "fp16", str, choices=("no", "fp16", "bf16"))
     add_switch(group, "--allow-tf32", True, "TF32 matrix products on GPUs")
@@ -93,16 +87,12 @@ def add_optimisation_flags(parser: Parser) -> None:
 
 
 def add_transformer_flags(parser: Parser, default_model: str) -> None:
-    """The transformer, its diffusion objective, its alignment and its evaluation."""
     from diffusion.transport import PATH_TYPES, WEIGHTINGS
 
     group = parser.add_argument_group("transformer")
     add(group, "--model", default_model, model, "SiT size and patch; without a patch the VAE decides it")
-    group.add_argument(
-        "--sit-ckpt",
-        help="a checkpoint of train_repae.py or train_ldm_only.py, ours or published, whose averaged transformer a new "
-        "run starts from; image size, classes and encoders may differ (default: fresh weights)",
-    )
+    start = "a checkpoint of joint or frozen-VAE training whose averaged transformer a new run starts from"
+    group.add_argument("--sit-ckpt", help=f"{start}; image size, classes and encoders may differ")
     add(group, "--num-classes", 1000, POSITIVE)
     add(group, "--encoder-depth", 8, POSITIVE, "block whose tokens are aligned")
     add_switch(group, "--qk-norm", False, "LayerNorm on queries and keys")
@@ -117,7 +107,6 @@ def add_transformer_flags(parser: Parser, default_model: str) -> None:
 
 
 def add_alignment_flags(parser: Parser) -> None:
-    """The frozen encoders, and how representations are aligned to them."""
     from models.sit import PROJECTORS
 
     group = parser.add_argument_group("alignment")
@@ -129,31 +118,22 @@ def add_alignment_flags(parser: Parser) -> None:
     add(group, "--proj-coeff", 0.5, WEIGHT, "weight of the transformer's alignment")
     projector = "from the transformer's tokens to an encoder's: REPA's MLP or iREPA's convolution"
     add(group, "--projector", "mlp", str, projector, choices=tuple(PROJECTORS))
-    group.add_argument(
-        "--spatial-norm",
-        type=WEIGHT,
-        nargs="?",
-        const=0.6,
-        metavar="GAMMA",
-        help="iREPA's normalisation of encoder tokens over space, (z - GAMMA mean)/std (default: off; alone: 0.6)",
-    )
+    norm = "iREPA's normalisation of encoder tokens over space, (z - GAMMA mean)/std (default: off; alone: 0.6)"
+    group.add_argument("--spatial-norm", type=WEIGHT, nargs="?", const=0.6, metavar="GAMMA", help=norm)
 
 
 def add_evaluation_flags(parser: Parser) -> None:
-    """Metrics of samples during training."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-steps", type=COUNT, default=0, help="measure samples every N steps (default: never)")
     add(group, "--eval-samples", 10000, number(int, at_least=2), "how many")
     names = "as --features of evaluate.py; the first decides which checkpoint is best"
     add(group, "--eval-features", "inception", features, names, metavar="NAME[,NAME...]")
-    group.add_argument(
-        "--eval-reference", help="as --reference of evaluate.py (default: up to 50000 of the training images)"
-    )
+    reference = "as --reference of evaluate.py (default: up to 50000 of the training images)"
+    group.add_argument("--eval-reference", help=reference)
     add_inception_flag(group)
 
 
 def add_feature_flags(parser: Parser) -> None:
-    """Networks whose features are compared, for evaluate.py."""
     group = parser.add_argument_group("features")
     names = "inception, or encoders as in --enc-type, whose distances are called fd_NAME"
     add(group, "--features", "inception", features, names, metavar="NAME[,NAME...]")
@@ -163,7 +143,6 @@ def add_feature_flags(parser: Parser) -> None:
 
 
 def add_reconstruction_flags(parser: Parser) -> None:
-    """A VAE and the images that it reconstructs, for evaluate.py."""
     group = parser.add_argument_group("reconstruction")
     group.add_argument("--vae", help=f"VAE whose reconstructions are measured instead of samples: {VAE_WEIGHTS}")
     add_vae_name(group, "--vae-arch", "f8d4", "vae")
@@ -172,40 +151,35 @@ def add_reconstruction_flags(parser: Parser) -> None:
 
 
 def add_caching_flags(parser: Parser) -> None:
-    """How latents are cached."""
-    group = parser.add_argument_group("caching")
-    add(group, "--data-dir", "data", str, "output of preprocessing.py")
-    add(group, "--output-dir", "data", str, "where the folder goes")
-    add(group, "--pproc-batch-size", 128, POSITIVE, "images a process encodes at once")
-    group.add_argument(
-        "--mirrored", action="store_true", help="also cache the mirrored images; an epoch then has both of each"
-    )
-    add(group, "--num-workers", 4, COUNT, "reading processes a process")
-    add_switch(group, "--allow-tf32", True, "TF32 on GPUs")
+    """All flags of cache_latents.py."""
+    add_vae_name(parser, "--vae-arch", "f16d32", "vae_ckpt_path")
+    parser.add_argument("--vae-ckpt-path", help=f"the VAE's {VAE_WEIGHTS}")
+    add(parser, "--vae-latents-name", "repae-invae-400k", str, "folder below --output-dir")
+    add(parser, "--dtype", "float32", str, "float16 halves the disk", choices=("float16", "float32"))
+    add_switch(parser, "--compile", True, "compile the encoder on GPUs")
+    add(parser, "--data-dir", "data", str, "output of preprocessing.py")
+    add(parser, "--output-dir", "data", str, "where the folder goes")
+    add(parser, "--pproc-batch-size", 128, POSITIVE, "images a process encodes at once")
+    mirrored = "also cache the mirrored images; an epoch then has both of each"
+    parser.add_argument("--mirrored", action="store_true", help=mirrored)
+    add(parser, "--num-workers", 4, COUNT, "reading processes a process")
+    add_switch(parser, "--allow-tf32", True, "TF32 on GPUs")
+    add_offline_flag(parser)
 
 
 def add_joint_flags(parser: Parser) -> None:
-    """Flags of joint training only."""
     group = parser.add_argument_group("joint training")
     add(group, "--bn-momentum", 0.1, PROBABILITY, "of the latent normaliser")
     add(group, "--vae-align-proj-coeff", 1.5, WEIGHT, "weight of the VAE's alignment")
 
 
 def add_vae_flags(parser: Parser, vae: str | None, vae_ckpt: str | None) -> None:
-    """The VAE's architecture and weights."""
     group = parser.add_argument_group("VAE")
     add_vae_name(group, "--vae", vae, "vae_ckpt")
     add(group, "--vae-ckpt", vae_ckpt, str, VAE_WEIGHTS)
 
 
-def add_latent_flags(parser: Parser) -> None:
-    """Cached latents."""
-    group = parser.add_argument_group("latents")
-    add(group, "--vae-latents-name", "e2e-vavae-400k", str, "folder of cache_latents.py below --data-dir")
-
-
 def add_vae_loss_flags(parser: Parser) -> None:
-    """How the VAE and its discriminator are trained."""
     group = parser.add_argument_group("VAE training")
     add(group, "--loss-cfg-path", "configs/l1_lpips_kl_gan.yaml", str, "loss weights")
     group.add_argument("--disc-pretrained-ckpt", help="discriminator weights (default: fresh)")
@@ -223,30 +197,18 @@ def add_vae_name(group, flag: str, default: str | None, weights: str) -> None:
 
 
 def add_enc_ckpt_flag(group) -> None:
-    """Where the encoders' weights are."""
-    group.add_argument(
-        "--enc-ckpt",
-        type=enc_ckpt,
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="an encoder's weights, in the project's own format or timm's: a file, or hf-hub:REPOSITORY[@REVISION]; "
-        "may be repeated (default: the usual file below ckpts/, else a download)",
-    )
+    what = "an encoder's weights, a file or hf-hub:REPOSITORY[@REVISION]; may be repeated (default: a download)"
+    group.add_argument("--enc-ckpt", type=enc_ckpt, action="append", default=[], metavar="NAME=PATH", help=what)
 
 
 def add_inception_flag(group) -> None:
-    """Where Inception's weights are."""
     group.add_argument("--inception-weights", help="torch-fidelity's file (default: its download)")
 
 
 def add_lpips_flag(group) -> None:
-    """Where LPIPS's convolutions are."""
     group.add_argument("--lpips-vgg-ckpt", help="VGG16 state dict for LPIPS (default: torchvision's download)")
 
 
 def add_offline_flag(group) -> None:
-    """Whether anything may be downloaded."""
-    add_switch(
-        group, "--offline", False, "never use the network: weights must be on this machine, wandb keeps its files"
-    )
+    what = "never use the network: weights must be on this machine, wandb keeps its files"
+    add_switch(group, "--offline", False, what)

@@ -73,7 +73,6 @@ class VAEName(argparse.Action):
 
 
 def checked(text: str, check: Callable[[str], object]) -> str:
-    """`text`; an error of argparse if `check` raises a UserError."""
     try:
         check(text)
     except UserError as error:

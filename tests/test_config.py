@@ -126,13 +126,6 @@ def test_every_script_reads_its_own_section(script, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.startswith(f"flags from {path}: ")
 
 
-def test_the_command_line_overrides_the_section_which_overrides_the_flags_outside(tmp_path):
-    text = "seed: 1\nepochs: 1\nnum-workers: 1\ntrain_repae: {seed: 2, epochs: 2, exp_name: file}"
-    flags = from_file(tmp_path, text, "--seed", 3)
-    assert [flags[name] for name in ("seed", "epochs", "num_workers", "exp_name")] == [3, 2, 1, "file"]
-    assert flags == parsed("train_repae", *["--seed", "3", "--epochs", "2", "--num-workers", "1", "--exp-name", "file"])
-
-
 def test_values_are_spelled_as_on_the_command_line(tmp_path):
     text = """
         exp_name: run
@@ -159,11 +152,8 @@ def test_values_are_spelled_as_on_the_command_line(tmp_path):
     [
         ("batchsize: 4", "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("train_repa: {seed: 1}", "unknown key 'train_repa'; did you mean 'train_repae'?"),
-        ("train_repae: {vae_latents_name: x}", "unknown key 'vae_latents_name'; did you mean "),
         ("config: other.yaml", "unknown key 'config'; did you mean "),
         ("batch_size: many", "argument --batch-size: 'many' is no integer; see "),
-        ("seed: 1.5", "argument --seed: invalid int value: '1.5'; see "),
-        ("report_to: paper", "argument --report-to: invalid choice: 'paper' (choose from "),
         ("enc_ckpt: [dinov2-vit-b=README.md, x]", "argument --enc-ckpt: 'x', expected NAME=PATH"),
         ("fused_attn: 'yes'", "fused_attn is 'yes', expected true or false"),
         ("- batch_size", "expected a mapping of keys to values"),
@@ -186,21 +176,20 @@ def test_mistakes_on_the_command_line_are_reported_as_without_a_file(tmp_path):
         assert str(error.value).startswith(message)
 
 
-def test_rank_0_prints_which_flags_the_command_line_and_the_file_set(tmp_path, monkeypatch, capsys):
-    from_file(tmp_path, "exp_name: x\nbatch_size: 8", "--batch-size", 4, "--no-compile")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "flags from the command line: batch_size=4  compile=False",
-        f"flags from {tmp_path}/flags.yaml: exp_name=x",
-    ]
-    monkeypatch.setenv("RANK", "1")
-    from_file(tmp_path, "exp_name: x")
-    assert capsys.readouterr().out == ""
-
-
 def test_a_published_args_json_is_a_config(tmp_path):
     flags = from_file(tmp_path, json.dumps({**FLAGS, "vae_ckpt": None}), "--exp-name", "x")
     assert flags == {**parsed("train_repae", "--exp-name", "x"), **FLAGS}
+
+
+def test_the_command_line_overrides_the_section_which_overrides_the_flags_outside(tmp_path, monkeypatch, capsys):
+    text = "seed: 1\nepochs: 1\nnum-workers: 1\ntrain_repae: {seed: 2, epochs: 2, exp_name: f}"
+    flags = from_file(tmp_path, text, "--seed", 3)
+    assert [flags[name] for name in ("seed", "epochs", "num_workers", "exp_name")] == [3, 2, 1, "f"]
+    printed = "flags from the command line: seed=3 flags from flags.yaml: epochs=2 num_workers=1 exp_name=f"
+    assert capsys.readouterr().out.replace(f"{tmp_path}/", "").split() == printed.split()
+    monkeypatch.setenv("RANK", "1")
+    from_file(tmp_path, text)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

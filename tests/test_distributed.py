@@ -16,7 +16,6 @@ from loss.vae_loss import VAELossConfig
 from metrics.features import Features
 from metrics.statistics import METRICS, SetStatistics, compare
 from models.discriminator import PatchDiscriminator
-from models.numerics import GlobalBatchNorm2d, global_moments
 from test_joint_step import small_batch, small_nets
 from train_ldm_only import ldm_step
 from train_repae import JointNets, repae_step
@@ -139,37 +138,6 @@ def test_frozen_training_is_the_same_on_any_processes_and_micro_batches(tmp_path
         for key, value in state.items():
             for other in others:
                 torch.testing.assert_close(other[name][key], value, atol=1e-10, rtol=1e-10, msg=f"{name} {key}")
-
-
-def batch_norm_gradients(rank: int, world: int) -> dict:
-    """Output, gradients and statistics of a batch norm layer for this process's half of a batch."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64), torch.randn(8, 3, 5, 5, dtype=torch.float64)
-    x = x.flatten(0, 1)
-    norm = GlobalBatchNorm2d(3).double()
-    torch.nn.init.normal_(norm.weight)
-    size = 8 // world
-    mine = x[rank * size : (rank + 1) * size].clone().requires_grad_()
-    out = norm(mine)
-    (out * weight[rank * size : (rank + 1) * size]).square().sum().backward()
-    mean, var, count = global_moments(mine.detach()) if world > 1 else (x.mean((0, 2, 3)), x.var((0, 2, 3), False), 200)
-    return {
-        "out": out.detach(),
-        "grad": mine.grad,
-        "weight_grad": norm.weight.grad,
-        "state": dict(norm.state_dict()),
-        "moments": [mean, var, count],
-    }
-
-
-def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(tmp_path):
-    one = batch_norm_gradients(0, 1)
-    a, b = in_two_processes(batch_norm_gradients, tmp_path)
-    torch.testing.assert_close(torch.cat([a["out"], b["out"]]), one["out"])
-    torch.testing.assert_close(torch.cat([a["grad"], b["grad"]]), one["grad"])
-    torch.testing.assert_close(a["weight_grad"] + b["weight_grad"], one["weight_grad"])
-    torch.testing.assert_close(a["state"], one["state"])
-    torch.testing.assert_close(a["moments"], one["moments"])
 
 
 def statistics(rank: int, world: int) -> dict:

@@ -158,13 +158,7 @@ def test_flags_reach_the_step(built):
 
 @pytest.mark.parametrize(
     ("flags", "step", "factor", "warned"),
-    [
-        ("", 0, 1.0, True),
-        ("--disc-warmup-steps 9", 0, 1.0, False),
-        ("--disc-pretrained-ckpt d.pt", 0, 1.0, False),
-        ("", 3, 1.0, False),
-        ("", 0, 0.0, False),
-    ],
+    [("", 0, 1.0, True), ("--disc-warmup-steps 9", 0, 1.0, False), ("", 3, 1.0, False), ("", 0, 0.0, False)],
 )
 def test_an_untrained_discriminator_is_warned_of(flags, step, factor, warned):
     args, said = train_repae.parse_args(["--exp-name", "x", *flags.split()]), []
@@ -189,10 +183,8 @@ def test_flags_reach_the_draws(built):
         ("losses: {kl_wieght: 1}", "did you mean 'kl_weight'"),
         ("losses: {kl_weight: much}", "losses.kl_weight is 'much', expected float"),
         ("losses: {reconstruction_loss: l3}", "is 'l3', expected l1 or l2"),
-        ("losses: {perceptual_loss: dists}", "is 'dists', expected lpips"),
         ("model: {vq_model: {quantize_mode: vq}}\nlosses: {}", "quantize_mode is 'vq'"),
         ("model: {vq_model: }\nweights: {}", "no section `losses:`"),
-        ("- 1", "expected a mapping"),
         ("a: [", "not a readable YAML file"),
     ],
 )
@@ -201,9 +193,3 @@ def test_loss_yaml_errors(tmp_path, text, message):
     with pytest.raises(UserError, match="--loss-cfg-path .*loss.yaml") as error:
         config.load_loss_config(str(tmp_path / "loss.yaml"))
     assert message in str(error.value)
-
-
-def test_loss_yaml_values_are_read(tmp_path):
-    (tmp_path / "loss.yaml").write_text("losses: {kl_weight: 1, discriminator_start: 5, lecam_ema_decay: 0.9}")
-    cfg = config.load_loss_config(str(tmp_path / "loss.yaml"))
-    assert cfg == VAELossConfig(kl_weight=1.0, discriminator_start=5, lecam_ema_decay=0.9)

@@ -1,7 +1,7 @@
 """Gradient checkpointing: less memory, and in everything else the same to the bit."""
 
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +15,12 @@ from torch.utils._pytree import tree_leaves
 import test_ldm_step
 import train_ldm_only
 import train_repae
-from joint_golden import CONFIG
 from loss.lpips import LPIPS, VGG16Features
 from models.autoencoder import Decoder, Encoder, build_vae
 from models.sit import SiT
 from published import STATISTICS, write_vae
-from scripts import TINY, assert_same_run, call, equal, records
-from test_joint_step import gradients_of, small_batch, small_nets, step_once, with_cfg
+from scripts import assert_same_run, call, equal
+from test_joint_step import small_nets, step_once, with_cfg
 from train_ldm_only import ldm_step
 from training.build import build_transformer_nets
 from training.distributed import frozen_call
@@ -60,29 +59,12 @@ def joint_run(on: bool, steps: int, accumulation: int, cfg) -> tuple[list[dict],
     return metrics, everything_in(nets)
 
 
-@pytest.mark.parametrize(
-    ("steps", "accumulation", "autocast"),
-    [(2, 1, None), (1, 2, None), (2, 1, BF16)],
-    ids=["plain", "accumulated", "bf16"],
-)
+@pytest.mark.parametrize(("steps", "accumulation", "autocast"), [(1, 2, nullcontext), (2, 1, BF16)])
 def test_joint_steps_are_the_same(steps, accumulation, autocast):
-    cfg = CONFIG if autocast is None else with_cfg(autocast=autocast)
+    cfg = with_cfg(autocast=autocast)
     without, with_it = (joint_run(on, steps, accumulation, cfg) for on in (False, True))
     assert equal(without, with_it)
     assert without[1]["sit"]["bn.num_batches_tracked"] == steps * accumulation
-
-
-@pytest.mark.parametrize("autocast", [None, BF16], ids=["plain", "bf16"])
-def test_gradients_are_the_same(autocast):
-    cfg = CONFIG if autocast is None else with_cfg(autocast=autocast)
-    without, nets = gradients_of(small_nets(), cfg), small_nets()
-    with checkpointing():
-        with_it = gradients_of(nets, cfg)
-    assert equal(without, with_it)
-    assert any(gradient.abs().max() > 0 for gradient in with_it["sit"])
-    # the alignment's blocks were run again with constants for parameters
-    trainable = {name for name, p in nets.sit.named_parameters() if isinstance(p, nn.Parameter) and p.requires_grad}
-    assert trainable == {name for name, _ in nets.sit.named_parameters()} - {"pos_embed"}
 
 
 def test_steps_on_cached_latents_are_the_same():
@@ -94,24 +76,6 @@ def test_steps_on_cached_latents_are_the_same():
             metrics = [ldm_step(nets, batch, draws, test_ldm_step.CONFIG) for _ in range(2)]
         results.append((metrics, everything_in(nets)))
     assert equal(*results)
-
-
-def test_blocks_run_twice_only_where_gradients_are_taken():
-    nets, runs = small_nets(), []
-    batch, draws, _ = small_batch()
-    for block in (*nets.sit.blocks, nets.vae.encoder.mid["block_1"], nets.vae.decoder.up[0].block[0]):
-        block.register_forward_pre_hook(lambda *_: runs.append(1))
-    image = batch.pixels.float()
-    with checkpointing():
-        with torch.no_grad():
-            _, z, _ = nets.vae(image, draws.posterior)
-            nets.sit(z, draws.t, batch.labels)
-        assert len(runs) == 6
-        nets.vae(image, draws.posterior)[2].mean().backward()
-        assert len(runs) == 6 + 2 * 2
-        velocity, _ = nets.sit(z, draws.t, batch.labels)
-        velocity.mean().backward()
-        assert len(runs) == 6 + 2 * 2 + 2 * 4
 
 
 class Meter(TorchDispatchMode):
@@ -197,11 +161,3 @@ def test_joint_runs_are_the_same(joint):
     assert_same_run(output / "kept", output / "recomputed", last=2)
     args = read_checkpoint(output / "recomputed/checkpoints/0000002.pt")["args"]
     assert args["gradient_checkpointing"]
-
-
-@pytest.mark.slow
-def test_runs_of_a_vae_are_the_same(tmp_path, tiny_vae, tiny_data, vgg_weights):
-    flags = ("--exp-name", "vae", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    assert call("train_vae.py", *TINY, *flags, "--max-train-steps", 5, "--gradient-checkpointing")[0] == 0
-    assert records(tmp_path / "vae/metrics.jsonl") == records(tiny_vae[0] / "vae/metrics.jsonl")
-    assert equal(read_checkpoint(tmp_path / "vae/vae.pt"), read_checkpoint(tiny_vae[1]))

@@ -1,6 +1,7 @@
 """The joint step: golden numbers, and who gets gradient from whom."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -39,24 +40,27 @@ def step_once(nets: JointNets, cfg=CONFIG, draws: Draws | None = None) -> dict:
 
 
 def with_cfg(**changes):
-    import dataclasses
-
     return dataclasses.replace(CONFIG, **changes)
 
 
 def gradients_of(nets: JointNets, cfg=CONFIG, draws: Draws | None = None) -> dict[str, list[torch.Tensor]]:
     """The gradient that each optimiser saw, before clipping."""
+    for name in ("vae", "disc", "sit"):
+        getattr(nets, f"opt_{name}").max_grad_norm = float("inf")
+    return seen_in_a_step(nets, cfg, draws)[0]
+
+
+def seen_in_a_step(nets: JointNets, cfg=CONFIG, draws: Draws | None = None) -> tuple[dict, dict]:
+    """The gradient that each optimiser's AdamW saw, and the step's metrics."""
     seen = {}
     for name in ("vae", "disc", "sit"):
         optimizer = getattr(nets, f"opt_{name}")
-        optimizer.max_grad_norm = float("inf")
 
-        def record(optimizer=optimizer, name=name):
+        def record(*_, optimizer=optimizer, name=name):
             seen[name] = [None if p.grad is None else p.grad.clone() for p in optimizer.parameters]
 
-        optimizer.adamw.register_step_pre_hook(lambda *_, record=record: record())
-    step_once(nets, cfg, draws)
-    return seen
+        optimizer.adamw.register_step_pre_hook(record)
+    return seen, step_once(nets, cfg, draws)
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -114,12 +118,6 @@ def test_diffusion_loss_never_reaches_the_vae():
     changed = gradients_of(nets, with_cfg(vae_align_proj_coeff=0.0))
     assert equal(reference["vae"], changed["vae"])
     assert not equal(reference["sit"], changed["sit"])
-
-
-def test_alignment_reaches_the_vae():
-    nets = small_nets()
-    without = gradients_of(copy.deepcopy(nets), with_cfg(vae_align_proj_coeff=0.0))
-    assert not equal(without["vae"], gradients_of(nets)["vae"])
 
 
 def test_alignment_of_the_vae_step_does_not_reach_the_transformer():
@@ -209,19 +207,10 @@ def test_every_trainable_parameter_moves():
 
 
 def test_gradients_are_clipped():
-    nets = small_nets()
-    seen = {}
-    for name in ("vae", "disc", "sit"):
-        optimizer = getattr(nets, f"opt_{name}")
-
-        def record(*_, optimizer=optimizer, name=name):
-            seen[name] = torch.stack([p.grad.norm() for p in optimizer.parameters]).norm()
-
-        optimizer.adamw.register_step_pre_hook(record)
-    metrics = step_once(nets)
-    for name, norm in seen.items():
-        logged = float(metrics[f"grad_norm_{name}"])
-        assert float(norm) == pytest.approx(min(1.0, logged), rel=1e-4), name
+    seen, metrics = seen_in_a_step(small_nets())
+    for name, gradients in seen.items():
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert float(norm) == pytest.approx(min(1.0, float(metrics[f"grad_norm_{name}"])), rel=1e-4), name
     assert max(float(metrics[f"grad_norm_{name}"]) for name in seen) > 1
 
 

@@ -13,10 +13,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.numerics import GlobalBatchNorm2d
-from scripts import LAST, assert_same_run, call, records
+from scripts import assert_same_run, call, records
 from training.log import MetricsLog, normaliser_drift
 from weights.checkpoint_io import read_checkpoint
-from weights.vae import read_latent_statistics
 
 
 class Accelerator:
@@ -93,20 +92,28 @@ def test_a_wandb_that_cannot_be_used_online_keeps_its_files_for_later(tmp_path, 
     ]
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_said_and_one_that_cannot_finish_is_no_error(tmp_path, tracker):
+def test_a_tracker_that_is_not_installed_is_said_and_one_that_cannot_finish_is_no_error(tmp_path):
     said = []
-    args = argparse.Namespace(report_to=tracker, exp_name="x", offline=True)
+    args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
     log = MetricsLog(Accelerator([]), args, tmp_path, said.append)
     log.open(step=0)
     log.accelerator.trackers = [SimpleNamespace(finish=lambda: 1 / 0)]
     log.close()
     assert log.accelerator.trackers == []
+    reasons = ("the package is not installed", "division by zero")
     end = "metrics.jsonl is written all the same"
-    assert said == [
-        f"warning: {tracker} is not available (the package is not installed); {end}",
-        f"warning: {tracker} is not available (division by zero); {end}",
-    ]
+    assert said == [f"warning: wandb is not available ({reason}); {end}" for reason in reasons]
+
+
+def test_records_without_a_checkpoint_are_dropped_with_a_warning(tmp_path):
+    said = []
+    log = MetricsLog(Accelerator([]), argparse.Namespace(report_to="none"), tmp_path, said.append)
+    log.file.write_text('{"step": 1}\n')
+    log.open(step=1)
+    assert (said, log.file.read_text()) == ([], '{"step": 1}\n')
+    log.open(step=0)
+    assert log.file.read_text() == ""
+    assert said == [f"warning: no checkpoint to continue from; the records of {log.file} are dropped"]
 
 
 def test_the_drift_of_a_normaliser_is_in_units_of_its_start():
@@ -116,22 +123,6 @@ def test_the_drift_of_a_normaliser_is_in_units_of_its_start():
     drift = normaliser_drift(bn, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
     assert drift["bn_mean_drift"] == pytest.approx(1.0)  # 0 and 4/2
     assert drift["bn_std_drift"] == pytest.approx(math.log(2))  # twice and half
-    assert normaliser_drift(bn, torch.stack([bn.running_mean, bn.running_var])) == {
-        "bn_mean_drift": 0,
-        "bn_std_drift": 0,
-    }
-
-
-@pytest.mark.slow
-def test_training_logs_how_far_its_normaliser_is_from_where_it_started(whole_run, tiny_vae):
-    checkpoint = read_checkpoint(whole_run / f"checkpoints/{LAST:07d}.pt")
-    scale, bias = read_latent_statistics(tiny_vae[1], 4)
-    start = torch.stack([bias.flatten(), scale.flatten() ** -2])
-    assert torch.equal(checkpoint["tensors"]["bn_start"], start)
-    bn = SimpleNamespace(**{key: checkpoint["model"][f"bn.{key}"] for key in ("running_mean", "running_var")})
-    last = records(whole_run / "metrics.jsonl")[-1]
-    for name, value in normaliser_drift(bn, start).items():
-        assert last[name] == pytest.approx(value.item(), rel=1e-6) != 0
 
 
 @pytest.mark.slow
@@ -170,14 +161,6 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, ca
     assert len(records(output / "failing/metrics.jsonl")) == 2
 
 
-def test_an_empty_identity_of_wandb_is_made_anew(tmp_path):
-    args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
-    (tmp_path / "wandb-id.txt").write_text("")
-    MetricsLog(accelerator := Accelerator(["wandb"]), args, tmp_path, log=print).open(step=0)
-    assert len(accelerator.options["id"]) == 8
-    assert (tmp_path / "wandb-id.txt").read_text() == accelerator.options["id"]
-
-
 @pytest.mark.slow
 def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint):
     output, flags = joint
@@ -202,21 +185,14 @@ def test_wandb_goes_on_with_the_same_run(joint, whole_run):
     assert (log := records(output / "wandb/metrics.jsonl")) == records(whole_run / "metrics.jsonl")[:4]
     for path, part in zip(runs, (log[:2], log[2:]), strict=True):
         config, history = wandb_values(wandb_records(path))
-        assert {key: config[key] for key in ("enc_ckpt", "spatial_norm", "exp_name")} == {
-            "enc_ckpt": [],
-            "spatial_norm": None,
-            "exp_name": "wandb",
-        }
+        assert (config["enc_ckpt"], config["spatial_norm"], config["exp_name"]) == ([], None, "wandb")
         for record in part:
             shown = history[record["step"]]
             assert {key: shown[key] for key in record if key != "step"} == pytest.approx(
                 {key: value for key, value in record.items() if key != "step"}
             )
             assert shown["images_per_second"] > 0
-        pictures = {
-            step for step, values in history.items() if {"samples._type", "reconstructions._type"} <= values.keys()
-        }
-        assert pictures == {part[-1]["step"]}
+        assert [step for step, values in history.items() if "samples._type" in values] == [part[-1]["step"]]
 
 
 @pytest.mark.slow

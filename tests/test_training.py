@@ -2,10 +2,7 @@
 
 import argparse
 import copy
-import errno
 import json
-import os
-import pickle
 
 import pytest
 import torch
@@ -16,23 +13,19 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError, run_script
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
-from models.sit import SiT_models
-from training.log import finite_or_null, truncate_log
+from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
-from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags
+from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, IDENTITY, RESUMABLE, refuse_changed_flags
 from training.state import TrainingState
-from training.transformer_step import copy_for_ema, update_ema
 from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
     training_flags,
-    vae_files,
     write_atomically,
 )
-from weights.vae import read_latent_statistics
 
 CPU = torch.device("cpu")
 
@@ -55,16 +48,6 @@ def test_optimizer_is_clipped_adamw():
         adamw.zero_grad()
         torch.testing.assert_close(norm, expected)
     torch.testing.assert_close(ours.weight, theirs.weight)
-
-
-def test_micro_batches_average_to_their_batch():
-    whole, parts = linear(), linear()
-    x = torch.randn(8, 4)
-    one = Optimizer(whole.parameters(), CPU).backward_and_step(whole(x).square().mean())
-    optimizer = Optimizer(parts.parameters(), CPU, accumulation_steps=2)
-    assert optimizer.backward_and_step(parts(x[:4]).square().mean()) is None
-    torch.testing.assert_close(optimizer.backward_and_step(parts(x[4:]).square().mean()), one)
-    torch.testing.assert_close(whole.weight, parts.weight)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -99,16 +82,6 @@ def test_loss_scaling_changes_no_gradient_and_each_optimizer_has_its_own_scale()
     assert a.scaler_metrics("x") == {}
 
 
-def test_ema_copies_integers_and_keeps_fixed_tables_to_the_bit():
-    sit = SiT_models["SiT-XXS/2"](input_size=8, encoder_depth=2)
-    ema = copy_for_ema(sit)
-    sit.bn(torch.randn(2, 4, 8, 8))
-    update_ema(ema, sit, 0.999)
-    assert int(ema.bn.num_batches_tracked) == 1
-    assert torch.equal(ema.pos_embed, sit.pos_embed)
-    torch.testing.assert_close(ema.bn.running_mean, 0.001 * sit.bn.running_mean)
-
-
 def test_global_batch_norm_is_batch_norm_on_one_process():
     torch.manual_seed(0)
     ours, theirs = GlobalBatchNorm2d(3), nn.BatchNorm2d(3)
@@ -124,16 +97,6 @@ def test_global_batch_norm_is_batch_norm_on_one_process():
     torch.testing.assert_close(ours.by_running_statistics(x), theirs.eval()(x))
 
 
-def test_latent_normaliser_round_trip():
-    sit = SiT_models["SiT-XXS/2"](input_size=8, encoder_depth=2)
-    scale, bias = torch.rand(1, 4, 1, 1) + 0.5, torch.randn(1, 4, 1, 1)
-    sit.set_latent_statistics(scale, bias)
-    torch.testing.assert_close(sit.latent_statistics(), (scale, bias))
-    z = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(sit.denormalise((z - bias) * scale), z)
-    torch.testing.assert_close(sit.bn.by_running_statistics(z), (z - bias) / (scale**-2 + 1e-4).sqrt())
-
-
 def test_draws_depend_on_seed_step_and_row_only():
     a, b = (step_draws(3, 5, Rows(0, 8), (4, 2, 2), "lognormal", "cosine", 0.5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -147,30 +110,25 @@ def test_draws_depend_on_seed_step_and_row_only():
     assert not step_draws(0, 0, Rows(0, 1000), (1, 1, 1), cfg_prob=0.0).drop.any()
 
 
-def test_draws_of_rows_steps_and_seeds_are_normal_uniform_and_uncorrelated():
-    places = [(seed, step) for seed in (0, 1, 2**32) for step in (1, 2, 2**32 + 1)]
-    draws = [step_draws(seed, step, Rows(0, 40), (4, 8, 8)) for seed, step in places]
-    normal = torch.cat([torch.stack([d.posterior, d.noise], 1).flatten(0, 1).flatten(1) for d in draws]).double()
-    assert len(normal.unique()) > 0.99 * normal.numel()  # of float32s
-    count = normal.shape[1]
-    # five standard deviations of each estimate, and of the largest of 259,000 correlations
-    assert normal.mean().abs() < 5 / normal.numel() ** 0.5
-    assert (normal.square().mean() - 1).abs() < 5 * (2 / normal.numel()) ** 0.5
-    assert ((normal.abs() > 3).double().mean() - 0.0027).abs() < 5 * (0.0027 / normal.numel()) ** 0.5
-    correlation = torch.corrcoef(normal) - torch.eye(len(normal))
-    assert correlation.abs().max() < 7 / count**0.5
-    assert (correlation.square().sum() / (len(normal) * (len(normal) - 1)) * count - 1).abs() < 0.02
-    t = torch.cat([step_draws(0, step, Rows(0, 2000), (1, 1, 1)).t for step in range(1, 6)]).double()
-    chi_square = ((torch.histc(t, 50, 0, 1) - 200).square() / 200).sum()
-    assert 49 - 5 * 98**0.5 < chi_square < 49 + 5 * 98**0.5
-    assert torch.corrcoef(torch.stack([t[:-1], t[1:]]))[0, 1].abs() < 0.05
-
-
 ORDER = {"length": 23, "batch": 4, "seed": 0, "start": 0, "stop": 10, "rank": 0, "world": 1, "accumulation": 1}
 
 
 def order(**changes) -> list[list[int]]:
     return list(BatchOrder(**{**ORDER, **changes}))
+
+
+def test_draws_of_rows_steps_and_seeds_are_normal_uniform_and_uncorrelated():
+    places = [(seed, step) for seed in (0, 1, 2**32) for step in (1, 2, 2**32 + 1)]
+    draws = [step_draws(seed, step, Rows(0, 40), (4, 8, 8)) for seed, step in places]
+    normal = torch.cat([torch.stack([d.posterior, d.noise], 1).flatten(0, 1).flatten(1) for d in draws]).double()
+    # five standard deviations of each estimate, and of the largest of 259,000 correlations
+    assert normal.mean().abs() < 5 / normal.numel() ** 0.5
+    assert (normal.square().mean() - 1).abs() < 5 * (2 / normal.numel()) ** 0.5
+    correlation = torch.corrcoef(normal) - torch.eye(len(normal))
+    assert correlation.abs().max() < 7 / normal.shape[1] ** 0.5
+    t = torch.cat([step_draws(0, step, Rows(0, 2000), (1, 1, 1)).t for step in range(1, 6)]).double()
+    chi_square = ((torch.histc(t, 50, 0, 1) - 200).square() / 200).sum()
+    assert 49 - 5 * 98**0.5 < chi_square < 49 + 5 * 98**0.5
 
 
 def test_data_order_is_a_permutation_an_epoch_and_drops_the_last_partial_batch():
@@ -189,9 +147,6 @@ def test_data_order_does_not_depend_on_interruption_processes_or_micro_batches()
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
     micro = order(accumulation=2)
     assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == whole
-    both = [order(rank=rank, world=2, accumulation=2) for rank in range(2)]
-    merged = [a + b for a, b in zip(*both, strict=True)]
-    assert [a + b for a, b in zip(merged[::2], merged[1::2], strict=True)] == whole
 
 
 class Posterior(nn.Module):
@@ -294,14 +249,7 @@ def test_checkpoint_round_trip_and_published_layout(tmp_path):
     assert latest_checkpoint(tmp_path).name == "0400000.pt"
 
 
-class Exploit:
-    """Pickles to a call."""
-
-    def __reduce__(self):
-        return (os.system, ("touch /tmp/should-not-exist",))
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut", "bit", "code", "text"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "bit", "text"])
 def test_unreadable_checkpoints_are_one_clear_line(tmp_path, damage):
     path = tmp_path / "0000001.pt"
     write_atomically({"weights": torch.ones(10000)}, path)
@@ -313,27 +261,11 @@ def test_unreadable_checkpoints_are_one_clear_line(tmp_path, damage):
     elif damage == "bit":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    elif damage == "code":
-        path.write_bytes(pickle.dumps(Exploit()))
     else:
         path.write_text("no checkpoint")
     with pytest.raises(UserError, match="0000001.pt") as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value)
-    assert not os.path.exists("/tmp/should-not-exist")
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "file.pt"
-    write_atomically({"a": 1}, path)
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full.*file.pt"):
-        write_atomically({"a": 2}, path)
-    assert read_checkpoint(path) == {"a": 1}
 
 
 def test_weights_of_another_architecture_are_refused():
@@ -343,23 +275,6 @@ def test_weights_of_another_architecture_are_refused():
         load_weights(linear(), {"weight": torch.ones(3, 4)}, "source")
     with pytest.raises(UserError, match="1 unexpected weights, first extra"):
         load_weights(linear(), {**linear().state_dict(), "extra": torch.ones(1)}, "source")
-
-
-def test_latent_statistics_file(tmp_path):
-    weights = tmp_path / "my.vae.pt"
-    assert [path.name for path in vae_files(weights)] == [
-        "my.vae.pt",
-        "my.vae-latents-stats.pt",
-        "my.vae-discriminator-ckpt.pt",
-    ]
-    with pytest.raises(UserError, match="my.vae-latents-stats.pt: no such file"):
-        read_latent_statistics(weights, 4)
-    torch.save(
-        {"latents_scale": torch.ones(1, 4, 1, 1), "latents_bias": torch.zeros(1, 4, 1, 1)}, vae_files(weights)[1]
-    )
-    assert read_latent_statistics(weights, 4)[0].shape == (1, 4, 1, 1)
-    with pytest.raises(UserError, match="of 4 channels, expected 32"):
-        read_latent_statistics(weights, 32)
 
 
 def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
@@ -376,13 +291,8 @@ def test_other_data_and_weights_are_refused(tmp_path):
     known = {"identity": {"data": "a", "loss": {"kl_weight": 1e-6}, "latents": "c", "vae": "d"}}
     refuse_changed_flags(known, {}, known["identity"], tmp_path)
     refuse_changed_flags(known, {}, {"data": "a", "encoders": {}}, tmp_path)  # of another kind of training
-    for name, what in {
-        "data": "images than --data-dir",
-        "latents": "latents than --vae-latents-name",
-        "vae": "weights than --vae-ckpt",
-        "loss": "weights in --loss-cfg-path",
-    }.items():
-        with pytest.raises(UserError, match=f"made with other {what}"):
+    for name in known["identity"]:
+        with pytest.raises(UserError, match=f"made with other {IDENTITY[name]}"):
             refuse_changed_flags(known, {}, {name: "b"}, tmp_path)
 
 
@@ -398,7 +308,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     truncate_log(path, 0)
     truncate_log(path, 0)
     assert path.read_bytes() == b""
-    assert finite_or_null({"a": float("nan"), "b": float("inf"), "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
+    assert json_line({"a": float("nan"), "b": float("inf"), "c": 1.0}) == '{"a": null, "b": null, "c": 1.0}\n'
 
 
 def test_samples_come_from_the_ema_and_its_statistics(monkeypatch):

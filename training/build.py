@@ -1,7 +1,6 @@
 """What the training scripts build from their flags: data, VAE, networks with their starting weights, optimisers."""
 
 import argparse
-import shutil
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +14,7 @@ from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory
 from models.sit import SiT, SiT_models
-from storage.files import nearest_existing
+from storage.files import free_space
 from training.loop import Run
 from training.optimizer import Optimizer
 from training.randomness import Draws, Rows, step_draws
@@ -29,11 +28,7 @@ from weights.vae import VAESource, load_discriminator, load_vae, open_vae
 
 
 def training_images(args: argparse.Namespace):
-    """The images in --data-dir.
-
-    Raises:
-        UserError: they are missing, too few, of another size, or have more classes than the transformer.
-    """
+    """The images in --data-dir, checked by `check_data`."""
     images = open_images(args.data_dir, args.resolution)
     check_data(images, args)
     return images
@@ -57,10 +52,7 @@ def find_vae(args: argparse.Namespace) -> VAESource:
 
 
 def choose_patch(args: argparse.Namespace, config: VAEConfig) -> None:
-    """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders.
-
-    At a downsampling of 8 SiT-XL becomes SiT-XL/2, at 16 or more SiT-XL/1.
-    """
+    """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders."""
     if args.model not in SiT_models:
         args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
 
@@ -74,11 +66,7 @@ def identity_of(args: argparse.Namespace, source: VAESource, nets, **fingerprint
 
 
 def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]) -> SiT:
-    """A fresh SiT for latents (C,h,w), its normaliser started from a VAE's statistics (scale, bias).
-
-    Raises:
-        UserError: patch size or encoder depth do not fit.
-    """
+    """A fresh SiT for latents (C,h,w), its normaliser started from a VAE's statistics (scale, bias)."""
     try:
         sit = SiT_models[args.model](
             input_size=latent[1],
@@ -103,9 +91,7 @@ def build_transformer(args: argparse.Namespace, latent: tuple[int, int, int], st
 def build_transformer_nets(
     args: argparse.Namespace, run: Run, latent: tuple[int, int, int], statistics: tuple[Tensor, Tensor]
 ) -> TransformerNets:
-    """The transformer, its average, its encoders and its optimiser, on this process's device.
-
-    The latents are (C,h,w), with these statistics (scale, bias).
+    """The transformer for latents (C,h,w) with these statistics (scale, bias), its EMA, encoders and optimiser.
 
     Raises:
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
@@ -123,9 +109,7 @@ def build_transformer_nets(
 def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAENets:
     """The VAE, its discriminator, LPIPS and optimisers, on this process's device."""
     if args.resolution < SMALLEST_IMAGE:
-        raise UserError(
-            f"--resolution {args.resolution} is too small for the discriminator, which needs at least {SMALLEST_IMAGE}"
-        )
+        raise UserError(f"--resolution {args.resolution} is too small: the discriminator needs {SMALLEST_IMAGE}")
     vae = load_vae(source)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
@@ -172,27 +156,22 @@ def transformer_step_options(args: argparse.Namespace, device: torch.device) -> 
 def warn_of_untrained_discriminator(args: argparse.Namespace, run: Run, loss: VAELossConfig) -> None:
     """Warn if a new run tunes its VAE against a fresh discriminator from the first step."""
     if run.step == 0 and loss.discriminator_factor > 0 and not (args.disc_pretrained_ckpt or args.disc_warmup_steps):
-        run.print(
-            "warning: the VAE is tuned against an untrained discriminator from the start; better give "
-            "--disc-pretrained-ckpt or, where there is none, --disc-warmup-steps 1000"
-        )
+        what = "warning: the VAE is tuned against an untrained discriminator from the start"
+        run.print(f"{what}; give --disc-pretrained-ckpt or, without one, --disc-warmup-steps 1000")
 
 
 def print_plan(run: Run, data, nets, latent: tuple[int, int, int]) -> None:
-    """--dry-run: print what a run that has begun consists of and what it will write, and end it.
-
-    A checkpoint holds 4 bytes of every parameter of the networks that are saved, and 8 more (AdamW's two moments) of
-    every one that is trained.
-    """
+    """--dry-run: print what a run that has begun consists of and what it will write, and end it."""
     args, networks, last = run.args, run.state.networks, max(run.last_step(data), run.step)
     modules = {name: net for name, net in vars(nets).items() if isinstance(net, nn.Module)}
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in modules.items()}
     sizes = ", ".join(f"{name} {count / 1e6:,.3g} M" for name, count in counts.items())
     trained = sum(p.numel() for net in networks.values() for p in net.parameters() if p.requires_grad)
+    # float32 weights and, of those that are trained, AdamW's two moments
     checkpoint = 4 * sum(p.numel() for net in networks.values() for p in net.parameters()) + 8 * trained
     permanent = -(-last // args.checkpointing_steps) - run.step // args.checkpointing_steps
     kept = permanent + args.keep_last + (getattr(args, "eval_steps", 0) > 0)
-    free = shutil.disk_usage(nearest_existing(run.directory)).free
+    free = free_space(run.directory)
     tokens = f", {networks['ema'].grid ** 2} tokens" if "ema" in networks else ""
     seen = last * args.batch_size
     run.print(

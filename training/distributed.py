@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,20 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from errors import UserError
 from models.numerics import distributed_world_size
 
-T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # others wait while rank 0 samples pictures and writes checkpoints
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def process_state():
-    """accelerate's PartialState of a script without training: device, process index, barriers.
-
-    The timeout is long, because ranks wait until all shares are done; if one fails, the launcher ends the rest.
-    """
+    """accelerate's PartialState of a script without training: device, process index, barriers."""
     from accelerate import PartialState
 
-    # cpu: else several processes would not find each other on CPUs
+    # cpu: else several processes would not find each other on CPUs; ranks wait for each other until all shares are done
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
@@ -53,7 +48,7 @@ def frozen_call(module: nn.Module, *args, **kwargs):
     return functional_call(module, constants, args, kwargs)
 
 
-def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def on_first_process(action: Callable[[], object], group: dist.ProcessGroup | None):
     """Broadcast what `action` returns on rank 0 (plain data).
 
     Raises:
@@ -74,10 +69,7 @@ def on_first_process(action: Callable[[], T], group: dist.ProcessGroup | None) -
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """A gloo group for messages between hosts, which do not wait for the devices; None for a single process.
-
-    It notices a lost process at once, where NCCL would wait for its timeout.
-    """
+    """A gloo group, which does not wait for devices and notices a lost process at once; None for a single process."""
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if distributed_world_size() > 1 else None
 
 

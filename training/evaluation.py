@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.sampling import Sampling, sample_pixels
-from errors import UserError
 from metrics.features import extract_features
 from metrics.statistics import ReadOptions, SetStatistics, compare, metric_name, open_reference, statistics_of
 from models.autoencoder import AutoencoderKL
@@ -26,13 +25,8 @@ RECONSTRUCTIONS = 32
 class Previews:
     """Shows samples of `ema`, reconstructions of 32 of the `originals`, and distances of samples to the reference.
 
-    Args:
-        args: the training script's flags.
-        run: what is logged to, and whose device is used.
-        vae: decodes samples, and is shown if there are originals.
-        ema: the averaged transformer, if one is trained.
-        originals: the training images, if the VAE is trained.
-        reference: the training images, which samples are compared to unless --eval-reference names others.
+    `ema` is given if a transformer is trained, `originals` if a VAE is. Both are training images; `reference` may also
+    be None where --eval-reference names others.
     """
 
     def __init__(
@@ -52,13 +46,13 @@ class Previews:
     def show(self) -> None:
         """Show what is due at the end of this step."""
         run = self.run
-        if run.due(self.args.sampling_steps) and run.is_main:
-            if self.ema is not None:
-                picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast)
-                run.metrics.add_picture(run.step, "samples", picture)
-            if self.shown is not None:
-                picture = reconstruction_grid(self.vae, self.shown, self.autocast)
-                run.metrics.add_picture(run.step, "reconstructions", picture)
+        show_pictures = run.due(self.args.sampling_steps) and run.is_main
+        if show_pictures and self.ema is not None:
+            picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast)
+            run.metrics.add_picture(run.step, "samples", picture)
+        if show_pictures and self.shown is not None:
+            picture = reconstruction_grid(self.vae, self.shown, self.autocast)
+            run.metrics.add_picture(run.step, "reconstructions", picture)
         if self.evaluation is not None and run.due(self.args.eval_steps):
             run.evaluate(self.evaluation, self.ema, self.vae)
 
@@ -67,26 +61,17 @@ class Evaluation:
     """Fréchet distances of `--eval-samples` samples of the average to a reference, in each of `--eval-features`.
 
     Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
-    the work, and the distance does not depend on their number.
-
-    Args:
-        args: the training script's flags.
-        run: whose processes and device are used.
-        images: the training images, the reference unless --eval-reference names another.
+    the work, and the distance does not depend on their number. The reference is `images`, the training images, unless
+    --eval-reference names another.
 
     Attributes:
         judge: the name of the distance that chooses the best checkpoint: that of the first network.
         measure: what the distances depend on beside the networks that sample.
-
-    Raises:
-        UserError: weights or reference are missing.
     """
 
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
-        if self.count < self.world:
-            raise UserError(f"--eval-samples {self.count}: fewer than {self.world} processes")
         self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
         self.judge = "eval_" + metric_name("fid", self.networks[0].name)

@@ -45,8 +45,7 @@ def cache_latents(
         state: this process among all.
 
     Raises:
-        UserError: the folder holds something else or is being written to, the disk is too small, or a value is not
-            finite.
+        UserError: the folder holds something else, the disk is too small, or a value is not finite.
     """
     ends, layout, plan = np.cumsum(images.sizes).tolist(), shard_layout(index), index["fingerprint"]
     shards = [(shard_name(i), range(end - images.sizes[i], end)) for i, end in enumerate(ends)]
@@ -58,7 +57,10 @@ def cache_latents(
         require_space(directory, row_bytes * sum(len(rows) for _, rows in missing), "the latents")
         state.wait_for_everyone()  # all see the same ones missing before the first is written
         share = missing[state.process_index :: state.num_processes]
-        batches = load_batches(images, [rows for _, rows in share], args, state.device)
+        size, pinned = args.pproc_batch_size, state.device.type == "cuda"
+        # each batch ends with its shard, so that rows do not depend on the processes
+        parts = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
+        batches = iter(DataLoader(images, batch_sampler=parts, num_workers=args.num_workers, pin_memory=pinned))
         total = sum(len(rows) for _, rows in share)
         with (
             tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
@@ -75,22 +77,11 @@ def cache_latents(
             print(f"{what}, in {directory}, by {state.num_processes} processes")
 
 
-def load_batches(
-    images: ImageDataset, shards: list[range], args: argparse.Namespace, device: torch.device
-) -> Iterator[list[Tensor]]:
-    """Batches of pixels and labels; each ends with its shard, so that rows do not depend on the processes."""
-    size = args.pproc_batch_size
-    batches = [rows[first : first + size] for rows in shards for first in range(0, len(rows), size)]
-    pinned = device.type == "cuda"
-    return iter(DataLoader(images, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pinned))
-
-
 def write_finite(path: Path, arrays: dict[str, np.ndarray], metadata: dict) -> None:
     """Write a shard; a UserError if it holds values that are not finite, such as those that float16 cannot hold."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            hint = "use --dtype float32, or another VAE"
-            raise UserError(f"{path}: {name} are not finite, or too large for {array.dtype}; {hint}")
+            raise UserError(f"{path}: {name} are not finite in {array.dtype}; use --dtype float32, or another VAE")
     write_shard(path, arrays, metadata)
 
 

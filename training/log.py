@@ -29,12 +29,6 @@ WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for 
 class MetricsLog:
     """The scalars of every step and the pictures of some, each logged once however often the run is interrupted.
 
-    Args:
-        accelerator: accelerate's, which opens the tracker.
-        args: the run's flags.
-        directory: the run's folder.
-        log: a callable that prints on rank 0.
-
     Attributes:
         evaluations: distances by step, which `write` logs with the metrics of that step.
         clock: when the time began that images_per_second is computed from.
@@ -52,7 +46,9 @@ class MetricsLog:
 
     def open(self, step: int) -> None:
         """Drop the records after `step`, which will be logged again, and start the tracker."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.file.exists():
+            if step == 0:
+                self.log(f"warning: no checkpoint to continue from; the records of {self.file} are dropped")
             truncate_log(self.file, step)
         if self.args.report_to == "none":
             return
@@ -77,17 +73,14 @@ class MetricsLog:
         import wandb
 
         identity = self.directory / "wandb-id.txt"
-        if not identity.is_file() or not identity.read_text(encoding="utf8").strip():
+        if not identity.is_file():
             replace_text(identity, os.urandom(4).hex())
         options = {
             "name": self.args.exp_name,
             "id": identity.read_text(encoding="utf8"),
             "resume": "allow",
             "dir": str(self.directory),
-            "settings": wandb.Settings(
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_INIT_TIMEOUT)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", WANDB_FINISH_TIMEOUT)),
-            ),
+            "settings": wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT, finish_timeout=WANDB_FINISH_TIMEOUT),
         }
         mode = "offline" if is_offline(self.args) else wandb.setup().settings.mode
         try:
@@ -97,20 +90,17 @@ class MetricsLog:
         except Exception as error:
             files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
             self.log(
-                f"warning: wandb cannot be used online ({one_line(error)}); "
-                f"it keeps its files here, which `wandb sync {files}` uploads"
+                f"warning: wandb cannot be used online ({one_line(error)}); it keeps its files here, which "
+                f"`wandb sync {files}` uploads"
             )
             self.accelerator.trackers = []
             wandb.teardown(exit_code=1)  # else the run id counts as in use
             self._start_tracker({**options, "mode": "offline"})
 
     def _without_tracker(self, error: Exception) -> None:
-        """Go on without a tracker that failed."""
         self.accelerator.trackers = []
-        self.log(
-            f"warning: {self.args.report_to} is not available ({one_line(error)}); "
-            "metrics.jsonl is written all the same"
-        )
+        reason, tracker = one_line(error), self.args.report_to
+        self.log(f"warning: {tracker} is not available ({reason}); metrics.jsonl is written all the same")
 
     def close(self) -> None:
         """Finish the tracker; what it has not uploaded by then stays in its files."""
@@ -139,7 +129,7 @@ class MetricsLog:
             self.micro_metrics = []
 
     def add_picture(self, step: int, name: str, picture: Tensor) -> None:
-        """Write a picture (3,H,W) uint8 to the run's folder `name`; the tracker gets it with the next `write`."""
+        """Write a picture (3,H,W) uint8 to the folder `name`; the tracker gets it with the next `write`."""
         from PIL import Image
 
         folder = self.directory / name
@@ -150,10 +140,7 @@ class MetricsLog:
         self.pictures.append((step, name, array))
 
     def fetch(self) -> list[dict[str, float]]:
-        """The metrics of all steps added since the last call, averaged over ranks in one reduction.
-
-        The host waits for the device. `write` writes them.
-        """
+        """The metrics of all steps added since the last call, averaged over ranks; the host waits for the device."""
         if not self.pending:
             return []
         names = list(self.pending[0][1])
@@ -175,7 +162,7 @@ class MetricsLog:
             record.update(self.evaluations.pop(record["step"], {}))
         if self.accelerator.is_main_process:
             with open(self.file, "a", encoding="utf8") as file:
-                file.writelines(json.dumps(finite_or_null(record)) + "\n" for record in self.records)
+                file.writelines(json_line(record) for record in self.records)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
@@ -198,11 +185,10 @@ class MetricsLog:
 
 def truncate_log(path: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl after the last whole record of a step up to `step`; earlier lines stay."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True)
     while lines and not is_record(lines[-1], step):
         lines.pop()
-    if path.exists():
-        os.truncate(path, sum(map(len, lines)))
+    os.truncate(path, sum(map(len, lines)))
 
 
 def is_record(line: bytes, step: int) -> bool:
@@ -213,9 +199,9 @@ def is_record(line: bytes, step: int) -> bool:
         return False
 
 
-def finite_or_null(record: dict[str, float]) -> dict[str, float | None]:
-    """`record` with null for NaN and infinity, which JSON does not have."""
-    return {name: value if math.isfinite(value) else None for name, value in record.items()}
+def json_line(record: dict[str, float]) -> str:
+    """A line of the log, with null for NaN and infinity, which JSON does not have."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"
 
 
 # consecutive steps after which a gradient that is exactly 0 counts as vanished
@@ -227,17 +213,11 @@ LOWEST_LOSS_SCALE = 1.0
 
 
 class Watch:
-    """Finds the first step after which training cannot recover.
-
-    Args:
-        scaled: whether losses are scaled (float16); single gradients then overflow, and their steps are skipped.
-
-    Attributes:
-        gan_start: 1-based step from which the discriminator learns.
-    """
+    """Finds the first step after which training cannot recover."""
 
     def __init__(self, scaled: bool):
-        self.scaled, self.gan_start = scaled, math.inf
+        self.scaled = scaled  # losses, for float16: single gradients then overflow, and their steps are skipped
+        self.gan_start = math.inf  # 1-based step from which the discriminator learns
         self.zero, self.skipped = Counter(), Counter()
 
     def reason_to_stop(self, records: list[dict[str, float]]) -> str | None:
@@ -268,15 +248,10 @@ class Watch:
 
 @torch.no_grad()
 def normaliser_drift(bn: nn.BatchNorm2d, start: Tensor) -> dict[str, Tensor]:
-    """How far a normaliser's running statistics are from those it started with, as scalars on its device.
+    """How far a normaliser's running statistics are from the means and variances (2,C) that it started with.
 
-    Args:
-        bn: the normaliser of C channels.
-        start: (2,C), the running means and variances at the start.
-
-    Returns:
-        bn_mean_drift, the mean over channels of |mean - start|/(standard deviation at the start); and bn_std_drift,
-        that of |log(standard deviation/the one at the start)|.
+    bn_mean_drift is the mean over channels of |mean - start|/(standard deviation at the start); bn_std_drift that of
+    |log(standard deviation/the one at the start)|.
     """
     mean, var = start
     return {

@@ -61,19 +61,7 @@ class Batch(NamedTuple):
 
 
 class Run:
-    """A training run in OUTPUT_DIR/EXP_NAME, on one process or many.
-
-    Attributes:
-        accelerator: accelerate's launch, device and process group.
-        device: where this process computes.
-        world: number of processes.
-        micro_batch: images of one process's micro-batch.
-        directory: the run's folder.
-        step: optimiser steps begun, this one included.
-
-    Raises:
-        UserError: the batch cannot be divided over processes and micro-batches.
-    """
+    """A training run in OUTPUT_DIR/EXP_NAME, on one process or many."""
 
     def __init__(self, args: argparse.Namespace):
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -82,7 +70,7 @@ class Run:
         follow_launcher()
         timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
         self.args = args
-        self.directory = Path(args.output_dir) / args.exp_name
+        self.directory = Path(args.output_dir, args.exp_name)
         self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
@@ -95,14 +83,13 @@ class Run:
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         parts = f"{self.world} processes x {args.gradient_accumulation_steps} accumulation steps"
+        # images of one process's micro-batch
         self.micro_batch, rest = divmod(args.batch_size, self.world * args.gradient_accumulation_steps)
         if rest:
             raise UserError(f"--batch-size {args.batch_size} (over all processes) is no multiple of {parts}")
-        self.print(
-            f"batch: {args.batch_size} images a step = {parts} x {self.micro_batch}, on {self.device.type}, "
-            f"precision {args.mixed_precision}"
-        )
-        self.step = 0
+        what = f"{self.micro_batch}, on {self.device.type}, precision {args.mixed_precision}"
+        self.print(f"batch: {args.batch_size} images a step = {parts} x {what}")
+        self.step = 0  # optimiser steps begun, this one included
         self.step_complete = False
         self.state: TrainingState | None = None
         self.identity: dict = {}
@@ -132,17 +119,12 @@ class Run:
     ) -> None:
         """Restore a step's networks and optimisers from the run's checkpoint, if there is one, and open the log.
 
-        With --dry-run nothing is written.
-
-        Args:
-            nets: the step's networks and optimisers, as `state_of` takes them.
-            identity: fingerprints of data and weights, which must stay the same when the run continues.
-            loss: the VAE's loss, if the VAE is trained.
-            check: may refuse what was restored, before anything is written.
+        `identity` has the fingerprints of data and weights, which must stay the same when the run continues; `loss` is
+        the VAE's, if one is trained. `check` may refuse what was restored before anything is written.
 
         Raises:
             UserError: another process has the run; the checkpoint is missing, damaged, of other networks or made with
-                other flags or data; processes were started differently; or what `check` raises.
+                other flags or data; or processes were started differently.
         """
         self.state, self.identity = state_of(nets), identity
         if loss is not None:
@@ -165,15 +147,15 @@ class Run:
             require_writable(self.directory)
         else:
             self.resources.enter_context(locked(self.directory))
-            for folder in filter(Path.is_dir, self.directory.iterdir()):
+            for folder in self.directory.iterdir():
                 remove_leftovers(folder)
         path = self.checkpoints.to_continue(self.args.resume_step, self.args.continue_train_exp_dir)
         return None if path is None else str(path)
 
     def _restore(self, path: Path) -> None:
-        """Restore the checkpoint that rank 0 chose and verified; every machine must see --output-dir."""
+        """Restore the checkpoint that rank 0 chose and verified."""
         checkpoint = read_checkpoint(path, verify=False)
-        free = RESUMABLE if self.state.trains_vae else FROZEN_RESUMABLE
+        free = RESUMABLE if "vae" in self.state.networks else FROZEN_RESUMABLE
         if path.parent != self.checkpoints.directory:
             free = free | FORKABLE
         refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
@@ -188,9 +170,7 @@ class Run:
 
         `data` is a map-style dataset of (pixels, label) or (pixels, label, moments). After each step this logs, saves
         and obeys signals: SIGTERM or SIGINT saves a checkpoint at the next step boundary and exits with code 75.
-
-        Raises:
-            UserError: a loss is not finite, or see `Watch`.
+        A UserError says that training cannot recover, see `Watch`.
         """
         args, last, first = self.args, self.last_step(data), self.step
         rank, accumulation = self.accelerator.process_index, self.args.gradient_accumulation_steps
@@ -238,10 +218,7 @@ class Run:
         return self.step_complete and self.step % interval == 0
 
     def log(self, metrics: dict[str, Tensor | None]) -> None:
-        """Log a micro-batch's metrics (scalars on the device, or None), and what the state adds to them.
-
-        The host does not wait for the device.
-        """
+        """Log a micro-batch's metrics (scalars on the device, or None) without waiting for the device."""
         self.metrics.add(self.step, {**metrics, **self.state.metrics()}, self.step_complete)
 
     def evaluate(self, evaluation, *nets: nn.Module) -> None:
@@ -279,16 +256,14 @@ class Run:
             self.saved_at = time.monotonic()
         if stop:
             all_reduce_max([0], self.hosts)  # a barrier: a launcher that sees one process end ends the others
-            self.print(
-                f"stopped by signal {self.agreed_signal} after step {self.step}. The same command continues from there"
-            )
+            what = f"stopped by signal {self.agreed_signal} after step {self.step}"
+            self.print(f"{what}. The same command continues from there")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
 
     def _sync_stop_and_save(self, last: int) -> tuple[bool, bool]:
         """Whether all processes stop at this step because of a signal, and whether it is time for a checkpoint."""
-        minutes = self.args.checkpointing_minutes
-        overdue = self.is_main and 0 < minutes * 60 <= time.monotonic() - self.saved_at
+        overdue = 0 < self.args.checkpointing_minutes * 60 <= time.monotonic() - self.saved_at
         # a signal that arrives from here on counts at the next step, so that all processes agree
         self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
         return self.agreed_signal > 0 and self.step < last, bool(overdue)
@@ -296,8 +271,8 @@ class Run:
     def _check_processes(self) -> None:
         """Raise a UserError unless the state is the same on every rank, to the bit."""
         if self.world > 1 and (name := differing_tensor(self.state.named_tensors(), self.device)) is not None:
-            reason = f"step {self.step}: processes differ in {name}"
-            self._stop(reason, "Look for faulty memory, or for machines with other software")
+            what = f"step {self.step}: processes differ in {name}"
+            self._stop(what, "Look for faulty memory, or for machines with other software")
 
     def _check_state(self) -> None:
         """Raise a UserError unless the state is finite, and the same on every rank."""
@@ -314,11 +289,9 @@ class Run:
     def _stop(self, reason: str, advice: str = "") -> None:
         """Raise a UserError that names the last good checkpoint, and how to go on from there."""
         good = latest_checkpoint(self.checkpoints.directory)
-        if not advice and good is None:
-            advice = "Begin under another --exp-name, with bf16 or a lower learning rate"
-        elif not advice:
-            source = f"--continue-train-exp-dir {self.directory}"
-            advice = f"Another --exp-name with {source} goes on from there with bf16 or a lower learning rate"
+        if not advice:
+            source = f" with --continue-train-exp-dir {self.directory}" if good else ""
+            advice = f"Start another --exp-name{source}, in bf16 or at a lower learning rate"
         raise UserError(f"{reason}; training stopped. Last good checkpoint: {good or 'none'}. {advice}")
 
     def _on_signal(self, kind: int, frame: object) -> None:
@@ -330,7 +303,7 @@ class Run:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: what PyTorch allocated on a GPU, or the process's resident memory on CPUs."""
+    """Bytes at the peak: what PyTorch allocated on a GPU, or the process's resident memory on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

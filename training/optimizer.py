@@ -64,7 +64,7 @@ class Optimizer:
         return norm
 
     def scaler_metrics(self, name: str) -> dict[str, Tensor]:
-        """Loss scale and number of skipped steps for the log, keys ending in `name`; empty unless float16 is on."""
+        """Loss scale and number of skipped steps, for the log; empty unless losses are scaled."""
         if not self.scaler.is_enabled():
             return {}
         scale = self.scaler.scale(torch.ones_like(self.skipped))
@@ -90,14 +90,12 @@ class Optimizer:
         Raises:
             ValueError: the state belongs to another number of parameters.
         """
-        (group,) = adamw["param_groups"]
-        ids = group["params"]
+        ids = adamw["param_groups"][0]["params"]
         if len(ids) == len(self.parameters) + len(self.fixed):
             ids = [key for i, key in enumerate(ids) if i not in self.fixed]
         state = {new: adamw["state"][old] for new, old in enumerate(ids) if old in adamw["state"]}
-        # learning rates stay this optimiser's; `fused` decides where AdamW puts its step counters while it loads
-        own = {key: self.adamw.param_groups[0][key] for key in ("lr", "betas", "weight_decay", "eps")}
-        group = {**group, **own, "params": list(range(len(ids))), "fused": True, "foreach": None}
+        # learning rate, Adam's constants and `fused` stay this optimiser's
+        group = {**self.adamw.state_dict()["param_groups"][0], "params": list(range(len(ids)))}
         self.adamw.load_state_dict({"state": state, "param_groups": [group]})
         for parameter, moments in self.adamw.state.items():  # fused AdamW needs the parameter's memory layout
             moments |= {

@@ -48,13 +48,7 @@ def changed_flags(before: dict, now: dict, free: Collection[str]) -> str:
 def refuse_changed_flags(
     checkpoint: dict, flags: dict, identity: dict, path: Path, free: Collection[str] = RESUMABLE
 ) -> None:
-    """Compare the `flags` and `identity` of this run with those in a checkpoint.
-
-    Names that only one of them has are not compared: the checkpoint may be of another kind of training.
-
-    Raises:
-        UserError: a flag that is not `free`, or a fingerprint, differs.
-    """
+    """Raise a UserError if a flag that is not `free`, or a fingerprint, is not as in a checkpoint that also has it."""
     before = checkpoint.get("args") or {}
     before = vars(before) if isinstance(before, argparse.Namespace) else before
     if what := changed_flags(before, flags, free):

@@ -1,6 +1,5 @@
 """What a checkpoint of training holds, and a run's folder of checkpoints: which to continue from, which to keep."""
 
-import errno
 import json
 import math
 from collections.abc import Callable
@@ -30,29 +29,15 @@ OPTIMIZERS = {"opt": "opt_sit", "opt_vae": "opt_vae", "opt_disc": "opt_disc"}
 
 
 class TrainingState:
-    """Everything that a checkpoint holds, registered once by name; saving and loading use the same list.
-
-    Args:
-        networks: key -> network, wrapped or not.
-        optimizers: key -> Optimizer.
-        tensors: further tensors, restored in place.
-    """
+    """Everything that a checkpoint holds, by its keys there; networks may be wrapped, tensors are restored in place."""
 
     def __init__(self, networks: dict[str, nn.Module], optimizers: dict[str, Optimizer], tensors: dict[str, Tensor]):
         self.networks = {name: unwrap(network) for name, network in networks.items()}
         self.optimizers = optimizers
         self.tensors = tensors
 
-    @property
-    def trains_vae(self) -> bool:
-        """Whether the VAE is trained. Results then depend on the micro-batches that batch statistics are taken from."""
-        return "vae" in self.networks
-
     def to_dict(self, args: dict, step: int, identity: dict | None = None) -> dict:
-        """The checkpoint after `step` steps, plain data only.
-
-        `args` holds every flag by its underscore name, `identity` the fingerprints of data and weights.
-        """
+        """The checkpoint after `step` steps of a run with the flags `args` and the fingerprints `identity`."""
         return {
             **{name: network.state_dict() for name, network in self.networks.items()},
             **{name: optimizer.adamw.state_dict() for name, optimizer in self.optimizers.items()},
@@ -95,10 +80,7 @@ class TrainingState:
             load_weights(network, checkpoint[name], f"{source}: {name}")
         extras = checkpoint.get("optimizer_extras", {})
         for name, optimizer in self.optimizers.items():
-            try:
-                optimizer.load_state_dict(checkpoint[name], extras.get(name))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{source}: {name} is no state of this optimiser ({error})") from error
+            optimizer.load_state_dict(checkpoint[name], extras.get(name))
         for name, tensor in self.tensors.items():
             if name in checkpoint.get("tensors", {}):
                 tensor.copy_(checkpoint["tensors"][name])
@@ -106,28 +88,21 @@ class TrainingState:
 
 
 def state_of(nets) -> TrainingState:
-    """The state of a step's networks and optimisers.
-
-    Joint training also keeps the statistics (2,C) that the latent normaliser started with, for `normaliser_drift`.
-    """
+    """The state of a step's networks and optimisers."""
     fields = vars(nets)
     tensors = {"lecam": nets.lecam} if "lecam" in fields else {}
     if {"vae", "sit"} <= fields.keys():
-        bn = unwrap(nets.sit).bn
+        bn = unwrap(nets.sit).bn  # its statistics (2,C) at the start, for `normaliser_drift`
         tensors["bn_start"] = torch.stack([bn.running_mean, bn.running_var])
     networks = {key: fields[name] for key, name in NETWORKS.items() if name in fields}
     return TrainingState(networks, {key: fields[name] for key, name in OPTIMIZERS.items() if name in fields}, tensors)
 
 
 class CheckpointFolder:
-    """The checkpoints of one run; only the first rank uses it.
+    """The checkpoints of one run, in RUN/checkpoints; only the first rank uses it.
 
     Checkpoints of --checkpointing-steps are permanent. Those saved by time or by a signal are rolling: rolling.json
     lists them in the order in which they were written, and all but the newest few are deleted.
-
-    Args:
-        directory: RUN/checkpoints.
-        log: a callable that prints on rank 0.
     """
 
     def __init__(self, directory: Path, log: Callable[[str], None]):
@@ -143,44 +118,33 @@ class CheckpointFolder:
         Raises:
             UserError: the checkpoint asked for is missing or damaged, or all are damaged.
         """
-        if self.directory.is_symlink() and not self.directory.exists():
-            raise UserError(f"{self.directory}: a link to {self.directory.readlink()}, which is not there; mount it")
-        folder = self.directory
-        if elsewhere is not None:
-            if not numbered_checkpoints(folder):
-                folder = Path(elsewhere) / "checkpoints"
-            elif not checkpoint_path(folder, resume_step).is_file():
-                resume_step = 0  # it names a checkpoint of the other run, from which this run has gone on since
-        candidates = numbered_checkpoints(folder)
+        folder, candidates = self.directory, numbered_checkpoints(self.directory)
         if elsewhere is not None and not candidates:
-            raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
-        if not resume_step:
-            return self._newest_whole(candidates)
+            folder = Path(elsewhere) / "checkpoints"
+            if not (candidates := numbered_checkpoints(folder)):
+                raise UserError(f"--continue-train-exp-dir {elsewhere}: no checkpoints in {folder}")
         chosen = checkpoint_path(folder, resume_step)
+        went_on = elsewhere is not None and folder == self.directory and chosen not in candidates
+        if not resume_step or went_on:  # then resume_step is one of the other run's
+            return self._newest_whole(candidates)
         read_checkpoint(chosen)
-        later = ", ".join(path.name for path in candidates if int(path.stem) > resume_step)
+        later = ", ".join(path.name for path in candidates if path > chosen)
         if later and folder == self.directory:
-            self.log(
-                f"warning: --resume-step {resume_step} leaves later checkpoints in {folder} ({later}); delete them, or "
-                "a start without --resume-step continues from the newest"
-            )
+            hint = "delete them, or a start without --resume-step continues from the newest"
+            self.log(f"warning: --resume-step {resume_step} leaves later checkpoints in {folder} ({later}); {hint}")
         return chosen
 
     def _newest_whole(self, candidates: list[Path]) -> Path | None:
         for path in reversed(candidates):
             try:
                 read_checkpoint(path)
-            except (UserError, OSError) as error:
-                if isinstance(error, OSError) and error.errno != errno.EIO:
-                    raise
+            except UserError as error:
                 self.log(f"warning: {error}; trying the one before")
             else:
                 return path
         if candidates:
-            raise UserError(
-                f"{candidates[0].parent}: all {len(candidates)} checkpoints are damaged; put copies of them back, or "
-                "choose another --exp-name to start afresh"
-            )
+            what = "checkpoints are damaged; put copies of them back, or choose another --exp-name to start afresh"
+            raise UserError(f"{candidates[0].parent}: all {len(candidates)} {what}")
         return None
 
     def save(self, content: dict, permanent: bool, keep_last: int) -> None:
@@ -189,27 +153,16 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be written; the checkpoints that exist stay.
         """
-        step = content["steps"]
-        path = checkpoint_path(self.directory, step)
+        path = checkpoint_path(self.directory, content["steps"])
         self.directory.mkdir(parents=True, exist_ok=True)
-        rolling = self.rolling()
-        permanent |= path.is_file() and step not in rolling
-        rolling = [other for other in rolling if other != step] + ([] if permanent else [step])
-        self._note_rolling(rolling)
+        noted = [checkpoint_path(self.directory, step) for step in read_note(self.rolling_note).get("steps", [])]
+        permanent |= path.is_file() and path not in noted
+        rolling = [other for other in noted if other.is_file() and other != path] + ([] if permanent else [path])
+        if rolling != noted:  # first, so that a checkpoint that is written is in the list
+            replace_text(self.rolling_note, json.dumps({"steps": [int(other.stem) for other in rolling]}) + "\n")
         write_atomically(content, path)
-        there = [step for step in rolling if checkpoint_path(self.directory, step).is_file()]
-        for old in there[:-keep_last]:
-            checkpoint_path(self.directory, old).unlink()
-        self._note_rolling(there[-keep_last:])
-
-    def rolling(self) -> list[int]:
-        """Steps of the checkpoints that may be deleted; none if their list is lost."""
-        steps = read_note(self.rolling_note).get("steps")
-        return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
-
-    def _note_rolling(self, steps: list[int]) -> None:
-        if steps != self.rolling():
-            replace_text(self.rolling_note, json.dumps({"steps": steps}) + "\n")
+        for old in rolling[:-keep_last]:
+            old.unlink()
 
     def save_if_best(self, content: dict, measure: str, judge: str, values: dict[str, float]) -> None:
         """Keep `content` as best.pt if values[judge] is the lowest so far under the same `measure`.
@@ -226,7 +179,6 @@ class CheckpointFolder:
 def read_note(path: Path) -> dict:
     """The mapping in a small JSON file; empty if it is missing or damaged."""
     try:
-        note = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        note = {}
-    return note if isinstance(note, dict) else {}
+        return dict(json.loads(path.read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -62,8 +62,7 @@ def update_transformer(
         cfg: the step's constants.
 
     Returns:
-        metrics as detached scalars on the device; the gradient norm is the one before clipping, and None before the
-        last micro-batch of an accumulated step.
+        metrics as detached scalars on the device, as those of `repae_step`.
     """
     sit = unwrap(nets.sit)
     if sit.null_label is not None:

@@ -67,7 +67,6 @@ def update_discriminator(
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`metrics` without their graphs."""
     return {name: value.detach() for name, value in metrics.items()}
 
 
