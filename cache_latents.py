@@ -39,12 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vae-latents-name", default="repae-invae-400k", help="folder below --output-dir (default: %(default)s)"
     )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=DTYPES,
-        help="float16 halves the disk (default: float32)",
-    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="float16 halves the disk (default: float32)")
     parser.add_argument(
         "--compile", action=BooleanOptionalAction, default=True, help="compile the encoder on GPUs (default: yes)"
     )

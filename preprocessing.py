@@ -122,9 +122,8 @@ def preprocess(
         missing = sum(len(part) for i, part in jobs if not (directory / shard_name(i)).exists())
         require_space(directory, missing * 3 * resolution**2, f"{missing} images of {resolution} px")
         (directory / "index.json").unlink(missing_ok=True)
-        write_shards(
-            jobs, workers, partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
-        )
+        job = partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
+        write_shards(jobs, workers, job)
         return write_index(directory, index, len(jobs), skipped)
 
 

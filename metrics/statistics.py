@@ -29,10 +29,7 @@ MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names in ADM's reference files
 class SetStatistics:
     """Statistics of `count` images, whose features come in batches, in any order, on any number of processes.
 
-    Args:
-        count: images in all.
-        device: the device of the sums.
-        keep_features: whether the features of every image are kept, for the metrics of `OF_FEATURES`.
+    The sums are on `device`; with `keep_features` the features of every image are kept, for the metrics of OF_FEATURES.
     """
 
     def __init__(self, count: int, device: torch.device, keep_features: bool):
@@ -89,14 +86,14 @@ def metric_name(metric: str, network: str) -> str:
 def compare(
     samples: SetStatistics, reference: dict[str, Tensor], features: Tensor | None, wanted: list[str], network: str
 ) -> dict[str, float]:
-    """The wanted metrics of a set of samples, by `metric_name`.
+    """The wanted metrics of a set of samples, by `metric_name`, but for those that the network does not have.
 
     Args:
         samples: after `over_processes`.
         reference: the reference's `moments`.
         features: the reference's features (N,D), for the metrics of `OF_FEATURES`.
-        wanted: of METRICS; those that the network does not have are left out.
-        network: the network of the features.
+        wanted: of METRICS.
+        network: the name of the network of the features.
     """
     moments, device = samples.moments(network), samples.device
     values = {}
@@ -154,10 +151,7 @@ def open_reference(path: Path, what: str = "--reference") -> Reference:
 def save_statistics(
     path: Path, moments: dict[str, dict[str, Tensor]], weights: dict[str, str], source: str, count: int | None
 ) -> None:
-    """Write moments by network as an npz for `open_reference`; those of Inception have the names of ADM's files.
-
-    `weights` are the SHA-256 of the networks of the moments, as far as they are known.
-    """
+    """Write moments and SHA-256 by network as an npz for `open_reference`; Inception's are named as in ADM's files."""
     arrays = {
         key if network == "inception" else f"{network}/{key}": values.numpy()
         for network, of_network in moments.items()
@@ -179,6 +173,8 @@ class ReadOptions(NamedTuple):
 def batches(images: Dataset, title: str, reading: ReadOptions) -> Iterable[tuple[Tensor, Tensor]]:
     """This process's share of a set, in batches: (indices (B,), pixels (B,3,H,W) on its device)."""
     state = reading.state
+    if len(images) < state.num_processes:
+        raise UserError(f"{len(images)} images for {state.num_processes} processes; use fewer processes")
     share = torch.arange(state.process_index, len(images), state.num_processes)
     loader = DataLoader(
         Subset(images, share.tolist()),
