@@ -1,16 +1,13 @@
 """Preprocessed images and cached latents, as training reads them.
 
 Images are shards written by preprocessing.py (196 kB an image at 256 px), latents shards of the same rows written by
-cache_latents.py. Both are map-style datasets that any number of workers may use.
-
-    python dataset.py --verify data
-
-reads all shards of a data directory and names each that is damaged. It can be deleted: the script that made it makes it
-again.
+cache_latents.py. `python dataset.py --verify data` reads all shards of a data directory and names each that is damaged.
+It can be deleted: the script that made it makes it again.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,20 +17,6 @@ from storage.shards import Layout, Shards, read_index, shard_name, verify_shard
 
 IMAGE_FORMAT = "repae-images/2"
 LATENT_FORMAT = "repae-latents/2"
-# format -> the keys of an index that are read, with the types of their values
-FIELDS = {
-    IMAGE_FORMAT: {"resolution": int, "num_classes": int, "fingerprint": str},
-    LATENT_FORMAT: {
-        "shape": list,
-        "dtype": str,
-        "mirrored": bool,
-        "num_classes": int,
-        "fingerprint": str,
-        "image_fingerprint": str,
-        "vae_fingerprint": str,
-        "statistics": dict,
-    },
-}
 
 
 def images_directory(data_dir: str | Path) -> Path:
@@ -67,17 +50,13 @@ def remedy(folder: Path, form: str) -> str:
 
 
 def open_shards(folder: Path, form: str) -> tuple[dict, Shards]:
-    """Index and shards of a folder.
-
-    Raises:
-        UserError: the index is missing or damaged, or a shard is missing, cut short or not what the index says.
-    """
-    index = read_index(folder, form, FIELDS[form], remedy(folder, form))
+    """Index and shards of a folder; a UserError if one is missing, damaged or not what the index says."""
+    index = read_index(folder, form, remedy(folder, form))
     return index, Shards(folder, index, shard_layout(index), remedy(folder, form))
 
 
 class ImageDataset:
-    """Map-style dataset of (pixels (3,R,R) uint8 tensor, label int).
+    """Map-style dataset of (pixels (3,R,R) uint8 tensor, label int) in `data_dir`, preprocessing.py's --output-path.
 
     Attributes:
         source: the folder, for messages.
@@ -86,12 +65,6 @@ class ImageDataset:
         classes: their names, or None.
         fingerprint: a hash of all pixels and labels.
         sizes: rows of each shard.
-
-    Args:
-        data_dir: the `--output-path` of preprocessing.py.
-
-    Raises:
-        UserError: as `open_shards`.
     """
 
     def __init__(self, data_dir: str | Path):
@@ -129,9 +102,6 @@ class LatentDataset:
         data_dir: the `--output-dir` of cache_latents.py.
         name: its `--vae-latents-name`.
         images: what the pixels are read from; with None each row's pixels are an empty tensor.
-
-    Raises:
-        UserError: as `open_shards`.
     """
 
     def __init__(self, data_dir: str | Path, name: str, images: ImageDataset | None):
@@ -155,11 +125,7 @@ class LatentDataset:
 
 
 def open_images(data_dir: str | Path, resolution: int | None = None) -> ImageDataset:
-    """The images in a data directory.
-
-    Raises:
-        UserError: there are none, or they are not of `resolution` pixels (None takes what is there).
-    """
+    """The images in a data directory; a UserError if there are none, or not of `resolution` pixels (None: any)."""
     images = ImageDataset(data_dir)
     if resolution is not None and images.resolution != resolution:
         raise UserError(
@@ -170,43 +136,34 @@ def open_images(data_dir: str | Path, resolution: int | None = None) -> ImageDat
 
 
 def open_latents(data_dir: str | Path, name: str, images: ImageDataset | None = None) -> LatentDataset:
-    """The cached latents called `name` in a data directory; `images` is None where no pixels are needed.
-
-    Raises:
-        UserError: there are none, or they are not the latents of `images`.
-    """
+    """The cached latents called `name` in a data directory; a UserError if there are none, or not of `images`."""
     latents = LatentDataset(data_dir, name, images)
     if images is not None and images.fingerprint != latents.image_fingerprint:
         raise UserError(f"{latents.source} holds latents of other images than {images.source}; cache them again")
     return latents
 
 
-def verify_folder(folder: Path) -> int:
-    """Compare the shards of a folder to its index; prints what is wrong, or that all is right. Returns the errors."""
+def folder_errors(folder: Path) -> Iterator[str]:
+    """What is wrong with the shards of a folder and their index, a line each."""
     form = IMAGE_FORMAT if folder.name == images_directory("").name else LATENT_FORMAT
     how = remedy(folder, form)
     try:
-        index = read_index(folder, form, FIELDS[form], how)
+        index = read_index(folder, form, how)
     except UserError as error:
-        tqdm.write(str(error))
-        return 1
-    errors = []
+        yield str(error)
+        return
     for number, shard in enumerate(tqdm(index["shards"], desc=str(folder), unit="shard")):
         try:
             path = folder / shard_name(number)
             verify_shard(path, shard_layout(index), shard["images"], shard["digest"], how)
         except UserError as error:
-            errors.append(str(error))
-    if not errors and index["fingerprint"] != fingerprint_of(index):
-        errors.append(f"{folder / 'index.json'}: damaged (its fingerprint is not that of its content); {how}")
-    rows = sum(shard["images"] for shard in index["shards"])
-    for line in errors or [f"{folder}: {rows} images in {len(index['shards'])} shards are as index.json says"]:
-        tqdm.write(line)
-    return len(errors)
+            yield str(error)
+    if index["fingerprint"] != fingerprint_of(index):
+        yield f"{folder / 'index.json'}: damaged (its fingerprint is not that of its content); {how}"
 
 
 def verify(directory: Path) -> None:
-    """Check every shard of a data directory, or of one folder of it, and print what was found.
+    """Check every shard of a data directory, or of one folder of it, and print what is wrong.
 
     Raises:
         UserError: there are none, or something is wrong.
@@ -216,8 +173,14 @@ def verify(directory: Path) -> None:
     folders = [folder for folder in (directory, *below) if any((folder / name).is_file() for name in names)]
     if not folders:
         raise UserError(f"{directory}: no shards below it; expected the --output-path of preprocessing.py")
-    if errors := sum(map(verify_folder, folders)):
-        raise UserError(f"{directory}: {errors} damaged or missing files; what to do is said above")
+    count = 0
+    for folder in folders:
+        errors = list(folder_errors(folder))
+        for line in errors or [f"{folder}: all shards are as index.json says"]:
+            tqdm.write(line)
+        count += len(errors)
+    if count:
+        raise UserError(f"{directory}: {count} damaged or missing files; what to do is said above")
 
 
 def main() -> None:

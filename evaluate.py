@@ -80,12 +80,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     of_samples = [flag for flag in ("samples", "reference", "metrics", "save_stats") if getattr(args, flag) is not None]
     if args.vae is not None and of_samples:
         parser.error(f"--vae measures reconstructions; --{of_samples[0].replace('_', '-')} is for samples")
-    if args.vae is None and args.samples is None and (args.reference is None or args.save_stats is None):
-        parser.error("give --samples and --reference, or --vae and --data-dir, or --reference and --save-stats")
     if args.vae is not None and args.data_dir is None:
         parser.error("--vae needs --data-dir, with images that it was not trained on")
-    if args.vae is None and args.data_dir is not None:
-        parser.error("--data-dir is for --vae; samples are compared to --reference")
+    if args.vae is None and args.samples is None and (args.reference is None or args.save_stats is None):
+        parser.error("give --samples and --reference, or --vae and --data-dir, or --reference and --save-stats")
     if args.vae is None and args.reference is None:
         parser.error("--samples needs a --reference to be compared to")
     return args
@@ -98,11 +96,7 @@ def metric_list(text: str) -> list[str]:
 
 
 def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[str], log) -> list[str]:
-    """The metrics to compute: those that were asked for, or all that features and reference allow.
-
-    Raises:
-        UserError: a metric that was asked for cannot be computed.
-    """
+    """The metrics to compute: those that were asked for, or all that features and reference allow."""
     possible = [metric for metric in METRICS if "inception" in networks or metric not in ONLY_INCEPTION]
     if args.metrics and not set(args.metrics) & set(possible):
         raise UserError(f"--metrics {','.join(args.metrics)}: of Inception alone, but --features is {args.features}")
@@ -146,7 +140,7 @@ def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     wanted = check_wanted(args, reference, names, log)
     check_images(samples, reference, wanted, log)
     networks = load_feature_networks(names, args, state.device)
-    reference.check_networks(networks, state.device)
+    reference.check_networks(networks)
     keep = bool(OF_FEATURES & set(wanted)) and samples is not None
     reading = ReadOptions(args.batch_size, args.num_workers, state)
     values, known, weights = {}, {}, dict(reference.weights)
@@ -187,7 +181,6 @@ def manifest_of(samples: Path) -> dict | None:
 
 
 def describe_networks(networks: list[FeatureNetwork]) -> dict:
-    """Weights by network."""
     return {network.name: {"weights": str(network.weights), "sha256": network.sha256} for network in networks}
 
 
@@ -242,12 +235,11 @@ def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, l
 
 def environment(args: argparse.Namespace, state) -> dict:
     """Versions and machine behind the numbers."""
-    packages = ("torch", "torchvision", "numpy", "timm", "torch-fidelity", "lpips")
-    on_gpu = state.device.type == "cuda"
+    packages = ("torch", "torchvision", "numpy", "timm", "torch-fidelity")
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
         "processes": state.num_processes,
         "batch_size": args.batch_size,
     }

@@ -81,10 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row per class of --classes")
     args = parse_flags(parser, argv, "generate")
     if args.guidance_low >= args.guidance_high:
-        parser.error(
-            f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}; guidance acts "
-            "at times between them"
-        )
+        interval = f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}"
+        parser.error(f"{interval}; guidance acts at times between them")
     if args.heun and args.mode == "sde":
         parser.error("--heun goes with --mode ode; the SDE is integrated by Euler-Maruyama")
     if not (args.png or args.npz or args.grid):
@@ -131,28 +129,21 @@ def describe(args: argparse.Namespace, run: Experiment) -> dict:
         "num_classes": run.sit.num_classes,
         "labels": args.classes or args.labels,
         "seed": args.global_seed,
-        "mode": args.mode,
-        "num_steps": args.num_steps,
-        "heun": args.heun,
+        **{name: getattr(args, name) for name in ("mode", "num_steps", "heun", "cfg_scale", "mixed_precision", "tf32")},
         "path_type": run.flags["path_type"],
         "time_convention": TIME_CONVENTION,
-        "cfg_scale": args.cfg_scale,
         "guidance_low": args.guidance_low if guided else None,
         "guidance_high": args.guidance_high if guided else None,
-        "mixed_precision": args.mixed_precision,
-        "tf32": args.tf32,
         "pixels": "rounded",
     }
 
 
 def environment(args: argparse.Namespace, state) -> dict:
     """What made the samples without determining more than their rounding."""
-    on_gpu = state.device.type == "cuda"
     return {
         "command": sys.argv,
         "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name() if on_gpu else state.device.type,
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
         "processes": state.num_processes,
         "pproc_batch_size": args.pproc_batch_size,
         "compile": args.compile,
@@ -161,28 +152,21 @@ def environment(args: argparse.Namespace, state) -> dict:
 
 def set_name(args: argparse.Namespace, run: Experiment) -> str:
     """Name of the set of samples, as in the reference."""
-    guidance = f"cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
-    return f"{run.name}_{run.step:07d}_{guidance}"
+    return f"{run.name}_{run.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
 
 
 def compiles(args: argparse.Namespace, state) -> bool:
-    """Whether the networks are compiled: on GPUs, with enough samples."""
     pays = args.num_fid_samples >= COMPILE_FROM * state.num_processes
     return args.compile and pays and state.device.type == "cuda"
 
 
 def sampling_settings(args: argparse.Namespace, path_type: str, device: torch.device) -> Sampling:
     """The settings of the sampler that the flags give."""
+    same = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "labels")
     return Sampling(
+        **{name: getattr(args, name) for name in same},
         seed=args.global_seed,
-        mode=args.mode,
-        num_steps=args.num_steps,
-        heun=args.heun,
         path_type=path_type,
-        cfg_scale=args.cfg_scale,
-        guidance_low=args.guidance_low,
-        guidance_high=args.guidance_high,
-        labels=args.labels,
         classes=tuple(args.classes or ()),
         autocast=autocast_factory(device, args.mixed_precision),
     )
@@ -226,9 +210,8 @@ def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
         blank = samples.new_full((rows, *samples.shape[1:]), 255)  # for the last column
         cells = torch.cat([samples, blank])[: columns * rows]
         samples = cells.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
-    picture = grid(samples, columns).permute(1, 2, 0).numpy()
     with written_whole(files.picture) as file:
-        Image.fromarray(picture).save(file, "png")
+        Image.fromarray(grid(samples, columns).permute(1, 2, 0).numpy()).save(file, "png")
 
 
 def main() -> None:

@@ -19,13 +19,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -42,11 +41,8 @@ from storage.shards import is_made_by, list_shards, read_header, refuse_other_sh
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
 SHARD_IMAGES = 512  # 101 MB at 256 px; a worker holds up to three copies in memory
-# errors of the machine or a network disk, not of an image: they end the run instead of listing the file as skipped
-MACHINE_ERRORS = {
-    *(errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE),
-    *(errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO),
-}
+# not of an image, but of the machine or a network disk; they end the run
+MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 def plan_of(root: Path, sources: Iterable[Source], resolution: int) -> str:
@@ -62,16 +58,6 @@ def plan_of(root: Path, sources: Iterable[Source], resolution: int) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def opened_root(root: Path) -> Iterator[Callable[[str], Path | BinaryIO]]:
-    """A function from a source's path to what `read_image` reads."""
-    if is_hdf5(root):
-        with opened_hdf5(root) as read:
-            yield read
-    else:
-        yield root.joinpath
-
-
 def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resolution: int, plan: str) -> int:
     """Decode a shard's images and write it atomically; returns its number. A whole shard of this plan is left as is."""
     i, sources = job
@@ -80,7 +66,7 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
         return i
     pixels = np.empty((len(sources), 3, resolution, resolution), np.uint8)
     labels, skipped = [], []
-    with opened_root(root) as opened:
+    with opened_hdf5(root) if is_hdf5(root) else nullcontext(root.joinpath) as opened:
         for source in sources:
             try:
                 pixels[len(labels)] = read_image(opened(source.path), resolution)
@@ -99,8 +85,8 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
 def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]) -> tuple[dict, list[Skipped]]:
     """Write index.json and skipped.txt for `count` shards; returns the index and all that was skipped."""
     for i in range(count):
-        found = read_header(directory / shard_name(i)).metadata["skipped"]
-        skipped = skipped + [Skipped(*entry) for entry in found]
+        entries = read_header(directory / shard_name(i)).metadata["skipped"]
+        skipped = skipped + [Skipped(*entry) for entry in entries]
     shards = list_shards(directory, count)
     index = {**index, "images": sum(shard["images"] for shard in shards), "skipped": len(skipped)}
     index = {**index, "fingerprint": fingerprint_of({**index, "shards": shards}), "shards": shards}
@@ -118,11 +104,7 @@ def printable(text: str) -> str:
 def preprocess(
     root: Path, output: Path, resolution: int, workers: int, max_images: int | None
 ) -> tuple[dict, list[Skipped]]:
-    """Turn the tree or HDF5 file at `root` into shards in OUTPUT/images; returns the index and what was skipped.
-
-    Raises:
-        UserError: no such tree, nothing in it, or the output holds shards made from something else.
-    """
+    """Turn the tree or HDF5 file at `root` into shards in OUTPUT/images; returns the index and what was skipped."""
     if not (root.is_file() if is_hdf5(root) else root.is_dir()):
         raise UserError(f"--imagenet-path {root}: no such file or folder")
     sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root)
@@ -140,18 +122,13 @@ def preprocess(
         missing = sum(len(part) for i, part in jobs if not (directory / shard_name(i)).exists())
         require_space(directory, missing * 3 * resolution**2, f"{missing} images of {resolution} px")
         (directory / "index.json").unlink(missing_ok=True)
-        write_shards(
-            jobs, workers, partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
-        )
+        job = partial(make_shard, root=root, directory=directory, resolution=resolution, plan=plan)
+        write_shards(jobs, workers, job)
         return write_index(directory, index, len(jobs), skipped)
 
 
 def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callable[..., int]) -> None:
-    """Run `job`, which returns its shard's number, for every shard in parallel processes.
-
-    Raises:
-        UserError: a process was killed.
-    """
+    """Run `job`, which returns its shard's number, for every shard in parallel processes."""
     context = multiprocessing.get_context("fork")
     bar = tqdm(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
     try:

@@ -51,15 +51,7 @@ def sample_ode(
 ) -> Tensor:
     """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction of all steps but the last.
 
-    Args:
-        velocity_fn: v(x, t, y) with x (B,C,h,w) float32, t (B,), y (B,) int64.
-        x: N(0,1) noise, (B,C,h,w).
-        y: (B,) int64 labels.
-        steps: number of steps.
-        guidance: classifier-free guidance, or None.
-
-    Returns:
-        normalised latents (B,C,h,w), float64.
+    `x` is N(0,1) noise (B,C,h,w) and `y` (B,) int64 labels; returns normalised latents (B,C,h,w), float64.
     """
     x = x.double()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()

@@ -28,9 +28,6 @@ def coefficients(path_type: str, t: Tensor) -> Coefficients:
     """The interpolant's coefficients at t in [0, 1].
 
     linear: α = 1 - t, σ = t. cosine: α = cos(πt/2), σ = sin(πt/2).
-
-    Raises:
-        ValueError: unknown `path_type`.
     """
     if path_type == "linear":
         return Coefficients(1 - t, t, torch.full_like(t, -1.0), torch.full_like(t, 1.0))
@@ -52,9 +49,6 @@ def sample_time(weighting: str, path_type: str, uniform: Tensor) -> Tensor:
 
     uniform: the draws themselves. lognormal: the noise-to-data ratio σ/α is s = exp(N(0, 1)), hence t = s/(1 + s) on
     the linear path and (2/π)·atan s on the cosine path; normal draws are the normal quantiles of the uniform ones.
-
-    Raises:
-        ValueError: unknown `weighting`.
     """
     if weighting == "uniform":
         return uniform.float()

@@ -24,12 +24,7 @@ def alignment_loss(projected: list[Tensor], targets: list[Tensor]) -> Tensor:
 def spatial_normalise(tokens: Tensor, gamma: float) -> Tensor:
     """Normalisation over space (iREPA, Singh et al., arXiv 2512.10794): (z - gamma·mean) / (std + 1e-6).
 
-    Args:
-        tokens: tokens of an encoder (B,T,D), T > 1. Half precision is widened to float32.
-        gamma: share of the mean over tokens that is subtracted.
-
-    Returns:
-        (B,T,D) of float32 or wider; std is the unbiased one over tokens.
+    `tokens` are those of an encoder (B,T,D), T > 1, widened to float32; std is the unbiased one over tokens.
     """
     tokens = float32_or_wider(tokens)
     return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + 1e-6)

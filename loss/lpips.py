@@ -94,9 +94,6 @@ def trained_lpips(vgg: dict[str, Tensor], heads: dict[str, Tensor]) -> LPIPS:
     Args:
         vgg: state dict of torchvision's VGG16; its `features.*` convolutions suffice.
         heads: the v0.1 linear heads, `lin0.model.1.weight` and so on; other keys are ignored.
-
-    Raises:
-        KeyError: naming the first weight that is missing.
     """
     model = LPIPS()
     state = {}

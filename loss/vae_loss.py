@@ -62,11 +62,8 @@ def vae_loss(
         logits_fake: logits of the frozen discriminator on `recon`.
         cfg: weights.
         step: 0-based optimiser step.
-        disc_warmup_steps: the GAN term is 0 until this many steps after `discriminator_start`, while the discriminator
-            is trained from `discriminator_start`.
-
-    Returns:
-        scalar total; reconstruction_loss, perceptual_loss, kl_loss, weighted_gan_loss and gan_loss (unweighted).
+        disc_warmup_steps: steps after `discriminator_start`, when the discriminator's training starts, in which the GAN
+            term is still 0.
     """
     image, recon = float32_or_wider(image), float32_or_wider(recon)
     difference = F.l1_loss(recon, image) if cfg.reconstruction_loss == "l1" else F.mse_loss(recon, image)
@@ -91,9 +88,6 @@ def discriminator_loss(
         lecam: (2,) running means of the real and the fake logits, not changed here (see `update_lecam`).
         cfg: weights.
         step: 0-based optimiser step; before `discriminator_start` the loss is 0.
-
-    Returns:
-        scalar total; d_loss, logits_real, logits_fake and lecam_loss.
     """
     real, fake = float32_or_wider(logits_real), float32_or_wider(logits_fake)
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())

@@ -27,7 +27,7 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def over_processes(self) -> None:
-        """Add the sums of all other processes; call once, after the last batch. Without any batch nothing happens."""
+        """Add the sums of all other processes; call once, after the last batch."""
         if self.sum is not None and distributed_world_size() > 1:
             for total in (self.count, self.sum, self.outer):
                 dist.all_reduce(total)
@@ -42,9 +42,8 @@ class Moments:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|m1 - m2|² + tr(S1 + S2 - 2 (S1^½ S2 S1^½)^½), of means (D,) and covariances (D,D), in float64.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of a symmetric matrix, which are real, in
-    contrast to a general matrix square root. Eigenvalues that rounding made negative count as zero, and singular
-    covariances need no correction.
+    The trace of the root is the sum of the square roots of the eigenvalues of a symmetric matrix. Eigenvalues that
+    rounding made negative count as zero, and singular covariances need no correction.
     """
     mean1, covariance1, mean2, covariance2 = (x.double() for x in (mean1, covariance1, mean2, covariance2))
     values, vectors = torch.linalg.eigh(covariance1)

@@ -20,16 +20,11 @@ def batch_psnr(image: Tensor, recon: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (recon.clamp(-1, 1) - image).square().mean().clamp_min(1e-10))
 
 
-def gaussian_window(device: torch.device) -> Tensor:
-    """(11,) float64 weights that sum to one."""
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=device) - WINDOW // 2
+def local_mean(x: Tensor) -> Tensor:
+    """Gaussian means of (B,C,H,W) float64 where the window fits."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
     weights = torch.exp(-offsets.square() / (2 * SIGMA**2))
-    return weights / weights.sum()
-
-
-def local_mean(x: Tensor, window: Tensor) -> Tensor:
-    """Gaussian means of (B,C,H,W) where the window fits."""
-    kernel = window.expand(x.shape[1], 1, 1, WINDOW)
+    kernel = (weights / weights.sum()).expand(x.shape[1], 1, 1, WINDOW)
     return F.conv2d(F.conv2d(x, kernel, groups=x.shape[1]), kernel.mT, groups=x.shape[1])
 
 
@@ -40,11 +35,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     window fits.
     """
     a, b = a.double(), b.double()
-    window = gaussian_window(a.device)
-    mean_a, mean_b = local_mean(a, window), local_mean(b, window)
-    var_a = local_mean(a * a, window) - mean_a.square()
-    var_b = local_mean(b * b, window) - mean_b.square()
-    covariance = local_mean(a * b, window) - mean_a * mean_b
+    mean_a, mean_b = local_mean(a), local_mean(b)
+    var_a = local_mean(a * a) - mean_a.square()
+    var_b = local_mean(b * b) - mean_b.square()
+    covariance = local_mean(a * b) - mean_a * mean_b
     c1, c2 = (K1 * 255) ** 2, (K2 * 255) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)

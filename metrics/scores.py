@@ -37,7 +37,7 @@ class InceptionScore:
         self.marginal.index_add_(0, rows, probabilities)
 
     def over_processes(self) -> None:
-        """Add the sums of all other processes; call once, after the last batch. Without any batch nothing happens."""
+        """Add the sums of all other processes; call once, after the last batch."""
         if self.marginal is not None and distributed_world_size() > 1:
             for total in (self.negentropy, self.marginal):
                 dist.all_reduce(total)
@@ -84,8 +84,7 @@ def share_inside(features: Tensor, manifold: Tensor, radii: Tensor) -> float:
 def precision_and_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991) of features (N,D) and (M,D), k = 3.
 
-    Precision is the share of samples inside the manifold of the reference, recall the reverse. Distances are computed
-    in float64 on the device of `reference`; ADM computes them in float16, with tiny differences.
+    Distances are computed in float64 on the device of `reference`; ADM computes them in float16.
     """
     reference, samples = reference.double(), samples.to(reference.device, torch.float64)
     precision = share_inside(samples, reference, neighbour_radii(reference))

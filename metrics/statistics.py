@@ -23,16 +23,13 @@ from storage.image_sets import map_member, npz_arrays, open_image_set
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 OF_FEATURES = {"precision", "recall", "kid"}  # these need the features of every image; the others need sums
 ONLY_INCEPTION = {"sfid", "is"}
-MOMENTS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2}  # name in ADM's reference files -> number of dimensions
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names in ADM's reference files
 
 
 class SetStatistics:
     """Statistics of `count` images, whose features come in batches, in any order, on any number of processes.
 
-    Args:
-        count: images in all.
-        device: the device of the sums.
-        keep_features: whether the features of every image are kept, for the metrics of `OF_FEATURES`.
+    The sums are on `device`; with `keep_features` the features of every image are kept, for the metrics of OF_FEATURES.
     """
 
     def __init__(self, count: int, device: torch.device, keep_features: bool):
@@ -69,11 +66,7 @@ class SetStatistics:
         return self
 
     def moments(self, network: str) -> dict[str, Tensor]:
-        """Mean and covariance by the names of ADM's reference files: mu, sigma, and mu_s, sigma_s of Inception.
-
-        Raises:
-            UserError: features of `network` are not finite.
-        """
+        """Mean and covariance by the names of ADM's reference files: mu, sigma, and mu_s, sigma_s of Inception."""
         found = dict(zip(("mu", "sigma"), self.pool.mean_and_covariance(), strict=True))
         if self.spatial.sum is not None:
             found.update(zip(("mu_s", "sigma_s"), self.spatial.mean_and_covariance(), strict=True))
@@ -93,22 +86,21 @@ def metric_name(metric: str, network: str) -> str:
 def compare(
     samples: SetStatistics, reference: dict[str, Tensor], features: Tensor | None, wanted: list[str], network: str
 ) -> dict[str, float]:
-    """The wanted metrics of a set of samples, by `metric_name`.
+    """The wanted metrics of a set of samples, by `metric_name`, but for those that the network does not have.
 
     Args:
         samples: after `over_processes`.
         reference: the reference's `moments`.
         features: the reference's features (N,D), for the metrics of `OF_FEATURES`.
-        wanted: of METRICS; those that the network does not have are left out.
-        network: the network of the features.
+        wanted: of METRICS.
+        network: the name of the network of the features.
     """
     moments, device = samples.moments(network), samples.device
     values = {}
     if "fid" in wanted:
         values["fid"] = frechet_distance(moments["mu"], moments["sigma"], reference["mu"], reference["sigma"])
     if "sfid" in wanted and "mu_s" in moments:
-        spatial = (moments["mu_s"], moments["sigma_s"], reference["mu_s"], reference["sigma_s"])
-        values["sfid"] = frechet_distance(*spatial)
+        values["sfid"] = frechet_distance(moments["mu_s"], moments["sigma_s"], reference["mu_s"], reference["sigma_s"])
     if "is" in wanted and samples.inception_score.marginal is not None:
         values["is"] = samples.inception_score.score()
     if "precision" in wanted or "recall" in wanted:
@@ -128,30 +120,19 @@ class Reference(NamedTuple):
     weights: dict[str, str]  # SHA-256 of the networks of the moments, where it is known
     count: int | None  # images behind the moments, where it is known
 
-    def check_networks(self, networks: list[FeatureNetwork], device: torch.device) -> None:
-        """Raise a UserError if moments are of other weights or widths than the networks', or a network has nothing."""
+    def check_networks(self, networks: list[FeatureNetwork]) -> None:
+        """Raise a UserError if moments are of other weights than the networks', or a network has nothing."""
         for network in networks:
             if self.weights.get(network.name, network.sha256) != network.sha256:
                 raise UserError(f"{self.path}: its statistics are of other weights of {network.name}")
             if network.name not in self.moments and self.images is None:
                 raise UserError(f"{self.path}: neither images nor statistics of {network.name}")
-            seen = extract_features(network.module, torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))
-            for key, features in (("mu", seen.pool), ("mu_s", seen.spatial)):
-                stored = self.moments.get(network.name, {}).get(key)
-                if stored is not None and features is not None and len(stored) != features.shape[1]:
-                    raise UserError(
-                        f"{self.path}: its statistics of {network.name} are of {len(stored)} features, expected "
-                        f"{features.shape[1]}"
-                    )
 
 
 def open_reference(path: Path, what: str = "--reference") -> Reference:
     """The images of a reference, its statistics, or both; `what` names it in messages.
 
     Statistics are mu, sigma, mu_s and sigma_s of Inception, as in ADM's files, or NETWORK/mu and so on.
-
-    Raises:
-        UserError: there are neither, or statistics are not finite, of another shape, or lack a part.
     """
     names = npz_arrays(path) if path.is_file() else []
     about = json.loads(str(map_member(path, "about.npy"))) if "about" in names else {}
@@ -159,36 +140,18 @@ def open_reference(path: Path, what: str = "--reference") -> Reference:
     for name in names:
         network, _, key = name.rpartition("/")
         if key in MOMENTS:
-            moments.setdefault(network or "inception", {})[key] = read_moment(path, name, MOMENTS[key], what)
-    for network, of_network in moments.items():
-        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if len(of_network.get(mean, ())) != len(of_network.get(covariance, ())):
-                raise UserError(f"{what} {path}: {mean} and {covariance} of {network} do not belong together")
-        if "mu" not in of_network:
-            raise UserError(f"{what} {path}: mu and sigma of {network} are missing")
+            values = torch.from_numpy(np.array(map_member(path, f"{name}.npy"))).double()
+            moments.setdefault(network or "inception", {})[key] = values
+            if not values.isfinite().all():
+                raise UserError(f"{what} {path}: {name} is not finite")
     images = open_image_set(path, what) if not moments or "arr_0" in names else None
     return Reference(path, images, moments, about.get("weights", {}), about.get("count"))
-
-
-def read_moment(path: Path, name: str, dimensions: int, what: str) -> Tensor:
-    """A mean or covariance of an npz, float64. Raises a UserError if it is not finite or of another shape."""
-    array = map_member(path, f"{name}.npy")
-    fits = array.dtype.kind == "f" and array.ndim == dimensions and len(set(array.shape)) == 1
-    if not fits or not np.isfinite(array).all():
-        raise UserError(
-            f"{what} {path}: {name} is {array.dtype} {array.shape}, expected finite floats of {dimensions} equal "
-            "dimensions"
-        )
-    return torch.from_numpy(np.array(array)).double()
 
 
 def save_statistics(
     path: Path, moments: dict[str, dict[str, Tensor]], weights: dict[str, str], source: str, count: int | None
 ) -> None:
-    """Write moments by network as an npz for `open_reference`; those of Inception have the names of ADM's files.
-
-    `weights` are the SHA-256 of the networks of the moments, as far as they are known.
-    """
+    """Write moments and SHA-256 by network as an npz for `open_reference`; Inception's are named as in ADM's files."""
     arrays = {
         key if network == "inception" else f"{network}/{key}": values.numpy()
         for network, of_network in moments.items()
@@ -208,11 +171,7 @@ class ReadOptions(NamedTuple):
 
 
 def batches(images: Dataset, title: str, reading: ReadOptions) -> Iterable[tuple[Tensor, Tensor]]:
-    """This process's share of a set, in batches: (indices (B,), pixels (B,3,H,W) on its device).
-
-    Raises:
-        UserError: there are fewer images than processes.
-    """
+    """This process's share of a set, in batches: (indices (B,), pixels (B,3,H,W) on its device)."""
     state = reading.state
     if len(images) < state.num_processes:
         raise UserError(f"{len(images)} images for {state.num_processes} processes; use fewer processes")

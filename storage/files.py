@@ -26,11 +26,6 @@ def replace_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def temporary_name(path: Path) -> Path:
-    """The name under which this process writes a file before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove the half-written files of killed processes from `folder`, which no other process may be writing to."""
     for path in folder.glob(".*.tmp"):
@@ -50,10 +45,9 @@ def sync_folder(folder: Path) -> None:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path`, synced, when the block succeeds, and is removed when it fails.
 
-    Raises:
-        OSError: it cannot be written, most often because the disk is full; it names a path.
+    An OSError, most often of a full disk, names a path.
     """
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb", buffering=BUFFER) as file:
             yield file
@@ -65,11 +59,6 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
-
-
-def free_space(folder: Path) -> int:
-    """Bytes that are free on the disk of `folder`, which need not exist yet."""
-    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def nearest_existing(folder: Path) -> Path:
@@ -88,21 +77,15 @@ def require_writable(folder: Path) -> None:
 
 def require_space(folder: Path, size: int, what: str) -> None:
     """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
-    free = free_space(folder)
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < size:
-        raise UserError(
-            f"no space left for {what}: {folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed; free "
-            "some, or write elsewhere"
-        )
+        needed = f"{free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed"
+        raise UserError(f"no space left for {what}: {folder} has {needed}; free some, or write elsewhere")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder`, which is made if needed, for the time of the block, and remove half-written files from it.
-
-    Raises:
-        UserError: another process holds the lock, there is a file of that name, or it cannot be written to.
-    """
+    """Lock `folder`, which is made if needed, for the time of the block, and remove half-written files from it."""
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -118,11 +101,8 @@ def writing_behind(written: Callable[[int], object]) -> Iterator[Callable[[list[
     """Yield a function that lets threads write a batch while the caller makes the next one.
 
     Its arguments are the writes, a function that waits until they may begin, and a number that is passed to `written`
-    when they are done. It blocks only while WAITING batches are unwritten. At the end of the block all are written.
-
-    Raises:
-        OSError: from the yielded function or at the end, what a write raised. Writes that have not begun are then
-            dropped, as they are if the block raises.
+    when they are done. It blocks only while WAITING batches are unwritten, and raises what a write raised. At the end
+    of the block all are written; if it raises, writes that have not begun are dropped.
     """
     pool, batches = ThreadPoolExecutor(WRITERS), deque()
 

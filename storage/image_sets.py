@@ -22,11 +22,7 @@ DAMAGE = (EOFError, ValueError, KeyError, OSError, RuntimeError, NotImplementedE
 
 
 class NpzImages(Dataset):
-    """`arr_0` of an npz, uint8 (N,H,W,3): mapped into memory if it is stored uncompressed, as it should be.
-
-    Raises:
-        UserError: there is no such array.
-    """
+    """`arr_0` of an npz, uint8 (N,H,W,3): mapped into memory if it is stored uncompressed, as it should be."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -45,11 +41,7 @@ class NpzImages(Dataset):
 
 
 class FolderImages(Dataset):
-    """The pictures below a folder, all RGB and of one size.
-
-    Raises:
-        UserError: there is none; when a picture is read, it is damaged, of another size or not RGB.
-    """
+    """The pictures below a folder, all RGB and of one size, which is checked when a picture is read."""
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -65,8 +57,8 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         pixels = self.read(self.files[index])
         if pixels.shape[:2] != self.size:
-            first = f"{self.files[0]} is {describe(self.size)}"
-            raise UserError(f"{self.files[index]}: {describe(pixels.shape[:2])}, but {first}")
+            size = describe(pixels.shape[:2])
+            raise UserError(f"{self.files[index]}: {size}, but {self.files[0]} is {describe(self.size)}")
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     @staticmethod
@@ -100,8 +92,7 @@ def map_member(path: Path, name: str) -> np.ndarray:
     """An array of an npz, read-only: mapped, without comparing its checksum, or read into memory if it is compressed.
 
     Raises:
-        UserError: the file is missing or damaged, holds no such array of numbers or text, or the array is compressed
-            and would not fit into memory.
+        UserError: the file is damaged, holds no such array of numbers or text, or one that would not fit into memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -132,11 +123,7 @@ def map_member(path: Path, name: str) -> np.ndarray:
 
 
 def open_image_set(path: Path, what: str) -> Dataset:
-    """The images of an npz or below a folder; `what` names them in messages.
-
-    Raises:
-        UserError: there are none, or they are not 8-bit RGB with levels from 0 to 255.
-    """
+    """The 8-bit RGB images of an npz or below a folder; `what` names them in messages."""
     if path.is_dir():
         images = FolderImages(path)
     elif path.is_file():

@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from errors import UserError
 
-# A file of a kilobyte can announce any size, and is decoded into memory. Pillow only warns at this bound: 89 million
-# pixels, a quarter of a GB in RGB, and more than photographs have.
+# 89 million: a small file can announce any size, and is decoded into memory; Pillow only warns at this bound
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 MAX_ASPECT_RATIO = 100
 
@@ -35,12 +34,7 @@ class Skipped(NamedTuple):
 
 @contextmanager
 def opened_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
-    """A file's image, not decoded yet; it may be decoded within.
-
-    Raises:
-        ValueError: the image, or another one in its file, has more than MAX_PIXELS pixels.
-        OSError, SyntaxError, ...: whatever Pillow raises for a file that is no image.
-    """
+    """A file's image, not decoded yet; a ValueError if it, or another in its file, has more than MAX_PIXELS pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -50,14 +44,9 @@ def opened_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
             raise ValueError(f"more than {MAX_PIXELS} pixels") from None
 
 
-def memory_bytes() -> int:
-    """The machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def refuse_more_than_memory(size: int, what: str) -> None:
     """Raise a ValueError if `what` would take more bytes than the machine's memory has."""
-    if size > memory_bytes():
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise ValueError(f"{what} claims {size / 1e9:.1f} GB, more than this machine's memory")
 
 
@@ -75,8 +64,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """`image` in 8-bit RGB, turned by its EXIF orientation, on white where it is transparent, 16-bit grey scaled.
 
-    Raises:
-        ValueError: floating-point pixels, whose range is unknown.
+    Floating-point pixels, whose range is unknown, are a ValueError.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -85,9 +73,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
@@ -103,14 +90,10 @@ def read_image(file: Path | BinaryIO, size: int) -> np.ndarray:
 
 
 def list_tree(root: Path) -> list[str]:
-    """Every file below `root` as a relative POSIX path, sorted. Links to folders are followed, but never in a circle.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
+    """Every file below `root` as a relative POSIX path, sorted. Links are followed, but never in a circle."""
 
     def fail(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+        raise error
 
     paths = []
     for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
@@ -124,11 +107,7 @@ def list_tree(root: Path) -> list[str]:
 
 
 def parse_labels(content: bytes, where: str) -> dict[str, int]:
-    """The labels of a `dataset.json`; `where` names it in messages.
-
-    Raises:
-        UserError: not JSON, or not of the form {"labels": [[path, label], ...]}.
-    """
+    """The labels of a `dataset.json`, {"labels": [[path, label], ...]}; `where` names it in messages."""
     try:
         labels = json.loads(content)["labels"]
         labels = {str(name): label for name, label in (labels.items() if isinstance(labels, dict) else labels)}

@@ -16,19 +16,12 @@ LABELS = "dataset.json"
 
 
 def is_hdf5(path: Path) -> bool:
-    """Whether a path names an HDF5 file, by its suffix."""
     return path.suffix in (".h5", ".hdf5")
 
 
 @contextmanager
 def opened_hdf5(path: Path) -> Iterator[Callable[[str], io.BytesIO]]:
-    """A function from a data set's name to its bytes, as a file.
-
-    HDF5 files must not be shared by processes: each process opens its own.
-
-    Raises:
-        UserError: h5py is not installed, or the file is no HDF5.
-    """
+    """A function from a data set's name to its bytes, as a file. HDF5 files must not be shared by processes."""
     try:
         import h5py
     except ImportError:
@@ -48,11 +41,7 @@ def opened_hdf5(path: Path) -> Iterator[Callable[[str], io.BytesIO]]:
 
 
 def list_hdf5(path: Path) -> list[Source]:
-    """The names and labels of all images, sorted by name.
-
-    Raises:
-        UserError: not a readable file, or no labels inside.
-    """
+    """The names and labels of all images, sorted by name."""
     with opened_hdf5(path) as read:
         try:
             content = read(LABELS).read()

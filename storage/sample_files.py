@@ -25,14 +25,8 @@ MANIFEST_FORMAT = "repae-samples/1"
 class SampleFiles:
     """A set of samples at FOLDER/NAME, written as PNGs, as an npz, or both.
 
-    Samples are kept as parts until `clean`, unless PNGs alone are wanted.
-
-    Args:
-        folder: the folder of the set.
-        name: the name of the set.
-        samples: everything that determines the samples, plain data; "count" and "resolution" are used here.
-        png: whether PNGs are wanted.
-        npz: whether an npz is wanted.
+    Samples are kept as parts until `clean`, unless PNGs alone are wanted. `samples` is everything that determines the
+    samples, plain data; "count" and "resolution" are used here.
     """
 
     def __init__(self, folder: Path, name: str, samples: dict, png: bool, npz: bool):
@@ -46,10 +40,7 @@ class SampleFiles:
     def check(self) -> None:
         """Raise a UserError if the name is taken by samples that were made with other settings."""
         if self.manifest.is_file():
-            try:
-                before = dict(json.loads(self.manifest.read_text(encoding="utf8"))["samples"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.manifest}: damaged; delete it together with its samples") from None
+            before = json.loads(self.manifest.read_text(encoding="utf8"))["samples"]
             changed = [key for key in self.samples.keys() | before.keys() if before.get(key) != self.samples.get(key)]
             if changed:
                 what = ", ".join(f"{key} {before.get(key)} -> {self.samples.get(key)}" for key in sorted(changed))
@@ -65,15 +56,11 @@ class SampleFiles:
             replace_text(self.manifest, json.dumps(content, indent=2) + "\n")
 
     def missing(self) -> set[int]:
-        """The indices of the samples that still have to be made; raises a UserError as `has_npz` does."""
+        """The indices of the samples that still have to be made."""
         return set() if self.has_npz() else set(range(self.count)) - self._done()
 
     def has_npz(self) -> bool:
-        """Whether the npz is there.
-
-        Raises:
-            UserError: it is there, but it is damaged, or not all of the PNGs that are wanted as well are there.
-        """
+        """Whether the npz is there; a UserError if it is another one, or PNGs are wanted that are not there."""
         if not self.npz_file.is_file():
             return False
         again = f"delete {self.npz_file} and run the same again"
@@ -99,9 +86,6 @@ class SampleFiles:
     def _pngs(self) -> set[int]:
         return {int(path.stem) for path in self.png_folder.glob("*.png")}
 
-    def _png(self, index: int) -> Path:
-        return self.png_folder / f"{index:06d}.png"
-
     def _rows(self) -> dict[int, tuple[Path, int]]:
         """Index -> part and row in it."""
         rows = {}
@@ -122,15 +106,11 @@ class SampleFiles:
 
     def _write_png(self, index: int, image: np.ndarray) -> None:
         self.png_folder.mkdir(exist_ok=True)
-        with written_whole(self._png(index)) as file:
+        with written_whole(self.png_folder / f"{index:06d}.png") as file:
             Image.fromarray(image).save(file, "png")
 
     def in_order(self) -> Iterator[np.ndarray]:
-        """All samples by index, (R,R,3) uint8 each: from the npz, from the parts, or where there are only PNGs, them.
-
-        Raises:
-            UserError: a PNG is damaged.
-        """
+        """All samples by index, (R,R,3) uint8 each: from the npz, the parts, or the PNGs if there is nothing else."""
         if self.npz_file.is_file():
             yield from NpzImages(self.npz_file).array
         elif self.in_parts:
@@ -140,7 +120,7 @@ class SampleFiles:
                     opened, pixels = path, np.memmap(path, np.uint8, "r").reshape(-1, *self.shape[1:])
                 yield pixels[row]
         else:
-            yield from (FolderImages.read(self._png(index)) for index in range(self.count))
+            yield from map(FolderImages.read, sorted(self.png_folder.glob("*.png")))
 
     def finish(self) -> None:
         """Write the npz from the parts, if it is wanted and not there yet."""
@@ -158,12 +138,11 @@ class SampleFiles:
 
 def write_npz(path: Path, shape: tuple[int, ...], rows: Iterator[np.ndarray]) -> None:
     """Write uint8 `rows` as `arr_0` of an uncompressed npz of that shape, one row in memory at a time, atomically."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with (
         written_whole(path) as target,
         zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for row in rows:
             file.write(np.ascontiguousarray(row))

@@ -224,9 +224,7 @@ def write_data(root: Path, places: dict) -> None:
         flip_a_bit(path)
     shutil.copyfile(places["data"] / "images/00000.safetensors", places["swapped"] / "images/00004.safetensors")
     path = places["malformed"] / "images/index.json"
-    index = json.loads(path.read_text())
-    index["shards"][1]["images"] = "four"
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": "other"}))
     (places["missing"] / "images/00001.safetensors").unlink()
     for path in (places["truncated"] / "images/00001.safetensors", places["damaged"] / "images/index.json"):
         path.write_bytes(path.read_bytes()[:150])

@@ -20,9 +20,7 @@ from metrics.features import Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run, torchrun
-from storage.image_sets import open_image_set
-from training.loop import Run
-from training.state import TrainingState
+from training.state import CheckpointFolder
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 from weights.vae import load_vae, open_vae
@@ -202,8 +200,7 @@ def inception_weights(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_inception_is_torch_fidelitys_own_path(inception_weights, sets):
-    import torch_fidelity
+def test_inception_is_torch_fidelitys(inception_weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -229,36 +226,6 @@ def test_inception_is_torch_fidelitys_own_path(inception_weights, sets):
     assert x.shape == (2, 192, 17, 17)
     expected = torch.stack([x[:, c, row, column] for row in range(17) for column in range(17) for c in range(7)], dim=1)
     torch.testing.assert_close(seen.spatial, expected)
-
-    # whole metrics, by torch-fidelity's own command
-    for name, seed in (("a8", 1), ("b8", 2)):
-        np.savez(sets / f"{name}.npz", arr_0=pictures(8, seed))
-    flags = ("--samples", sets / "a8.npz", "--reference", sets / "b8.npz", "--num-workers", 0)
-    flags = (*flags, "--metrics", "is,kid", "--inception-weights", inception_weights)
-    evaluated(*flags, "--output", sets / "inception.json")
-    found = metrics_of(sets / "inception.json")
-    other = torch_fidelity.calculate_metrics(
-        input1=open_image_set(sets / "a8.npz", "x"),
-        input2=open_image_set(sets / "b8.npz", "x"),
-        feature_extractor_weights_path=str(inception_weights),
-        cuda=False,
-        kid=True,
-        isc=True,
-        kid_subset_size=8,
-        isc_splits=1,
-        verbose=False,
-        save_cpu_ram=True,
-        cache=False,
-    )
-    assert found["kid"] == pytest.approx(other["kernel_inception_distance_mean"], rel=1e-3)
-    assert found["inception_score"] == pytest.approx(other["inception_score_mean"], rel=1e-4)
-
-
-def test_weights_of_inception_that_are_another_network(sets, tmp_path):
-    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", "--num-workers", 0)
-    said = evaluated(*flags, "--inception-weights", tmp_path / "other.pth", code=2)
-    assert "other.pth: not torch-fidelity's Inception-2015" in said
 
 
 def test_reconstruction(tmp_path, vgg_weights):
@@ -341,47 +308,14 @@ def test_evaluation_of_frozen_training_from_stored_statistics(joint, tmp_path, t
     assert (output / "frozen-evaluated/checkpoints/best.pt").is_file()
 
 
-class Judged:
-    """An evaluation that finds what it is told."""
-
-    judge = "eval_fid"
-
-    def __init__(self, value: float, measure: str = "a"):
-        self.value, self.measure = value, measure
-
-    def __call__(self) -> dict[str, float]:
-        return {"eval_fid": self.value}
-
-
 def test_the_best_checkpoint_is_kept_and_only_the_best(tmp_path):
-    args = argparse.Namespace(
-        output_dir=str(tmp_path),
-        exp_name="x",
-        report_to="none",
-        logging_dir="logs",
-        batch_size=1,
-        gradient_accumulation_steps=1,
-        mixed_precision="no",
-        resume_step=0,
-    )
-    training = Run(args)
-    training.state = TrainingState({}, {}, {"n": torch.zeros(())})
-
-    def judged(step: int, evaluation: Judged) -> tuple[int, float]:
-        training.step = step
-        training.evaluate(evaluation)
-        note = json.loads((tmp_path / "x/checkpoints/best.json").read_text())
-        assert read_checkpoint(tmp_path / "x/checkpoints/best.pt")["steps"] == note["step"]
-        return note["step"], note["values"]["eval_fid"]
-
-    assert judged(10, Judged(5.0)) == (10, 5.0)
-    assert judged(20, Judged(7.0)) == (10, 5.0)
-    assert judged(30, Judged(3.0)) == (30, 3.0)
-    # after an interruption the run is at step 20 again: what was found at 30 still holds
-    assert judged(20, Judged(7.0)) == (30, 3.0)
-    assert judged(30, Judged(3.0)) == (30, 3.0)
-    # another measure cannot be compared
-    assert judged(40, Judged(9.0, measure="b")) == (40, 9.0)
+    folder = CheckpointFolder(tmp_path, print)
+    # after step 30 the run was interrupted and is at step 20 again; measure b cannot be compared to a
+    measured = ((10, "a", 5.0, 10), (20, "a", 7.0, 10), (30, "a", 3.0, 30), (20, "a", 7.0, 30), (40, "b", 9.0, 40))
+    for step, measure, value, best in measured:
+        folder.save_if_best({"steps": step}, measure, "eval_fid", {"eval_fid": value})
+        assert read_checkpoint(tmp_path / "best.pt")["steps"] == best
+        assert json.loads((tmp_path / "best.json").read_text())["step"] == best
 
 
 def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):

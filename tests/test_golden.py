@@ -202,12 +202,6 @@ def test_initialisation():
     assert discriminator.main[6].bias.abs().max() == 0
 
 
-def test_label_table_without_label_dropping():
-    sit = SiT_models["SiT-S/2"](input_size=8, num_classes=10, class_dropout_prob=0)
-    assert sit.y_embedder.embedding_table.weight.shape[0] == 10
-    assert sit.null_label is None
-
-
 def test_unfused_attention_gives_the_same_velocity():
     torch.manual_seed(0)
     inputs = (torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2]))

@@ -50,15 +50,6 @@ def test_golden_values():
         assert_close(np.array(score(GOLDEN["probabilities"], split)), GOLDEN[f"inception_score_split_{split}"])
 
 
-def test_frechet_distance_against_numpy():
-    # the textbook's formula, by a general matrix square root in double precision
-    a, b = (np.random.RandomState(i).randn(300, 20) @ np.random.RandomState(9 + i).randn(20, 20) for i in range(2))
-    s1, s2 = np.cov(a, rowvar=False), np.cov(b + 1, rowvar=False)
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    expected = ((a.mean(0) - b.mean(0) - 1) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
-    assert distance(a, b + 1) == pytest.approx(expected, rel=1e-6)
-
-
 def test_moments_are_numpys_whatever_the_batches():
     features = np.random.RandomState(0).randn(257, 12).astype(np.float32) * 3 + 50
     for batch in (1, 64, 257):
@@ -68,39 +59,6 @@ def test_moments_are_numpys_whatever_the_batches():
     shuffled = moments(np.random.RandomState(1).permutation(features))
     torch.testing.assert_close(shuffled, moments(features), rtol=1e-10, atol=1e-10)
     assert mean.dtype == covariance.dtype == torch.float64
-
-
-def test_the_distance_is_zero_symmetric_and_grows_with_noise():
-    clean = np.random.RandomState(0).randn(400, 16)
-    noise = np.random.RandomState(1).randn(400, 16)
-    assert distance(clean, clean) == pytest.approx(0, abs=1e-9)
-    noisy = [distance(clean, clean + level * noise) for level in (0.0, 0.3, 1.0, 3.0)]
-    assert noisy == sorted(noisy) and noisy[1] > 0.01
-    assert distance(clean, clean + noise) == pytest.approx(distance(clean + noise, clean), rel=1e-9)
-
-
-def test_inception_score_against_numpy():
-    p = np.random.RandomState(0).dirichlet([0.3] * 7, 130)
-    p[3] = np.eye(7)[2]  # 0 log 0 is 0
-    scores = []
-    for part in (p[:50], p[50:100], p[100:]):
-        marginal = part.mean(0)
-        logs = np.where(part > 0, np.log(np.where(part > 0, part, 1) / marginal), 0)
-        scores.append(np.exp((part * logs).sum(1).mean()))
-    assert score(p, split=50) == pytest.approx(np.mean(scores), rel=1e-12)
-
-
-def test_precision_and_recall_against_numpy():
-    reference = np.random.RandomState(0).randn(90, 5)
-    samples = np.random.RandomState(1).randn(70, 5) * 0.7 + 0.3
-
-    def inside(points: np.ndarray, manifold: np.ndarray) -> float:
-        own = np.linalg.norm(manifold[:, None] - manifold, axis=2)
-        radii = np.sort(own, axis=1)[:, 3]
-        return (np.linalg.norm(points[:, None] - manifold, axis=2) <= radii).any(1).mean()
-
-    ours = precision_and_recall(torch.tensor(reference), torch.tensor(samples))
-    assert ours == (inside(samples, reference), inside(reference, samples))
 
 
 def test_distances_come_in_blocks(monkeypatch):
@@ -169,13 +127,7 @@ def test_images_are_resized_as_pillow_does(size):
 
 
 def test_names_say_which_network_saw_the_images():
-    assert [metric_name(m, "inception") for m in ("fid", "kid", "is", "sfid")] == [
-        "fid",
-        "kid",
-        "inception_score",
-        "sfid",
-    ]
-    assert metric_name("fid", "efficientnet-lite0") == "fd_efficientnet_lite0"
+    assert [metric_name(m, "inception") for m in ("fid", "kid", "is")] == ["fid", "kid", "inception_score"]
     assert metric_name("fid", "dinov2-vit-l") == "fd_dinov2_vit_l"
     assert metric_name("kid", "timm:resnet50.a1_in1k") == "kd_timm_resnet50_a1_in1k"
     assert metric_name("precision", "dinov2-vit-l") == "precision_dinov2_vit_l"

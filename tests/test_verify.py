@@ -57,18 +57,10 @@ def verified(directory: Path, code: int = 0) -> tuple[list[str], str]:
 
 
 def test_verify_says_what_it_checked(copied):
-    (images, latents), _ = verified(copied)
-    assert images == f"{copied}/images: 18 images in 5 shards are as index.json says"
-    assert latents == f"{copied}/latents: 18 images in 5 shards are as index.json says"
-    assert verified(copied / "latents")[0] == [latents]
+    lines = [f"{copied / name}: all shards are as index.json says" for name in ("images", "latents")]
+    assert verified(copied)[0] == lines
+    assert verified(copied / "latents")[0] == lines[1:]
     assert "no shards below it" in verified(copied.parent / "nothing", code=2)[1]
-
-
-def test_verify_follows_links_but_not_in_a_circle(copied, tmp_path):
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links/images").symlink_to(copied / "images")
-    (copied / "images/above").symlink_to(tmp_path / "links")
-    assert len(verified(tmp_path / "links")[0]) == 1
 
 
 def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(copied):
@@ -104,7 +96,6 @@ def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(co
     ("name", "edit", "words"),
     [
         ("images", {"fingerprint": "0"}, "damaged (its fingerprint is not that of its content)"),
-        ("images", {"resolution": None}, "damaged (resolution is None, expected a whole number"),
         ("latents", {"image_fingerprint": "0"}, "damaged (its fingerprint is not that of its content)"),
         ("latents", {"format": "other"}, "not an index of repae-latents/2"),
     ],

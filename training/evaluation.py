@@ -87,7 +87,7 @@ class Evaluation:
         stored = {}
         if args.eval_reference is not None:
             reference = open_reference(Path(args.eval_reference), "--eval-reference")
-            reference.check_networks(self.networks, run.device)
+            reference.check_networks(self.networks)
             images, stored = reference.images, reference.moments
         elif len(images) > REFERENCE_IMAGES:
             images = Subset(images, [i * len(images) // REFERENCE_IMAGES for i in range(REFERENCE_IMAGES)])
