@@ -27,12 +27,7 @@ WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for 
 
 
 class MetricsLog:
-    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted.
-
-    Attributes:
-        evaluations: distances by step, which `write` logs with the metrics of that step.
-        clock: when the time began that images_per_second is computed from.
-    """
+    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted."""
 
     def __init__(self, accelerator, args: argparse.Namespace, directory: Path, log: Callable[[str], None]):
         self.accelerator, self.args, self.directory, self.log = accelerator, args, directory, log
@@ -41,8 +36,8 @@ class MetricsLog:
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.records: list[dict[str, float]] = []
         self.pictures: list[tuple[int, str, np.ndarray]] = []
-        self.evaluations: dict[int, dict[str, float]] = {}
-        self.clock = time.monotonic()
+        self.evaluations: dict[int, dict[str, float]] = {}  # by step; `write` logs them with the metrics
+        self.clock = time.monotonic()  # when the time began that images_per_second is computed from
 
     def open(self, step: int) -> None:
         """Drop the records after `step`, which will be logged again, and start the tracker."""
