@@ -47,7 +47,6 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 
 def describe(images: ImageDataset, source: VAESource, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
-    """What the index says of the latents, but for their shards."""
     scale, bias = known_statistics(source)
     index = {
         "format": LATENT_FORMAT,
@@ -66,7 +65,6 @@ def describe(images: ImageDataset, source: VAESource, vae: AutoencoderKL, args: 
 
 
 def main() -> None:
-    """Encode every shard that is not there yet, then write the index."""
     args = parse_args()
     use_tf32(args.allow_tf32)
     images = open_images(args.data_dir)

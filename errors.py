@@ -51,13 +51,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
 
 
 def explain_runtime_error(error: RuntimeError) -> str | None:
-    """One line for torch's errors about lost processes and full memory; None for any other error."""
     text = str(error)
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         return "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"

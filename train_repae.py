@@ -102,7 +102,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
-    """All networks and optimisers, on this process's device."""
     torch.manual_seed(args.seed)
     vae_nets = build_vae_nets(args, run, source)
     statistics = known_statistics(source, run.print)
@@ -111,7 +110,6 @@ def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
 
 
 def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConfig:
-    """The step's constants, from the flags."""
     return JointStepConfig(
         loss=load_loss_config(args.loss_cfg_path),
         disc_warmup_steps=args.disc_warmup_steps,

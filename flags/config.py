@@ -84,7 +84,6 @@ def read_words(path: str, script: str, defaults: dict[str, object]) -> dict[str,
 
 
 def to_words(name: str, value: object, default: object, what: str) -> list[str]:
-    """A file's `value` of the flag `name` as words of a command line."""
     flag = name.replace("_", "-")
     if isinstance(default, bool):
         if not isinstance(value, bool):

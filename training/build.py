@@ -28,7 +28,6 @@ from weights.vae import VAESource, load_discriminator, load_vae, open_vae
 
 
 def training_images(args: argparse.Namespace):
-    """The images in --data-dir, checked by `check_data`."""
     images = open_images(args.data_dir, args.resolution)
     check_data(images, args)
     return images
@@ -128,7 +127,6 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, args: argparse.Namespace, device: torch.device):
-    """AdamW for a network; the flags of all optimisers but the learning rate are the same."""
     return Optimizer(
         network.parameters(),
         device,
@@ -148,7 +146,6 @@ def transformer_draws(args: argparse.Namespace, latent: tuple[int, int, int], st
 
 
 def transformer_step_options(args: argparse.Namespace, device: torch.device) -> dict:
-    """The flags that are keywords of TransformerStepConfig."""
     names = ("path_type", "proj_coeff", "spatial_norm", "ema_decay")
     return {"autocast": autocast_factory(device, args.mixed_precision), **{name: getattr(args, name) for name in names}}
 

@@ -44,7 +44,6 @@ class Previews:
         self.evaluation = Evaluation(args, run, reference) if ema is not None and args.eval_steps else None
 
     def show(self) -> None:
-        """Show what is due at the end of this step."""
         run = self.run
         show_pictures = run.due(self.args.sampling_steps) and run.is_main
         if show_pictures and self.ema is not None:

@@ -36,13 +36,8 @@ def cache_latents(
 ) -> None:
     """Write every shard that is not there yet, each by one process, and then the index.
 
-    Args:
-        directory: where they go.
-        index: what index.json says but for its shards; its "fingerprint" decides what is in them.
-        images: what is encoded.
-        encode: uint8 pixels (B,3,R,R) on this process's device -> moments (B,2C,h,w).
-        args: --pproc-batch-size and --num-workers are used.
-        state: this process among all.
+    `index` is what index.json says but for its shards; its "fingerprint" decides what is in them. `encode` maps uint8
+    pixels (B,3,R,R) on this process's device to moments (B,2C,h,w).
 
     Raises:
         UserError: the folder holds something else, the disk is too small, or a value is not finite.

@@ -27,12 +27,7 @@ WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for 
 
 
 class MetricsLog:
-    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted.
-
-    Attributes:
-        evaluations: distances by step, which `write` logs with the metrics of that step.
-        clock: when the time began that images_per_second is computed from.
-    """
+    """The scalars of every step and the pictures of some, each logged once however often the run is interrupted."""
 
     def __init__(self, accelerator, args: argparse.Namespace, directory: Path, log: Callable[[str], None]):
         self.accelerator, self.args, self.directory, self.log = accelerator, args, directory, log
@@ -41,8 +36,8 @@ class MetricsLog:
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.records: list[dict[str, float]] = []
         self.pictures: list[tuple[int, str, np.ndarray]] = []
-        self.evaluations: dict[int, dict[str, float]] = {}
-        self.clock = time.monotonic()
+        self.evaluations: dict[int, dict[str, float]] = {}  # by step; `write` logs them with the metrics
+        self.clock = time.monotonic()  # when the time began that images_per_second is computed from
 
     def open(self, step: int) -> None:
         """Drop the records after `step`, which will be logged again, and start the tracker."""
@@ -113,7 +108,6 @@ class MetricsLog:
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Within, time does not count for images_per_second."""
         started = time.monotonic()
         try:
             yield
@@ -192,7 +186,6 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 def is_record(line: bytes, step: int) -> bool:
-    """Whether this is a whole line of the log, of a step up to `step`."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except (ValueError, TypeError, KeyError):
@@ -204,10 +197,9 @@ def json_line(record: dict[str, float]) -> str:
     return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"
 
 
-# consecutive steps after which a gradient that is exactly 0 counts as vanished
-VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10}
-# the discriminator may win for a while, with a hinge loss of 0, but then learns nothing any more
-COLLAPSED = {"grad_norm_disc": 1000}
+# consecutive steps after which a gradient that is exactly 0 counts as vanished; the discriminator may win for a while,
+# with a hinge loss of 0
+VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10, "grad_norm_disc": 1000}
 SKIPPED = 20  # consecutive steps that float16 skips; from the initial loss scale, 17 take it below the lowest
 LOWEST_LOSS_SCALE = 1.0
 
@@ -238,11 +230,11 @@ class Watch:
             self.skipped[name] = 0 if math.isfinite(value) else self.skipped[name] + 1
             if self.skipped[name] >= SKIPPED:
                 return f"has not been finite for {SKIPPED} steps, which were all skipped"
-        if name in VANISHED or (name in COLLAPSED and step >= self.gan_start):
-            limit = {**VANISHED, **COLLAPSED}[name]
+        is_disc = name == "grad_norm_disc"
+        if name in VANISHED and (step >= self.gan_start or not is_disc):
             self.zero[name] = self.zero[name] + 1 if value == 0 else 0
-            if self.zero[name] >= limit:
-                return f"has been 0 for {limit} steps" + (": the GAN has collapsed" if name in COLLAPSED else "")
+            if self.zero[name] >= VANISHED[name]:
+                return f"has been 0 for {VANISHED[name]} steps" + (": the GAN has collapsed" if is_disc else "")
         return None
 
 

@@ -102,7 +102,6 @@ class Run:
         self.resources = ExitStack()
 
     def print(self, text: str) -> None:
-        """Print on rank 0, above any progress bar."""
         if self.is_main:
             tqdm.write(text)
 
@@ -153,7 +152,6 @@ class Run:
         return None if path is None else str(path)
 
     def _restore(self, path: Path) -> None:
-        """Restore the checkpoint that rank 0 chose and verified."""
         checkpoint = read_checkpoint(path, verify=False)
         free = RESUMABLE if "vae" in self.state.networks else FROZEN_RESUMABLE
         if path.parent != self.checkpoints.directory:
@@ -162,7 +160,6 @@ class Run:
         self.step = self.state.restore(checkpoint, str(path))
 
     def last_step(self, data) -> int:
-        """The 1-based step after which training on `data` ends."""
         return min(self.args.max_train_steps, self.args.epochs * (len(data) // self.args.batch_size))
 
     def steps(self, data) -> Iterator[tuple[int, Batch]]:
@@ -208,7 +205,6 @@ class Run:
                 signal.signal(kind, handler)
 
     def end(self) -> None:
-        """Close the tracker, the process group and the lock on the run's folder."""
         self.metrics.close()
         self.accelerator.end_training()
         self.resources.close()
@@ -236,7 +232,6 @@ class Run:
         return self.state.to_dict(vars(self.args), self.step, self.identity)
 
     def _finish_step(self, bar, last: int) -> None:
-        """Check the numbers, then log and save what is due, and stop if a signal asked for it."""
         bar.update()
         stop, rolling = self._sync_stop_and_save(last)
         permanent = self.step == last or self.due(self.args.checkpointing_steps)
@@ -262,7 +257,6 @@ class Run:
             raise SystemExit(EXIT_INTERRUPTED)
 
     def _sync_stop_and_save(self, last: int) -> tuple[bool, bool]:
-        """Whether all processes stop at this step because of a signal, and whether it is time for a checkpoint."""
         overdue = 0 < self.args.checkpointing_minutes * 60 <= time.monotonic() - self.saved_at
         # a signal that arrives from here on counts at the next step, so that all processes agree
         self.agreed_signal, overdue = all_reduce_max([self.signal, int(overdue)], self.hosts)
@@ -287,7 +281,6 @@ class Run:
             self._stop(reason)
 
     def _stop(self, reason: str, advice: str = "") -> None:
-        """Raise a UserError that names the last good checkpoint, and how to go on from there."""
         good = latest_checkpoint(self.checkpoints.directory)
         if not advice:
             source = f" with --continue-train-exp-dir {self.directory}" if good else ""

@@ -79,7 +79,6 @@ class Optimizer:
         return found
 
     def extra_state(self) -> dict:
-        """What exact resume needs besides AdamW's state dict."""
         return {"scaler": self.scaler.state_dict(), "skipped": self.skipped.item()}
 
     def load_state_dict(self, adamw: dict, extra: dict | None = None) -> None:

@@ -40,7 +40,6 @@ IDENTITY = {
 
 
 def changed_flags(before: dict, now: dict, free: Collection[str]) -> str:
-    """The flags that both have with different values, except `free` ones, in words; empty if there are none."""
     changed = [name for name in now if name in before and name not in free and before[name] != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {before[name]} -> {now[name]}" for name in changed)
 

@@ -88,7 +88,6 @@ class TrainingState:
 
 
 def state_of(nets) -> TrainingState:
-    """The state of a step's networks and optimisers."""
     fields = vars(nets)
     tensors = {"lecam": nets.lecam} if "lecam" in fields else {}
     if {"vae", "sit"} <= fields.keys():

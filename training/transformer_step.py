@@ -83,7 +83,6 @@ def update_transformer(
 
 
 def copy_for_ema(model: nn.Module) -> nn.Module:
-    """A frozen copy of `model`, in eval mode."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
