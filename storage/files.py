@@ -75,9 +75,14 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written to; change its permissions, or choose another place")
 
 
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
 def require_space(folder: Path, size: int, what: str) -> None:
     """Raise a UserError if the disk of `folder`, which need not exist yet, has fewer than `size` bytes free."""
-    free = shutil.disk_usage(nearest_existing(folder)).free
+    free = free_space(folder)
     if free < size:
         needed = f"{free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed"
         raise UserError(f"no space left for {what}: {folder} has {needed}; free some, or write elsewhere")
