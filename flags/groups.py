@@ -67,7 +67,7 @@ def add_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     add(group, "--data-dir", "data", str, "output of preprocessing.py")
     add(group, "--resolution", 256, POSITIVE, "side of the images in pixels")
-    add(group, "--batch-size", 256, POSITIVE, "images a step over all processes")
+    add(group, "--batch-size", 256, POSITIVE, "images per step over all processes")
     add(group, "--num-workers", 4, COUNT, "reading processes a training process")
 
 
@@ -159,10 +159,10 @@ def add_caching_flags(parser: Parser) -> None:
     add_switch(parser, "--compile", True, "compile the encoder on GPUs")
     add(parser, "--data-dir", "data", str, "output of preprocessing.py")
     add(parser, "--output-dir", "data", str, "where the folder goes")
-    add(parser, "--pproc-batch-size", 128, POSITIVE, "images a process encodes at once")
+    add(parser, "--pproc-batch-size", 128, POSITIVE, "images that each process encodes at once")
     mirrored = "also cache the mirrored images; an epoch then has both of each"
     parser.add_argument("--mirrored", action="store_true", help=mirrored)
-    add(parser, "--num-workers", 4, COUNT, "reading processes a process")
+    add(parser, "--num-workers", 4, COUNT, "data workers per process")
     add_switch(parser, "--allow-tf32", True, "TF32 on GPUs")
     add_offline_flag(parser)
 

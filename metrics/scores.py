@@ -1,5 +1,5 @@
 """Inception Score, precision and recall as the ADM evaluation suite defines them (Dhariwal & Nichol, arXiv 2105.05233),
-and the kernel distance.
+and the kernel distance. metrics/statistics.py has the table of all metrics and computes them.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752): image in [-1, 1] <-> latent z.
 
 State-dict keys are those of CompVis's AutoencoderKL, in which SD-VAE, IN-VAE, VA-VAE and the E2E-VAEs are published.
-`VAE_CONFIGS` has one row an architecture.
+`VAE_CONFIGS` has one row per architecture.
 """
 
 from dataclasses import dataclass, field, fields

@@ -19,7 +19,7 @@ BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 def convert_mocov3(state: dict, keys: list[str]) -> dict:
     """The base encoder in MoCo v3's training checkpoint, in which four layers of the large network are misnamed.
 
-    Another position table than MoCo v3's fixed one, sine-cosine with the row first, is refused.
+    Raises ValueError if the position table is not MoCo v3's fixed sine-cosine table, row first.
     """
     prefix = "base_encoder."
     if any(key.startswith(prefix) for key in state):
