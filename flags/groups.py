@@ -151,7 +151,6 @@ def add_reconstruction_flags(parser: Parser) -> None:
 
 
 def add_caching_flags(parser: Parser) -> None:
-    """All flags of cache_latents.py."""
     add_vae_name(parser, "--vae-arch", "f16d32", "vae_ckpt_path")
     parser.add_argument("--vae-ckpt-path", help=f"the VAE's {VAE_WEIGHTS}")
     add(parser, "--vae-latents-name", "repae-invae-400k", str, "folder below --output-dir")

@@ -98,12 +98,6 @@ def test_defaults_are_the_references(script):
     assert set(expected.split()) - {f"{name}={value}" for name, value in vars(args).items()} == set()
 
 
-def test_booleans_can_be_negated():
-    flags = "--exp-name x --no-compile --no-allow-tf32 --no-fused-attn --qk-norm"
-    args = train_repae.parse_args(flags.split())
-    assert (args.compile, args.allow_tf32, args.fused_attn, args.qk_norm) == (False, False, False, True)
-
-
 class OneProcess:
     """The parts of a Run that `build` uses."""
 
