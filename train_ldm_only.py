@@ -27,7 +27,7 @@ from training.build import (
     use_tf32,
 )
 from training.distributed import unwrap
-from training.evaluation import Previews
+from training.evaluation import Monitor
 from training.loop import Batch, Run
 from training.randomness import Draws
 from training.transformer_step import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
@@ -113,7 +113,7 @@ def main() -> None:
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     measured = args.eval_steps and not args.eval_reference
     reference = open_images(args.data_dir, args.resolution) if measured else None
-    previews = Previews(args, run, vae.to(run.device), nets.ema, reference=reference)
+    monitor = Monitor(args, run, vae.to(run.device), nets.ema, reference=reference)
     if args.dry_run:
         print_plan(run, data, nets, data.shape)
         return
@@ -121,7 +121,7 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = transformer_draws(args, data.shape, step, batch.rows).to(run.device)
         run.log(ldm_step(nets, batch, draws, cfg))
-        previews.show()
+        monitor.run_due()
     run.end()
 
 

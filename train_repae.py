@@ -31,7 +31,7 @@ from training.build import (
     warn_of_untrained_discriminator,
 )
 from training.distributed import frozen_call, unwrap
-from training.evaluation import Previews
+from training.evaluation import Monitor
 from training.loop import Batch, Run
 from training.randomness import Draws
 from training.transformer_step import TransformerNets, TransformerStepConfig, encoder_tokens, update_transformer
@@ -68,7 +68,7 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
         posterior, z, recon = nets.vae(image, draws.posterior)
 
     # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks. z is normalised by
-    #    the running statistics, which do not change, and no label is dropped. The diffusion loss is not part of it.
+    #    the running statistics, which do not change; no label is dropped. The diffusion loss does not train the VAE.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
     if zs:
         x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
@@ -82,9 +82,9 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
     # 4. Discriminator update on the image and the detached reconstruction.
     metrics |= update_discriminator(nets, image, recon, cfg, batch.step)
 
-    # 5. Transformer update on the detached z, with the same t and noise as in 3. Batch statistics normalise z and move
-    #    the running statistics; labels are dropped.
-    # 6. EMA of the transformer, batch-norm statistics included; samples are drawn from it.
+    # 5. Transformer update on the detached z, with the same t and noise as in 3. Batch statistics normalise z
+    #    and update the running statistics; labels are dropped.
+    # 6. EMA of the transformer, batch-norm statistics included (in `update_transformer`); samples are drawn from it.
     metrics |= update_transformer(nets, sit.bn(z.detach()), batch.labels, zs, draws, cfg)
     return metrics
 
@@ -129,7 +129,7 @@ def main() -> None:
     nets = build(args, run, source)
     run.begin(nets, identity_of(args, source, nets, data=data.fingerprint), cfg.loss)
     warn_of_untrained_discriminator(args, run, cfg.loss)
-    previews = Previews(args, run, unwrap(nets.vae), nets.ema, originals=data, reference=data)
+    monitor = Monitor(args, run, unwrap(nets.vae), nets.ema, originals=data, reference=data)
     if args.dry_run:
         print_plan(run, data, nets, latent)
         return
@@ -137,7 +137,7 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = transformer_draws(args, latent, step, batch.rows).to(run.device)
         run.log(repae_step(nets, batch, draws, cfg))
-        previews.show()
+        monitor.run_due()
     run.end()
 
 

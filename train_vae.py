@@ -30,7 +30,7 @@ from training.build import (
     warn_of_untrained_discriminator,
 )
 from training.distributed import unwrap
-from training.evaluation import Previews
+from training.evaluation import Monitor
 from training.loop import Batch, Run
 from training.randomness import Draws, step_draws
 from training.vae_step import VAENets, VAEStepConfig, latent_statistics, update_discriminator, vae_objective
@@ -109,7 +109,7 @@ def main() -> None:
     run.begin(nets, identity_of(args, source, nets, data=data.fingerprint), loss)
     if source.weights is not None:
         warn_of_untrained_discriminator(args, run, loss)
-    previews = Previews(args, run, unwrap(nets.vae), originals=data)
+    monitor = Monitor(args, run, unwrap(nets.vae), originals=data)
     if args.dry_run:
         print_plan(run, data, nets, latent)
         return
@@ -117,7 +117,7 @@ def main() -> None:
     for step, batch in run.steps(data):
         draws = step_draws(args.seed, step, batch.rows, latent).to(run.device)
         run.log(vae_step(nets, batch, draws, cfg))
-        previews.show()
+        monitor.run_due()
     write_vae(args, run, unwrap(nets.vae), unwrap(nets.discriminator), data)
     run.end()
 

@@ -1,5 +1,7 @@
 """The losses of the VAE and of its discriminator: L1 + LPIPS + KL + GAN as in latent diffusion (Rombach et al., arXiv
-2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al., 2104.03310). training/vae_step.py computes their inputs.
+2112.10752; Esser et al., 2012.09841), with optional LeCam regularisation (Tseng et al., 2104.03310).
+
+training/vae_step.py computes their inputs.
 """
 
 import math

@@ -31,7 +31,7 @@ def process_state():
 
 
 def follow_launcher() -> None:
-    """Send SIGTERM to this process when `accelerate launch` dies of it, which does not pass signals on; on Linux."""
+    """Send SIGTERM to this process when `accelerate launch`, which does not forward signals, is killed; on Linux."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":  # accelerate sets it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""What training shows of its networks on the way: pictures (--sampling-steps) and Fréchet distances (--eval-steps)."""
+"""Pictures (--sampling-steps) and Fréchet distances (--eval-steps) that are computed during training."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ REFERENCE_IMAGES = 50000  # of the training images, at most
 RECONSTRUCTIONS = 32
 
 
-class Previews:
+class Monitor:
     """Shows samples of `ema`, reconstructions of 32 of the `originals`, and distances of samples to the reference.
 
     `ema` is given if a transformer is trained, `originals` if a VAE is. Both are training images; `reference` may also
@@ -43,7 +43,7 @@ class Previews:
         self.shown = None if originals is None else evenly_spaced(originals, RECONSTRUCTIONS)
         self.evaluation = Evaluation(args, run, reference) if ema is not None and args.eval_steps else None
 
-    def show(self) -> None:
+    def run_due(self) -> None:
         run = self.run
         show_pictures = run.due(self.args.sampling_steps) and run.is_main
         if show_pictures and self.ema is not None:
@@ -57,7 +57,7 @@ class Previews:
 
 
 class Evaluation:
-    """Fréchet distances of `--eval-samples` samples of the average to a reference, in each of `--eval-features`.
+    """Fréchet distances of `--eval-samples` samples of the EMA transformer to a reference, in each of `--eval-features`.
 
     Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
     the work, and the distance does not depend on their number. The reference is `images`, the training images, unless

@@ -1,6 +1,7 @@
 """What training logs: metrics.jsonl, a tracker (wandb, tensorboard) beside it, and the watch for numbers that go wrong.
 
-metrics.jsonl holds one JSON record per step; when a run continues, the records after its checkpoint are dropped.
+The values come from the dict that a script's training step returns, and from `TrainingState.metrics`. metrics.jsonl
+holds one JSON record per step; when a run continues, the records after its checkpoint are dropped.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class MetricsLog:
         self.records: list[dict[str, float]] = []
         self.pictures: list[tuple[int, str, np.ndarray]] = []
         self.evaluations: dict[int, dict[str, float]] = {}  # by step; `write` logs them with the metrics
-        self.clock = time.monotonic()  # when the time began that images_per_second is computed from
+        self.clock = time.monotonic()  # start of the interval that images_per_second is measured over
 
     def open(self, step: int) -> None:
         """Drop the records after `step`, which will be logged again, and start the tracker."""

@@ -193,7 +193,7 @@ class Run:
                     with gradient_sync(self.wrapped, sync=self.step_complete):
                         yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), *moments)
                 if step == first:
-                    self.print(f"peak memory of the first step: {peak_memory(self.device) / 2**30:.2f} GiB a process")
+                    self.print(f"peak memory of the first step: {peak_memory(self.device) / 2**30:.2f} GiB per process")
                 self._finish_step(bar, last)
         except SystemExit:
             # a launcher that sees one process end signals the others, which are about to end with the same code
