@@ -44,6 +44,7 @@ class Monitor:
         self.evaluation = Evaluation(args, run, reference) if ema is not None and args.eval_steps else None
 
     def run_due(self) -> None:
+        """Write the pictures and run the evaluation that are due at the end of this step."""
         run = self.run
         show_pictures = run.due(self.args.sampling_steps) and run.is_main
         if show_pictures and self.ema is not None:
@@ -57,7 +58,7 @@ class Monitor:
 
 
 class Evaluation:
-    """Fréchet distances of `--eval-samples` samples of the EMA transformer to a reference, in each of `--eval-features`.
+    """Fréchet distances of `--eval-samples` EMA samples to a reference, in each of `--eval-features`.
 
     Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
     the work, and the distance does not depend on their number. The reference is `images`, the training images, unless
