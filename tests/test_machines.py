@@ -14,7 +14,7 @@ import pytest
 from scripts import ENVIRONMENT, ROOT, records, run, wait_for_log
 
 pytestmark = pytest.mark.slow
-STEPS = 8
+STEPS = 10
 LOOPBACK = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
 # What SLURM's commands do, for a job on two machines. Nothing else of it is there.
 SLURM = {

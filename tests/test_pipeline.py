@@ -21,7 +21,7 @@ from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
-STEPS = 12  # of the frozen run that others are compared to
+STEPS = 16  # of the frozen run that others are compared to
 
 
 @pytest.fixture(scope="module")
