@@ -40,7 +40,7 @@ def test_a_generator_trained_on_64_images_gives_those_images(tmp_path, vgg_weigh
     run = (*run, "--resolution", 32, "--vae", "f4d4-tiny", "--sampling-steps", 10**6, "--checkpointing-steps", 10**6)
     vae = tmp_path / "vae/vae.pt"
     script(
-        *("train_vae.py", *run, "--exp-name", "vae", "--batch-size", 16, "--max-train-steps", 200),
+        *("train_vae.py", *run, "--exp-name", "vae", "--batch-size", 16, "--max-train-steps", 400),
         *("--lpips-vgg-ckpt", vgg_weights, "--loss-cfg-path", "demo/loss.yaml", "--vae-learning-rate", 2e-3),
     )
     script(
@@ -50,7 +50,7 @@ def test_a_generator_trained_on_64_images_gives_those_images(tmp_path, vgg_weigh
     script(
         *("train_ldm_only.py", *run, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
         *("--model", "SiT-XXS/2", "--num-classes", IMAGES, "--encoder-depth", 2, "--enc-type", "none", "--cfg-prob", 0),
-        *("--batch-size", 64, "--max-train-steps", 300, "--learning-rate", 4e-3, "--ema-decay", 0.98),
+        *("--batch-size", 64, "--max-train-steps", 600, "--learning-rate", 4e-3, "--ema-decay", 0.98),
     )
     script(
         *("generate.py", "--exp-path", tmp_path / "ldm", "--num-fid-samples", IMAGES, "--cfg-scale", 1.0),
