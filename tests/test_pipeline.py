@@ -195,6 +195,12 @@ def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(w
     torch.testing.assert_close(model["bn.running_mean"], published.STATISTICS["latents_bias"])
 
 
+def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
+    flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
+    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
+
+
 def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     checkpoint = max((whole_run / "checkpoints").glob("*.pt"))
     run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
