@@ -11,6 +11,7 @@ STAMP := $(VENV)/installed
 demo: $(STAMP)
 	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
 
+# worksteal gives each process neighbouring tests, so that few fixtures of a file are made twice
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 

@@ -16,11 +16,12 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
+from scripts import TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
+STEPS = 16  # of the frozen run that others are compared to
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def frozen_flags(root: Path, name: str) -> tuple:
 
 @pytest.fixture(scope="module")
 def frozen(world) -> Path:
-    """An uninterrupted frozen-VAE run of LAST steps."""
-    run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", LAST, "--sampling-steps", LAST)
+    """An uninterrupted frozen-VAE run of STEPS steps."""
+    run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", STEPS, "--sampling-steps", STEPS)
     return world / "exps/whole"
 
 
@@ -72,7 +73,7 @@ def test_caching_gives_the_same_rows_on_any_number_of_processes(world):
     assert "by 3 processes" in run("cache_latents.py", *flags, launcher=torchrun(3)).stdout
     for shard in ("00001", "00004"):  # what three processes miss, another number of them makes
         (world / f"data/several/{shard}.safetensors").unlink()
-    assert "by 1 processes" in run("cache_latents.py", *flags, launcher=ACCELERATE).stdout
+    assert "by 1 processes" in run("cache_latents.py", *flags).stdout
     one, several = open_latents(world / "data", "one"), open_latents(world / "data", "several")
     assert len(several) == 18
     for i in range(18):
@@ -83,7 +84,7 @@ def test_caching_gives_the_same_rows_on_any_number_of_processes(world):
 
 
 def test_a_frozen_run_writes_what_the_references_does(frozen):
-    checkpoint = torch.load(frozen / f"checkpoints/{LAST:07d}.pt", weights_only=True)
+    checkpoint = torch.load(frozen / f"checkpoints/{STEPS:07d}.pt", weights_only=True)
     assert {"model", "ema", "opt", "args", "steps"} < checkpoint.keys()
     assert not {"vae", "discriminator"} & checkpoint.keys()
     assert checkpoint["args"] == json.loads((frozen / "args.json").read_text())
@@ -94,17 +95,17 @@ def test_a_frozen_run_writes_what_the_references_does(frozen):
         torch.testing.assert_close(sit.latent_statistics()[0].flatten(), published.STATISTICS["latents_scale"])
         torch.testing.assert_close(sit.latent_statistics()[1].flatten(), published.STATISTICS["latents_bias"])
     log = records(frozen / "metrics.jsonl")
-    assert [record["step"] for record in log] == list(range(1, LAST + 1))
+    assert [record["step"] for record in log] == list(range(1, STEPS + 1))
     assert {"denoising_loss", "proj_loss", "grad_norm_sit"} < log[0].keys()
-    assert [path.name for path in (frozen / "samples").iterdir()] == [f"{LAST:07d}.png"]
+    assert [path.name for path in (frozen / "samples").iterdir()] == [f"{STEPS:07d}.png"]
 
 
 def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
-    flags = (*frozen_flags(world, "interrupted"), "--max-train-steps", LAST, "--checkpointing-steps", 5)
+    flags = (*frozen_flags(world, "interrupted"), "--max-train-steps", STEPS, "--checkpointing-steps", 3)
     log = world / "exps/interrupted/metrics.jsonl"
-    assert interrupt("train_ldm_only.py", *flags, log=log, lines=10, kind=signal.SIGTERM) == 75
+    assert interrupt("train_ldm_only.py", *flags, log=log, lines=3, kind=signal.SIGTERM) == 75
     run("train_ldm_only.py", *flags)
-    assert_same_run(frozen, world / "exps/interrupted")
+    assert_same_run(frozen, world / "exps/interrupted", STEPS)
 
 
 def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):

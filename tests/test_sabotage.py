@@ -85,37 +85,67 @@ SABOTAGES = {
 }  # fmt: skip
 
 
-def run_test(tree: Path, test: str) -> subprocess.CompletedProcess:
-    file, words = test.split(" -k ") if " -k " in test else ("test_joint_step.py", test)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", words]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
+# Imports what the tests import but nothing of the project, and forks a pytest for each line that it is sent: its exit
+# code is answered, and what it prints goes to the file that the line names.
+SERVER = """
+import os, sys
+sys.dont_write_bytecode = True  # sources change within a second, which caches of bytecode would not see
+import numpy, PIL.Image, pytest, safetensors.torch, torch, torch._dynamo, torch.distributed, torch.utils.data, tqdm
+for line in sys.stdin:
+    output, *arguments = line.rstrip("\\n").split("|")
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        code = pytest.main(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """A copy of the project."""
-    skip = shutil.ignore_patterns(".*", "exps", "data", "data-demo", "pretrained", "cifar10", "*.png")
+    skip = shutil.ignore_patterns(".*", "exps", "data", "data-demo", "pretrained", "cifar10", "*.png", "__pycache__")
     return shutil.copytree(ROOT, tmp_path_factory.mktemp("sabotage") / "tree", ignore=skip)
 
 
-def test_the_copy_passes_without_sabotage(tree):
-    done = run_test(tree, "not golden")
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " failed" not in done.stdout
+@pytest.fixture(scope="module")
+def run_test(tree):
+    """Runs a test of the copy by its name; returns the exit code and what pytest printed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=tree, env=environment, **pipes) as server:
+
+        def run(test: str) -> tuple[int, str]:
+            file, words = test.split(" -k ") if " -k " in test else ("test_joint_step.py", test)
+            output = tree.parent / "said.txt"
+            arguments = ("-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", words)
+            print(output, *arguments, sep="|", file=server.stdin, flush=True)
+            return int(server.stdout.readline()), output.read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def test_the_copy_passes_without_sabotage(run_test):
+    code, said = run_test("not golden")
+    assert code == 0, said[-2000:]
+    assert " failed" not in said
 
 
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_sabotage_is_caught(tree, name):
+def test_sabotage_is_caught(tree, run_test, name):
     file, *replacements, test = SABOTAGES[name]
     source = good = (tree / file).read_text()
     for old, new in zip(replacements[::2], replacements[1::2], strict=True):
         assert source.count(old) == 1, f"the line to sabotage is not there: {old}"
         source = source.replace(old, new)
     (tree / file).write_text(source)
-    done = run_test(tree, test)
+    code, said = run_test(test)
     (tree / file).write_text(good)
-    assert done.returncode == 1, f"not caught: exit code {done.returncode}\n{done.stdout[-2000:]}"
-    assert "1 failed" in done.stdout
-    assert "SyntaxError" not in done.stdout
-    assert "NameError" not in done.stdout
+    assert code == 1, f"not caught: exit code {code}\n{said[-2000:]}"
+    assert "1 failed" in said
+    assert "SyntaxError" not in said
+    assert "NameError" not in said
