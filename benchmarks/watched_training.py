@@ -70,9 +70,10 @@ class Watched:
             setattr(torch.Tensor, name, self.reading(getattr(torch.Tensor, name)))
 
     def reading(self, method: Callable) -> Callable:
-        def read(*args, **kwargs):
-            self.wait()
-            return method(*args, **kwargs)
+        def read(tensor, *args, **kwargs):
+            if tensor.is_floating_point():  # integers are the order of the data, which is on the host everywhere
+                self.wait()
+            return method(tensor, *args, **kwargs)
 
         return read
 
