@@ -241,8 +241,8 @@ def main() -> None:
             if args.grid:
                 write_grid(files, args)
             files.clean()
-            wanted = {files.png_folder: args.png, files.npz_file: args.npz, files.picture: args.grid}
-            print(f"{what}: " + ", ".join(str(path) for path in (*filter(wanted.get, wanted), files.manifest)))
+            written = (files.png_folder, files.npz_file, files.picture, files.manifest)
+            print(f"{what}: " + ", ".join(str(path) for path in written if path.exists()))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,11 @@ class SampleFiles:
             if changed:
                 what = ", ".join(f"{key} {before.get(key)} -> {self.samples.get(key)}" for key in sorted(changed))
                 raise UserError(f"{self.manifest} is of other samples ({what}); choose another --sample-dir")
-        elif other := next((path for path in (self.png_folder, self.npz_file) if path.exists()), None):
+        elif other := next((path for path in self._outputs() if path.exists()), None):
             raise UserError(f"{other} is there, but no {self.manifest.name} says how it was made; move it")
+
+    def _outputs(self) -> Iterator[Path]:
+        yield from (self.png_folder, self.npz_file, *self.parts.glob("*.raw"))
 
     def begin(self, made_with: dict) -> None:
         """Write the manifest if it is not there; `made_with` is what made the samples without determining them."""
@@ -60,14 +63,11 @@ class SampleFiles:
         return set() if self.has_npz() else set(range(self.count)) - self._done()
 
     def has_npz(self) -> bool:
-        """Whether the npz is there; a UserError if it is another one, or PNGs are wanted that are not there."""
+        """Whether the npz is there, which finishes the set; a UserError if it is another one."""
         if not self.npz_file.is_file():
             return False
-        again = f"delete {self.npz_file} and run the same again"
         if NpzImages(self.npz_file).array.shape != self.shape:
-            raise UserError(f"{self.npz_file} is not of this set; {again}")
-        if self.png and len(self._pngs()) < self.count:
-            raise UserError(f"{self.png_folder} lacks PNGs; {again} to make them, or add --no-png")
+            raise UserError(f"{self.npz_file} is not of this set; delete it and run the same again")
         return True
 
     @property
@@ -84,7 +84,7 @@ class SampleFiles:
         return self._pngs() & self._rows().keys() if self.png else set(self._rows())
 
     def _pngs(self) -> set[int]:
-        return {int(path.stem) for path in self.png_folder.glob("*.png")}
+        return {int(path.stem) for path in self.png_folder.glob("*.png") if path.stem.isdigit()}
 
     def _rows(self) -> dict[int, tuple[Path, int]]:
         """Index -> part and row in it."""
@@ -123,7 +123,9 @@ class SampleFiles:
             yield from map(FolderImages.read, sorted(self.png_folder.glob("*.png")))
 
     def finish(self) -> None:
-        """Write the npz from the parts, if it is wanted and not there yet."""
+        """Write the npz from the parts, if it is wanted and not there yet; a UserError if a sample is missing."""
+        if missing := self.missing():
+            raise UserError(f"sample {min(missing)} is missing; put --sample-dir where every machine sees it")
         if self.npz and not self.npz_file.is_file():
             write_npz(self.npz_file, self.shape, self.in_order())
 

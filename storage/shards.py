@@ -115,7 +115,7 @@ def read_index(directory: Path, form: str, remedy: str) -> dict:
         index = json.loads(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); {remedy}") from None
-    if index["format"] != form:
+    if not isinstance(index, dict) or index.get("format") != form:
         raise UserError(f"{path}: not an index of {form}; {remedy}")
     return index
 

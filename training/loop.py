@@ -251,8 +251,8 @@ class Run:
             self.saved_at = time.monotonic()
         if stop:
             all_reduce_max([0], self.hosts)  # a barrier: a launcher that sees one process end ends the others
-            what = f"stopped by signal {self.agreed_signal} after step {self.step}"
-            self.print(f"{what}. The same command continues from there")
+            how = "The same command, without --resume-step," if self.args.resume_step else "The same command"
+            self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {how} continues from there")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
 
