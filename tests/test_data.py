@@ -109,19 +109,14 @@ def test_caching_again_makes_only_what_is_missing_or_cut_short(data, vae):
     assert torch.equal(kept[0], torch.stack([open_latents(data, "again")[i][2] for i in range(18)]))
 
 
-class Printer:
-    def print(self, text: str) -> None:
-        self.text = text
-
-
 def test_latents_of_other_statistics_are_refused_at_training(data, vae):
     cache(data, vae, name="checked")
     latents, args = open_latents(data, "checked"), Namespace(vae_ckpt="vae.pt")
     good = fingerprint(published.fresh_vae().state_dict())
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    check_vae(latents, good, statistics, args, Printer())
+    check_vae(latents, good, statistics, args)
     with pytest.raises(UserError, match=r"other statistics \(latents_bias\)"):
-        check_vae(latents, good, (statistics[0], statistics[1] + 1e-3), args, Printer())
+        check_vae(latents, good, (statistics[0], statistics[1] + 1e-3), args)
 
 
 def test_fingerprint_sees_every_value_and_no_prefix():

@@ -232,6 +232,6 @@ def test_any_number_of_workers_reads_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
     preprocess(make_tree(tmp_path / "tree", 5), tmp_path / "data", 32, 1, None)
     dataset = ImageDataset(tmp_path / "data")
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=3)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2)
     expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
     assert torch.equal(torch.cat([pixels for pixels, _ in loader]), expected)
