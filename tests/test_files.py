@@ -5,12 +5,10 @@ import io
 import os
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +23,6 @@ from dataset import open_images
 from errors import UserError
 from images import make_data, make_tree
 from scripts import ROOT, TINY, TINY_SIT, records, run
-from storage.files import locked
 from storage.image_sets import map_member
 from weights.checkpoint_io import vae_files
 
@@ -201,20 +198,6 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(work, out):
     for script, folder in folders.items():
         run(script, *flags_of(script, work))
         assert not (folder / ".half.1.tmp").exists()
-
-
-def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
-    with locked(tmp_path):
-        worker = os.fork()
-        if worker == 0:
-            time.sleep(60)
-            os._exit(0)
-    try:
-        with locked(tmp_path):
-            pass
-    finally:
-        os.kill(worker, signal.SIGKILL)
-        os.waitpid(worker, 0)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -13,7 +13,6 @@ from metrics.features import resize_as_pillow
 from metrics.frechet import Moments, frechet_distance
 from metrics.images import batch_psnr, psnr, ssim
 from metrics.scores import InceptionScore, kernel_distance, precision_and_recall
-from metrics.statistics import SetStatistics, metric_name
 
 GOLDEN = golden("metrics")
 
@@ -124,25 +123,3 @@ def test_images_are_resized_as_pillow_does(size):
         difference = np.asarray(image).astype(int) - ours[i].permute(1, 2, 0).numpy()
         assert np.abs(difference).max() <= 1
         assert (difference != 0).mean() < 0.01
-
-
-def test_names_say_which_network_saw_the_images():
-    assert [metric_name(m, "inception") for m in ("fid", "kid", "is")] == ["fid", "kid", "inception_score"]
-    assert metric_name("fid", "dinov2-vit-l") == "fd_dinov2_vit_l"
-    assert metric_name("kid", "timm:resnet50.a1_in1k") == "kd_timm_resnet50_a1_in1k"
-    assert metric_name("precision", "dinov2-vit-l") == "precision_dinov2_vit_l"
-
-
-def test_memory_does_not_grow_with_the_images_unless_their_features_are_asked_for():
-    from metrics.features import Features
-
-    for keep in (False, True):
-        statistics = SetStatistics(40, torch.device("cpu"), keep_features=keep)
-        for indices in torch.arange(40).flip(0).split(8):
-            statistics.update(indices, Features(indices[:, None].float().expand(8, 3)))
-        assert len(statistics.rows) == (5 if keep else 0)
-        statistics.over_processes()
-        if keep:
-            assert torch.equal(statistics.features[:, 0], torch.arange(40.0))  # in the images' order
-        else:
-            assert statistics.features is None

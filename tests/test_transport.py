@@ -1,12 +1,10 @@
 """Interpolants, times and samplers against closed forms."""
 
-import math
-
 import pytest
 import torch
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
-from diffusion.transport import coefficients, interpolate, sample_time, score_from_velocity
+from diffusion.transport import coefficients, interpolate, sample_time
 
 PATHS = ("linear", "cosine")
 
@@ -35,15 +33,6 @@ def gaussian_velocity(path: str, std: float):
         return (c.d_alpha * c.alpha * std**2 + c.d_sigma * c.sigma) / var * x.double()
 
     return velocity
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_score_of_a_gaussian(path):
-    x, t, std = torch.randn(5, 1, 1, 1).double(), torch.tensor(0.6).double(), 0.5
-    c = coefficients(path, t)
-    velocity = gaussian_velocity(path, std)(x, t.expand(5), None)
-    expected = -x / (c.alpha**2 * std**2 + c.sigma**2)
-    torch.testing.assert_close(score_from_velocity(path, velocity, x, t), expected)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -82,22 +71,10 @@ def test_guidance_acts_on_its_interval_only_in_one_batch():
     assert sizes == [(1.0, 1, [3]), (0.75, 2, [3, 10]), (0.5, 2, [3, 10]), (0.25, 1, [3])]
 
 
-def test_guidance_extrapolates_from_the_null_label():
-    def velocity(x, t, y):
-        return y.float()[:, None, None, None].expand_as(x)
-
-    x = torch.zeros(1, 1, 1, 1)
-    out = sample_ode(velocity, x, torch.tensor([3]), 2, Guidance(2.5, 10))
-    assert float(out) == pytest.approx(-(10 + 2.5 * (3 - 10)))
-
-
-def uniform() -> torch.Tensor:
-    return torch.rand(200000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.mark.parametrize("path", PATHS)
 def test_lognormal_times(path):
-    t = sample_time("lognormal", path, uniform())
+    u = torch.rand(200000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = sample_time("lognormal", path, u)
     c = coefficients(path, t)
     logs = torch.log(c.sigma / c.alpha)
     assert abs(logs.mean()) < 0.01
@@ -105,6 +82,5 @@ def test_lognormal_times(path):
 
 
 def test_uniform_times():
-    t = sample_time("uniform", "linear", uniform())
-    assert abs(t.mean() - 0.5) < 0.005
-    assert abs(t.std() - math.sqrt(1 / 12)) < 0.005
+    u = torch.rand(10, dtype=torch.float64)
+    torch.testing.assert_close(sample_time("uniform", "linear", u), u.float())

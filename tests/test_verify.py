@@ -13,13 +13,7 @@ from errors import UserError
 from images import make_data
 from scripts import run
 from storage.shards import read_header
-
-
-def flip_a_bit(path: Path) -> None:
-    """Change one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+from test_bad_input import flip_a_bit
 
 
 def make(root: Path) -> None:
