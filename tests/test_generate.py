@@ -24,6 +24,7 @@ from diffusion.sampling import (
     sample_pixels,
     sampling_noise,
 )
+from errors import UserError
 from models.autoencoder import image_to_pixels
 from models.numerics import AUTOCAST_DTYPES
 from models.sit import SiT_models
@@ -247,12 +248,25 @@ def test_what_cannot_be_resumed_is_one_line(runs, again):
         assert (code, stderr.count("error: ")) == (2, 1)
         assert message in stderr
 
-    (again / "000001.png").unlink()  # PNGs are not made from an npz
-    refused(f"{again} lacks PNGs; delete {npz_of(again)} and run the same again to make them, or add --no-png")
     np.savez(npz_of(again), arr_0=np.zeros((6, 32, 32, 3), np.uint8))
     refused(f"{npz_of(again)} is not of this set; delete")
     again.with_name(again.name + ".json").unlink()
     refused(f"no {again.name}.json says how it was made")
+
+
+def test_a_sample_that_is_missing_at_the_end_is_named_and_nothing_is_removed(again):
+    files = files_of(again)
+    npz_of(again).unlink()
+    files.parts.mkdir()
+    for write in files.writes([0, 1, 2], np.zeros((3, 32, 32, 3), np.uint8)):
+        write()
+    with pytest.raises(UserError, match="sample 3 is missing"):
+        files.finish()
+    assert not npz_of(again).exists()
+    files.manifest.unlink()
+    shutil.rmtree(again)
+    with pytest.raises(UserError, match="000000-000002.raw is there, but no"):
+        files.check()
 
 
 def test_what_a_writing_thread_cannot_do_ends_sampling_in_one_line(runs, tmp_path, monkeypatch):
