@@ -46,15 +46,6 @@ def test_the_newest_rolling_checkpoints_stay_and_all_permanent_ones(folder):
     assert steps(folder) == [10, 20, 28]
 
 
-def test_a_permanent_checkpoint_stays_whatever_is_saved_in_its_place(folder):
-    save(folder, 10, permanent=True)
-    save(folder, 10, 11, 12, keep_last=1)  # as when the run went back and came here again at another time
-    assert steps(folder) == [10, 12]
-    save(folder, 12, permanent=True)
-    save(folder, 13, 14, keep_last=1)
-    assert steps(folder) == [10, 12, 14]
-
-
 def test_without_the_list_of_rolling_checkpoints_nothing_is_deleted(folder):
     save(folder, 10, 11)
     folder.rolling_note.write_text("{")
@@ -82,18 +73,6 @@ def test_if_all_are_damaged_the_run_does_not_begin_again(folder):
     spoil(folder, 20)
     with pytest.raises(UserError, match="all 2 checkpoints are damaged; put copies of them back, or choose another"):
         folder.to_continue(0, None)
-
-
-def test_resume_step_starts_from_its_checkpoint_and_names_later_ones(folder):
-    save(folder, 10, 20, 30, 40, keep_last=4)
-    for _ in range(2):
-        assert folder.to_continue(20, None).name == "0000020.pt"
-        assert "--resume-step 20 leaves later checkpoints" in folder.said[-1]
-        assert "(0000030.pt, 0000040.pt)" in folder.said[-1]
-    save(folder, 25, keep_last=2)
-    assert steps(folder) == [25, 40]
-    with pytest.raises(UserError, match="0000020.pt: no such file; its folder holds"):
-        folder.to_continue(20, None)
 
 
 def test_without_own_checkpoints_those_of_another_run_are_the_start(folder, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from errors import UserError
-from flags.config import SCRIPTS
 from generate import set_name
 from published import FLAGS
 from scripts import LAST, ROOT, call, records
@@ -106,26 +105,6 @@ def test_every_preset_has_the_sections_and_commands_of_its_experiment():
         assert commands == [(script, f"configs/presets/{path.name}") for script in SECTIONS[path.stem]]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_reads_its_own_section(script, tmp_path, monkeypatch, capsys):
-    required = {
-        "preprocessing": {"imagenet_path": "tree"},
-        "save_vae_weights": {"repae_ckpt": "joint.pt"},
-        "cache_latents": {"vae_ckpt_path": "vae.pt"},
-        "generate": {"exp_path": "run"},
-        "evaluate": {"samples": "a.npz", "reference": "b.npz"},
-    }.get(script, {"exp_name": "run"})
-    path = tmp_path / "flags.yaml"
-    path.write_text(json.dumps({script: required, "generate" if script != "generate" else "evaluate": {"unseen": 1}}))
-    flags = [word for name, value in required.items() for word in (f"--{name.replace('_', '-')}", value)]
-    expected = parsed(script, *flags)
-    assert "config" not in expected
-    printed = capsys.readouterr().out
-    assert printed.startswith("flags from the command line: ") if script.startswith("train_") else printed == ""
-    assert parsed(script, "--config", path) == expected
-    assert capsys.readouterr().out.startswith(f"flags from {path}: ")
-
-
 def test_values_are_spelled_as_on_the_command_line(tmp_path):
     text = """
         exp_name: run
@@ -152,28 +131,15 @@ def test_values_are_spelled_as_on_the_command_line(tmp_path):
     [
         ("batchsize: 4", "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("train_repa: {seed: 1}", "unknown key 'train_repa'; did you mean 'train_repae'?"),
-        ("config: other.yaml", "unknown key 'config'; did you mean "),
         ("batch_size: many", "argument --batch-size: 'many' is no integer; see "),
         ("enc_ckpt: [dinov2-vit-b=README.md, x]", "argument --enc-ckpt: 'x', expected NAME=PATH"),
         ("fused_attn: 'yes'", "fused_attn is 'yes', expected true or false"),
-        ("- batch_size", "expected a mapping of keys to values"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         from_file(tmp_path, text, "--exp-name", "x")
     assert str(error.value).startswith(f"--config {tmp_path}/flags.yaml: {message}")
-
-
-def test_mistakes_on_the_command_line_are_reported_as_without_a_file(tmp_path):
-    for flags, message in (
-        ((), "the following arguments are required: --exp-name; see "),
-        (("--exp-name", "x", "--seed", "one"), "argument --seed: invalid int value: 'one'; see "),
-        (("--exp-name", "x", "--sed", "1"), "unrecognized arguments: --sed 1; see "),
-    ):
-        with pytest.raises(UserError) as error:
-            from_file(tmp_path, "batch_size: 8", *flags)
-        assert str(error.value).startswith(message)
 
 
 def test_a_published_args_json_is_a_config(tmp_path):

@@ -1,6 +1,5 @@
 """Two gloo processes at one global batch compute what one process does."""
 
-import copy
 from dataclasses import replace
 from datetime import timedelta
 
@@ -22,7 +21,6 @@ from train_repae import JointNets, repae_step
 from training.distributed import frozen_call, gradient_sync, unwrap
 from training.loop import Batch
 from training.randomness import Draws, Rows
-from training.vae_step import latent_statistics
 
 STEPS = 3
 WITH_LECAM = replace(CONFIG, loss=VAELossConfig(lecam_regularization_weight=0.5))
@@ -138,19 +136,6 @@ def test_frozen_training_is_the_same_on_any_processes_and_micro_batches(tmp_path
         for key, value in state.items():
             for other in others:
                 torch.testing.assert_close(other[name][key], value, atol=1e-10, rtol=1e-10, msg=f"{name} {key}")
-
-
-def statistics(rank: int, world: int) -> dict:
-    """Latent statistics of eleven images, read in shares."""
-    vae = copy.deepcopy(small_nets().vae)
-    pixels = torch.randint(0, 256, (11, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return latent_statistics(vae, [(p, 0) for p in pixels], 4, 0, rank, world, torch.device("cpu"))
-
-
-def test_latent_statistics_over_two_processes(tmp_path):
-    one = statistics(0, 1)
-    for result in in_two_processes(statistics, tmp_path):
-        torch.testing.assert_close(result, one)
 
 
 def set_statistics(rank: int, world: int) -> dict:

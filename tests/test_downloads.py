@@ -88,21 +88,6 @@ def test_order_of_sources(elsewhere, no_network):
         weights_file(TIMM, spec, "hf-hub:timm/other@abc", offline=True)
 
 
-def test_the_hubs_weights_are_timms_own(elsewhere, no_network):
-    import timm
-
-    weights = timm_weights()
-    fill_cache(elsewhere / "cache", REPOSITORY, weights)
-    (encoder,) = load_encoders(flags(offline=True), 16, CPU)
-    network = timm.create_model(
-        "test_vit", pretrained=True, img_size=256, num_classes=0, pretrained_cfg_overlay={"state_dict": weights}
-    ).eval()
-    pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = network.forward_features(encoder.preprocess(pixels))[:, network.num_prefix_tokens :]
-    torch.testing.assert_close(encoder(pixels), expected)
-
-
 def test_grids_that_differ_stop_unless_tokens_are_resampled(elsewhere, no_network):
     fill_cache(elsewhere / "cache", REPOSITORY, timm_weights())
     with pytest.raises(UserError, match=r"gives 16x16 tokens at 256 px, but the transformer has 32x32.*--resample-tok"):
@@ -126,8 +111,7 @@ def test_environment_keeps_everything_offline(elsewhere, no_network, monkeypatch
 
 def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
     content = safetensors.torch.save(timm_weights())
-    files = {"/me/mirror/resolve/v1/model.safetensors": content, "/me/other/resolve/v1/else": b""}
-    with hub.serving(files) as server:
+    with hub.serving({"/me/mirror/resolve/v1/model.safetensors": content}) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
         monkeypatch.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
@@ -139,14 +123,8 @@ def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
         asked = len(server.requests)
         assert weights_file(TIMM, encoder_spec(TIMM), given, offline=True) == path
         assert len(server.requests) == asked  # a copy on this machine is not asked about again
-        for given, message in (
-            ("hf-hub:me/nothing", r"could not download me/nothing \(RepositoryNotFoundError: .*; put"),
-            ("hf-hub:me/mirror@v2", r"could not download me/mirror@v2 \(RevisionNotFoundError: .*; put"),
-            ("hf-hub:me/other@v1", "me/other@v1 has none of model.safetensors, pytorch_model.bin; put"),
-        ):
-            with pytest.raises(UserError, match=message) as error:
-                weights_file(TIMM, encoder_spec(TIMM), given, offline=False)
-            assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"could not download me/mirror@v2 \(RevisionNotFoundError: .*; put"):
+            weights_file(TIMM, encoder_spec(TIMM), "hf-hub:me/mirror@v2", offline=False)
 
 
 def test_a_download_from_the_projects_site_goes_to_ckpts(elsewhere):

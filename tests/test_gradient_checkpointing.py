@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import test_ldm_step
 import train_ldm_only
 import train_repae
 from loss.lpips import LPIPS, VGG16Features
@@ -21,7 +20,6 @@ from models.sit import SiT
 from published import STATISTICS, write_vae
 from scripts import assert_same_run, call, equal
 from test_joint_step import small_nets, step_once, with_cfg
-from train_ldm_only import ldm_step
 from training.build import build_transformer_nets
 from training.distributed import frozen_call
 from weights.checkpoint_io import read_checkpoint
@@ -65,17 +63,6 @@ def test_joint_steps_are_the_same(steps, accumulation, autocast):
     without, with_it = (joint_run(on, steps, accumulation, cfg) for on in (False, True))
     assert equal(without, with_it)
     assert without[1]["sit"]["bn.num_batches_tracked"] == steps * accumulation
-
-
-def test_steps_on_cached_latents_are_the_same():
-    batch, draws = test_ldm_step.batch_and_draws()
-    results = []
-    for on in (False, True):
-        nets = test_ldm_step.nets([test_ldm_step.toy_encoder])
-        with checkpointing(on):
-            metrics = [ldm_step(nets, batch, draws, test_ldm_step.CONFIG) for _ in range(2)]
-        results.append((metrics, everything_in(nets)))
-    assert equal(*results)
 
 
 class Meter(TorchDispatchMode):

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,30 +89,6 @@ def test_a_wandb_that_cannot_be_used_online_keeps_its_files_for_later(tmp_path, 
         f"warning: wandb cannot be used online (no online way); {later}",
         "warning: wandb is not available (no offline way); metrics.jsonl is written all the same",
     ]
-
-
-def test_a_tracker_that_is_not_installed_is_said_and_one_that_cannot_finish_is_no_error(tmp_path):
-    said = []
-    args = argparse.Namespace(report_to="wandb", exp_name="x", offline=True)
-    log = MetricsLog(Accelerator([]), args, tmp_path, said.append)
-    log.open(step=0)
-    log.accelerator.trackers = [SimpleNamespace(finish=lambda: 1 / 0)]
-    log.close()
-    assert log.accelerator.trackers == []
-    reasons = ("the package is not installed", "division by zero")
-    end = "metrics.jsonl is written all the same"
-    assert said == [f"warning: wandb is not available ({reason}); {end}" for reason in reasons]
-
-
-def test_records_without_a_checkpoint_are_dropped_with_a_warning(tmp_path):
-    said = []
-    log = MetricsLog(Accelerator([]), argparse.Namespace(report_to="none"), tmp_path, said.append)
-    log.file.write_text('{"step": 1}\n')
-    log.open(step=1)
-    assert (said, log.file.read_text()) == ([], '{"step": 1}\n')
-    log.open(step=0)
-    assert log.file.read_text() == ""
-    assert said == [f"warning: no checkpoint to continue from; the records of {log.file} are dropped"]
 
 
 def test_the_drift_of_a_normaliser_is_in_units_of_its_start():

@@ -172,15 +172,6 @@ def test_a_yaml_that_would_execute_is_refused(places, tmp_path):
     assert "loss.yaml: not a readable YAML file" in refused("train_repae.py", flags, canary)
 
 
-@pytest.mark.parametrize("name", ["index.json", "00000.safetensors"])
-@pytest.mark.parametrize("script", ["train_repae.py", "dataset.py"])
-def test_pickles_in_place_of_index_and_shards_are_refused(places, tmp_path, script, name):
-    data = shutil.copytree(places["data"], tmp_path / "data")
-    craft(data / "images" / name, "pickle", tmp_path / "canary")
-    flags = [*good_flags(script, places, tmp_path), *(() if script == "dataset.py" else ("--data-dir", data))]
-    assert str(data) in refused(script, flags, tmp_path / "canary")
-
-
 class Busy(nn.Module):
     """A module of TorchScript that writes a file when it is loaded."""
 
