@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dataset import open_images
 from errors import UserError
 from images import make_data, make_tree
 from scripts import ROOT, TINY, TINY_SIT, records, run
+from storage.files import locked
 from storage.image_sets import map_member
 from weights.checkpoint_io import vae_files
 
@@ -254,3 +256,24 @@ def test_everything_works_behind_links_and_under_names_with_spaces_and_other_let
     assert {path.name for path in root.iterdir()} == {
         *("wirklich", "Daten 图", "Läufe", "Maß.pt", "Kodierer ä", "Bilder ß", "Proben 样"),
     }
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_its_parent(tmp_path):
+    """A worker that outlives a killed process must not block the folder."""
+    ready, end = os.pipe(), os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with locked(tmp_path):
+            if os.fork() == 0:
+                os.read(end[0], 1)
+                os._exit(0)
+            os.write(ready[1], b"x")
+            os.read(end[0], 1)
+    os.read(ready[0], 1)
+    with pytest.raises(UserError, match="another process is writing there"), locked(tmp_path):
+        pass
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    with locked(tmp_path):
+        pass
+    os.write(end[1], b"x")
