@@ -58,7 +58,7 @@ def test_a_run_that_continues_says_what_is_left_and_refuses_other_flags(capsys, 
 
 @pytest.mark.slow
 def test_a_disk_that_is_too_small_is_warned_of_and_an_evaluations_images_are_not_read(capsys, joint, monkeypatch):
-    monkeypatch.setattr("training.build.shutil.disk_usage", lambda path: SimpleNamespace(free=10**7))
+    monkeypatch.setattr("storage.files.shutil.disk_usage", lambda path: SimpleNamespace(free=10**7))
     monkeypatch.delattr("training.evaluation.statistics_of")
     flags = (*joint[1], "--exp-name", "planned", "--eval-steps", 4, "--eval-features", "efficientnet-lite0")
     assert "warning: the checkpoints will not fit" in dry(capsys, "train_repae.py", *flags)["warnings"]

@@ -184,5 +184,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
     write_atomically(read_checkpoint(vae_files(tiny_vae[1]).statistics), tmp_path / "broken-latents-stats.pt")
     names = ("--exp-name", "broken", "--vae-ckpt", tmp_path / "broken.pt", "--max-train-steps", 2)
     failed = run("train_repae.py", *flags, *names, code=2)
-    assert "step 1: reconstruction_loss is nan; training stopped. Last good checkpoint: none. Begin" in failed.stderr
+    assert "step 1: reconstruction_loss is nan; training stopped. Last good checkpoint: none. Start" in failed.stderr
     assert not list((output / "broken").glob("checkpoints/*.pt"))

@@ -130,11 +130,15 @@ class Run:
             self.identity = {**identity, "loss": asdict(loss)}
             self.watch.gan_start = first_gan_step(loss)
         refuse_other_processes(vars(self.args), self.identity, self.hosts)
-        if (path := on_first_process(self._choose_checkpoint, self.hosts)) is not None:
-            self._restore(Path(path))
-            check()
-            self.print(f"continuing after step {self.step} from {path}")
-        self._check_processes()
+        try:
+            if (path := on_first_process(self._choose_checkpoint, self.hosts)) is not None:
+                self._restore(Path(path))
+                check()
+                self.print(f"continuing after step {self.step} from {path}")
+            self._check_processes()
+        except UserError:
+            self.resources.close()  # the folder's lock
+            raise
         if self.args.dry_run:
             return
         if self.is_main:

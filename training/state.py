@@ -163,7 +163,7 @@ class CheckpointFolder:
         for old in rolling[:-keep_last]:
             old.unlink()
 
-    def save_if_best(self, content: dict, measure: str, judge: str, values: dict[str, float]) -> None:
+    def save_if_best(self, content: dict, measure: dict, judge: str, values: dict[str, float]) -> None:
         """Keep `content` as best.pt if values[judge] is the lowest so far under the same `measure`.
 
         best.json holds the measure, the best step and its values.
