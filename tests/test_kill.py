@@ -1,7 +1,7 @@
 """Killed at any moment, and run again by the same command: the end is what an uninterrupted run leaves, to the bit."""
 
-import random
 import json
+import random
 import shutil
 from pathlib import Path
 
