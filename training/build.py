@@ -127,6 +127,7 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, args: argparse.Namespace, device: torch.device):
+    """AdamW for a network; only the learning rate differs between a run's optimisers."""
     return Optimizer(
         network.parameters(),
         device,
