@@ -19,7 +19,7 @@ from errors import Parser, run_script
 from flags.config import parse_flags
 from flags.groups import add_caching_flags
 from models.autoencoder import AutoencoderKL, pixels_to_image
-from training.build import compile_in_place, use_tf32
+from models.numerics import compile_in_place, use_tf32
 from training.distributed import process_state
 from training.latent_caching import cache_latents
 from weights.checkpoint_io import fingerprint
@@ -73,7 +73,7 @@ def main() -> None:
     vae = load_vae(source).eval().requires_grad_(False)
     index = describe(images, source, vae, args)
     vae.to(state.device)
-    compile_in_place([vae.encoder], args, state.device)
+    compile_in_place([vae.encoder], args.compile, state.device)
     directory = Path(args.output_dir, args.vae_latents_name)
     cache_latents(directory, index, images, lambda pixels: encode(vae, pixels), args, state)
 

@@ -43,10 +43,10 @@ from metrics.statistics import (
     statistics_of,
 )
 from models.autoencoder import image_to_pixels, pixels_to_image
+from models.numerics import use_tf32
 from storage.files import replace_text
 from storage.image_sets import describe, open_image_set
 from storage.sample_files import MANIFEST_FORMAT
-from training.build import use_tf32
 from training.distributed import process_state
 from training.vae_step import LatentMoments
 from weights.checkpoint_io import fingerprint

@@ -27,10 +27,9 @@ from errors import Parser, UserError, run_script
 from flags.config import parse_flags
 from flags.groups import add_offline_flag
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
-from models.numerics import AUTOCAST_DTYPES, autocast_factory, to_host
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
 from storage.files import locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles
-from training.build import compile_in_place, use_tf32
 from training.distributed import process_state
 from weights.checkpoint_io import fingerprint
 from weights.downloads import is_offline
@@ -229,7 +228,7 @@ def main() -> None:
         network.to(state.device)
         cast_weights(network, args.mixed_precision)
     args.compile = compiles(args, state)
-    compile_in_place([*run.sit.blocks, run.vae.decoder], args, state.device)
+    compile_in_place([*run.sit.blocks, run.vae.decoder], args.compile, state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
             files.begin(environment(args, state))

@@ -16,6 +16,7 @@ from dataset import open_images, open_latents
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import parse_flags
+from models.numerics import use_tf32
 from training.build import (
     build_transformer_nets,
     check_data,
@@ -24,7 +25,6 @@ from training.build import (
     print_plan,
     transformer_draws,
     transformer_step_options,
-    use_tf32,
 )
 from training.distributed import unwrap
 from training.evaluation import Monitor

@@ -18,6 +18,7 @@ from flags import groups
 from flags.config import load_loss_config, parse_flags
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
+from models.numerics import use_tf32
 from training.build import (
     build_transformer_nets,
     build_vae_nets,
@@ -27,7 +28,6 @@ from training.build import (
     training_images,
     transformer_draws,
     transformer_step_options,
-    use_tf32,
     warn_of_untrained_discriminator,
 )
 from training.distributed import frozen_call, unwrap

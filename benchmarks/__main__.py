@@ -28,9 +28,8 @@ from benchmarks.stages import (
 from benchmarks.workspace import CPU, GPU, TINY, Setting, make_workspace
 from errors import Parser, UserError, run_script
 from flags.types import COUNT, WEIGHT
-from models.numerics import AUTOCAST_DTYPES
+from models.numerics import AUTOCAST_DTYPES, use_tf32
 from storage.files import replace_text
-from training.build import use_tf32
 
 COLUMNS = (
     *("stage", "median s", "fastest", "slowest", "runs", "images/s", "peak GB"),

@@ -20,13 +20,13 @@ from diffusion.sampling import Sampling, cast_weights, decode_pixels, sample_pix
 from diffusion.transport import diffusion_loss, interpolate
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
-from models.numerics import to_device
+from models.numerics import compile_in_place, to_device
 from models.sit import SiT
 from preprocessing import preprocess
 from storage.files import writing_behind
 from storage.sample_files import SampleFiles
 from train_ldm_only import ldm_step
-from training.build import compile_in_place, transformer_draws
+from training.build import transformer_draws
 from training.distributed import frozen_call
 from training.loop import Batch, Run
 from training.optimizer import Optimizer
@@ -84,7 +84,7 @@ def build_networks(folder: Path, setting: Setting) -> Networks:
     nets = train_repae.build(args, run, source)
     sampled = copy.deepcopy(nets.ema)
     cast_weights(sampled, setting.precision)
-    compile_in_place(sampled.blocks, args, run.device)
+    compile_in_place(sampled.blocks, args.compile, run.device)
     cfg = train_repae.step_config(args, run.device)
     data = open_images(args.data_dir, args.resolution)
     pixels, labels = zip(*(data[i] for i in range(setting.batch)), strict=True)

@@ -103,7 +103,7 @@ def is_ours(file: str) -> bool:
     return Path(file).is_relative_to(OWN) and "site-packages" not in file and file != __file__
 
 
-def compile_eagerly(modules, args, device: torch.device) -> None:
+def compile_eagerly(modules, wanted: bool, device: torch.device) -> None:
     """Replaces `compile_in_place`, which compiles for GPUs only; it generates no code, which would take minutes."""
     for module in modules:
         module.compile(backend="aot_eager")

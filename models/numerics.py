@@ -1,4 +1,4 @@
-"""Numerics shared by networks and losses: precision, batch statistics over all processes, recomputation of activations,
+"""How networks are computed: precision, compilation, batch statistics over all processes, recomputation of activations,
 and copies between host and device.
 """
 
@@ -127,6 +127,19 @@ def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[],
     """
     dtype = AUTOCAST_DTYPES[mixed_precision]
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.device) -> None:
+    """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and if `wanted`."""
+    if wanted and device.type == "cuda":
+        for module in modules:
+            module.compile(dynamic=False)  # previews and guided batches get graphs of their own
+
+
+def use_tf32(allow: bool) -> None:
+    """Let GPUs round float32 matrix products and convolutions to TF32, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
 
 
 def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, ...]:

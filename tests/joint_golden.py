@@ -1,7 +1,6 @@
 """The nets, batches and draws of golden/joint_step.npz, for any test that runs the joint step on them."""
 
 import contextlib
-from types import SimpleNamespace
 
 import torch
 
@@ -10,9 +9,9 @@ from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
+from models.numerics import compile_in_place
 from models.sit import SiT_models
 from train_repae import JointNets, JointStepConfig
-from training.build import compile_in_place
 from training.loop import Batch
 from training.optimizer import Optimizer
 from training.randomness import Draws, Rows
@@ -42,7 +41,7 @@ def golden_nets(
     fill(sit)
     device, lpips, ema = torch.get_default_device(), golden_lpips(), copy_for_ema(sit)
     parts = [vae.encoder, vae.decoder, discriminator.main, lpips.net, *sit.blocks]
-    compile_in_place(parts, SimpleNamespace(compile=True), device)
+    compile_in_place(parts, True, device)
     return JointNets(
         vae=vae,
         discriminator=discriminator,

@@ -294,7 +294,7 @@ def test_what_a_writing_thread_cannot_do_ends_sampling_in_one_line(runs, tmp_pat
 def test_compiled_networks_see_the_same_shapes_in_every_batch(runs, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
-    def compile_on_cpus(modules, args, device):
+    def compile_on_cpus(modules, wanted, device):
         for module in modules:
             module.compile(backend="eager", fullgraph=True)
 

@@ -1,7 +1,6 @@
 """What the training scripts build from their flags: data, VAE, networks with their starting weights, optimisers."""
 
 import argparse
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from loss.vae_loss import VAELossConfig
 from models.autoencoder import VAEConfig
 from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
-from models.numerics import autocast_factory
+from models.numerics import autocast_factory, compile_in_place
 from models.sit import SiT, SiT_models
 from storage.files import free_space
 from training.loop import Run
@@ -100,7 +99,7 @@ def build_transformer_nets(
     encoders = load_encoders(args, sit.grid, run.device, log=run.print)
     ema = copy_for_ema(sit).to(run.device)
     sit.recompute = args.gradient_checkpointing
-    compile_in_place(sit.blocks, args, run.device)
+    compile_in_place(sit.blocks, args.compile, run.device)
     sit = run.prepare(sit)
     return TransformerNets(sit, ema, encoders, build_optimizer(sit, args.learning_rate, args, run.device))
 
@@ -114,7 +113,7 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
     # not the discriminator: recomputation would move its running statistics twice
     vae.encoder.recompute = vae.decoder.recompute = lpips.net.recompute = args.gradient_checkpointing
-    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args, run.device)
+    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args.compile, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     return VAENets(
         vae=vae,
@@ -183,16 +182,3 @@ def print_plan(run: Run, data, nets, latent: tuple[int, int, int]) -> None:
     if kept * checkpoint > free:
         run.print("warning: the checkpoints will not fit; free some space, or take a larger --checkpointing-steps")
     run.end()
-
-
-def compile_in_place(modules: Iterable[nn.Module], args: argparse.Namespace, device: torch.device) -> None:
-    """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and unless --no-compile."""
-    if args.compile and device.type == "cuda":
-        for module in modules:
-            module.compile(dynamic=False)  # previews and guided batches get graphs of their own
-
-
-def use_tf32(allow: bool) -> None:
-    """Let GPUs round float32 matrix products and convolutions to TF32, or not."""
-    torch.backends.cuda.matmul.allow_tf32 = allow
-    torch.backends.cudnn.allow_tf32 = allow
