@@ -15,15 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
-import pytest
-
 from errors import run_script
-from scripts import ENVIRONMENT, ROOT
-
-IMPORTED = (
-    *("killer", "train_repae", "train_ldm_only", "cache_latents", "generate", "preprocessing"),
-    *("lpips", "timm", "accelerate", "tqdm", "torch.utils.data", "torchvision.models"),
-)
+from forked import forkserver
 
 
 class Operations:
@@ -105,15 +98,6 @@ def run_watched(command: list[str], folder: str, log: str, kill: int, constants:
 class Killer:
     """Runs scripts in forked processes."""
 
-    def __init__(self):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(IMPORTED))
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}.items():
-                patch.setenv(name, value)
-            patch.chdir(ROOT)
-            multiprocessing.forkserver.ensure_running()
-
     def run(
         self, command: list, folder: Path, kill: int = 0, after: float | None = None, constants: dict | None = None
     ) -> int:
@@ -125,7 +109,7 @@ class Killer:
         "module.NAME", are set first.
         """
         arguments = (list(map(str, command)), str(folder), str(self.log(folder)), kill, constants or {})
-        process = self.context.Process(target=run_watched, args=arguments)
+        process = forkserver().Process(target=run_watched, args=arguments)
         process.start()
         process.join(after)
         if process.exitcode is None:

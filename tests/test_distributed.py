@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import test_ldm_step
+from forked import forkserver
 from joint_golden import CONFIG
 from loss.vae_loss import VAELossConfig
 from metrics.features import Features
@@ -35,7 +35,11 @@ def start(rank: int, world: int, rendezvous: str) -> None:
 
 def in_two_processes(function, tmp_path, *args):
     """Run `function(rank, world, *args)` on two processes and give back what each of them returned."""
-    mp.spawn(_call, args=(2, str(tmp_path), function, args), nprocs=2)
+    ranks = [forkserver().Process(target=_call, args=(rank, 2, str(tmp_path), function, args)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -15,11 +15,12 @@ from PIL import Image
 import evaluate
 import published
 from dataset import open_images
+from forked import run_ranks
 from images import make_data, photo
 from metrics.features import Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
-from scripts import TINY, TINY_SIT, call, equal, records, run, torchrun
+from scripts import TINY, TINY_SIT, call, equal, records, run
 from training.state import CheckpointFolder
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
@@ -105,7 +106,7 @@ def test_batches_order_of_files_and_processes_do_not_matter(sets, first):
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(sets, first):
     flags = ("--samples", sets / "a-png", "--reference", sets / "b.npz", *LITE0[:2], "--num-workers", 1)
-    run("evaluate.py", *flags, "--output", sets / "two.json", "--batch-size", 3, launcher=torchrun(2))
+    run_ranks(2, "evaluate.py", *flags, "--output", sets / "two.json", "--batch-size", 3)
     assert metrics_of(sets / "two.json") == pytest.approx(first, rel=1e-4, abs=1e-6)
     assert json.loads((sets / "two.json").read_text())["processes"] == 2
 
@@ -268,7 +269,7 @@ def test_evaluation_during_training(joint, tmp_path):
     measured = metrics_of(samples.with_name(samples.name.replace(".npz", ".metrics.json")))[FD]
     assert measured == pytest.approx(found[step], rel=1e-3)
     # two processes measure the same distance of the same weights
-    run("train_repae.py", *extra, "--max-train-steps", 4, "--exp-name", "evaluated-by-two", launcher=torchrun(2))
+    run_ranks(2, "train_repae.py", *extra, "--max-train-steps", 4, "--exp-name", "evaluated-by-two")
     assert records(output / "evaluated-by-two/metrics.jsonl")[-1][f"eval_{FD}"] == pytest.approx(found[4], rel=1e-2)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from forked import free_port
 from scripts import ENVIRONMENT, ROOT, records, run, wait_for_log
 
 pytestmark = pytest.mark.slow
@@ -28,13 +28,6 @@ SLURM = {
         if [[ $* == "show hostnames machine[0-1]" ]]; then printf '127.0.0.1\\nmachine1\\n'; exit; fi
         echo "$*" >> "$REQUESTS" """,
 }
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager

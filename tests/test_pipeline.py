@@ -12,6 +12,7 @@ import torch
 import preprocessing
 import published
 from dataset import open_latents
+from forked import run_ranks
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
@@ -70,7 +71,7 @@ def test_the_extracted_vae_is_the_published_runs(world):
 
 def test_caching_gives_the_same_rows_on_any_number_of_processes(world):
     flags = (*cache_flags(world), "--vae-latents-name", "several")
-    assert "by 3 processes" in run("cache_latents.py", *flags, launcher=torchrun(3)).stdout
+    assert "by 3 processes" in run_ranks(3, "cache_latents.py", *flags)
     for shard in ("00001", "00004"):  # what three processes miss, another number of them makes
         (world / f"data/several/{shard}.safetensors").unlink()
     assert "by 1 processes" in run("cache_latents.py", *flags).stdout
@@ -110,8 +111,7 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
 
 def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
     flags = (*frozen_flags(world, "two"), "--max-train-steps", 3)
-    done = run("train_ldm_only.py", *flags, launcher=torchrun(2))
-    assert "4 images a step = 2 processes x" in done.stdout + done.stderr
+    assert "4 images a step = 2 processes x" in run_ranks(2, "train_ldm_only.py", *flags)
     log = records(world / "exps/two/metrics.jsonl")
     assert len(log) == 3
     for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
@@ -132,8 +132,8 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
     for processes, batch in ((1, 7), (2, 2)):
         folder = tmp_path / str(processes)
         options = ("--sample-dir", folder, "--pproc-batch-size", batch)
-        done = run("generate.py", *flags, *options, launcher=torchrun(processes) if processes > 1 else ())
-        assert done.stdout.count("7 samples of 32 px: ") == 1
+        said = run_ranks(processes, "generate.py", *flags, *options)
+        assert said.count("7 samples of 32 px: ") == 1
         (path,) = folder.glob("*.npz")
         manifest = json.loads(path.with_suffix(".json").read_text())
         assert manifest["made_with"]["processes"] == processes

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError, explain_runtime_error
+from forked import run_ranks
 from scripts import (
     ACCELERATE,
     ENVIRONMENT,
@@ -141,7 +142,7 @@ def two(joint) -> tuple[Path, tuple]:
     """An uninterrupted run on two processes, and its flags without a name."""
     output, flags = joint
     flags = (*flags, *PER_STEP)
-    run("train_repae.py", *flags, "--exp-name", "two-whole", launcher=torchrun(2))
+    run_ranks(2, "train_repae.py", *flags, "--exp-name", "two-whole")
     return output / "two-whole", flags
 
 
@@ -173,7 +174,7 @@ def test_a_process_that_is_killed_ends_the_job_with_a_message_and_the_same_comma
     assert launcher.returncode != 0
     assert "another process is gone or does not answer (connection" in said
     assert not any(process.is_running() for process in processes.values())
-    run("train_repae.py", *flags, "--exp-name", "killed", launcher=torchrun(2))
+    run_ranks(2, "train_repae.py", *flags, "--exp-name", "killed")
     assert_same_run(whole, folder, STEPS)
 
 
@@ -188,7 +189,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(two):
     assert f"stopped by signal {signal.SIGTERM.value} after step {saved}. The same command continues" in said
     assert said.count("exitcode  : 75") == 2
     assert (folder / f"checkpoints/{saved:07d}.pt").is_file()
-    run("train_repae.py", *flags, "--checkpointing-minutes", 0, "--exp-name", "asked", launcher=torchrun(2))
+    run_ranks(2, "train_repae.py", *flags, "--checkpointing-minutes", 0, "--exp-name", "asked")
     assert_same_run(whole, folder, STEPS)
 
 
@@ -215,9 +216,9 @@ def test_a_signal_to_accelerate_launch_reaches_training(joint, whole_run):
 @pytest.mark.slow
 def test_one_process_then_two_then_one(joint, whole_run):
     output, flags = joint
-    for steps, launcher in ((4, ()), (8, torchrun(2)), (STEPS, ())):
+    for steps, processes in ((4, 1), (8, 2), (STEPS, 1)):
         names = ("--exp-name", "one-two-one", "--max-train-steps", steps)
-        run("train_repae.py", *flags, *names, launcher=launcher)
+        run_ranks(processes, "train_repae.py", *flags, *names)
     run("train_repae.py", *flags, "--exp-name", "one", "--max-train-steps", STEPS)
     log, whole = (records(folder / "metrics.jsonl") for folder in (output / "one-two-one", whole_run))
     assert [record["step"] for record in log] == list(range(1, STEPS + 1))

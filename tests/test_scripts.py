@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import run_ranks
 from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import LAST, TINY, assert_same_run, interrupt, records, run, run_process, torchrun
+from scripts import LAST, TINY, assert_same_run, interrupt, records, run, run_process
 from storage.files import locked
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files, write_atomically
 
@@ -41,7 +42,7 @@ def test_train_vae_writes_the_three_files(tiny_vae):
 
 def test_train_vae_on_two_processes_does_as_one(tmp_path, tiny_vae, tiny_data, vgg_weights):
     flags = ("--exp-name", "two", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    run("train_vae.py", *TINY, *flags, "--max-train-steps", 2, launcher=torchrun(2))
+    run_ranks(2, "train_vae.py", *TINY, *flags, "--max-train-steps", 2)
     log = records(tmp_path / "two/metrics.jsonl")
     assert len(log) == 2
     for one, two in zip(records(tiny_vae[0] / "vae/metrics.jsonl"), log, strict=False):
