@@ -2,8 +2,8 @@
 
 The state is float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun integrate the
 probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion w(t) = 2t (SiT, Ma et al.,
-arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724). The settings that
-choose a sampler are in diffusion/sampling.py.
+arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724). `sample_pixels` in
+diffusion/sampling.py chooses the sampler by `--mode` of generate.py.
 """
 
 import math

@@ -21,7 +21,7 @@ from metrics.features import Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run
-from training.state import CheckpointFolder
+from training.checkpoints import CheckpointFolder
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 from weights.vae import load_vae, open_vae

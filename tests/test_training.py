@@ -13,11 +13,11 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
+from training.checkpoints import TrainingState
 from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
 from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, IDENTITY, RESUMABLE, refuse_changed_flags
-from training.state import TrainingState
 from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
     latest_checkpoint,

@@ -29,6 +29,7 @@ from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.numerics import to_device
 from storage.files import locked, remove_leftovers, replace_text, require_writable
+from training.checkpoints import CheckpointFolder, TrainingState, state_of
 from training.distributed import (
     COLLECTIVE_TIMEOUT,
     all_reduce_max,
@@ -39,13 +40,11 @@ from training.distributed import (
     on_first_process,
     tensor_not_finite,
 )
-from training.log import MetricsLog, Watch
+from training.log import LOG_INTERVAL, MetricsLog, Watch
 from training.randomness import BatchOrder, Rows
 from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
-from training.state import CheckpointFolder, TrainingState, state_of
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
-LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
 

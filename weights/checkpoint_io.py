@@ -1,8 +1,8 @@
 """Checkpoints and weight files: written atomically, verified when read, and read without executing what they contain.
 
 A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae,
-opt_disc, args, steps) and what exact resume needs; training/state.py decides what it holds and
-which ones are kept. A VAE consists of three files beside each other, see `vae_files`.
+opt_disc, args, steps) and what exact resume needs; training/checkpoints.py decides what it holds and which are kept,
+training/loop.py when. A VAE consists of three files beside each other, see `vae_files`.
 """
 
 import argparse
