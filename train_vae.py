@@ -93,7 +93,6 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
 
 def main() -> None:
     args = parse_args()
-    use_tf32(args.allow_tf32)
     data = training_images(args)
     run = Run(args)
     loss, autocast = load_loss_config(args.loss_cfg_path), autocast_factory(run.device, args.mixed_precision)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
-from models.numerics import to_device
+from models.numerics import to_device, use_tf32
 from storage.files import locked, remove_leftovers, replace_text, require_writable
 from training.checkpoints import CheckpointFolder, TrainingState, state_of
 from training.distributed import (
@@ -67,6 +67,7 @@ class Run:
         from accelerate.utils import ProjectConfiguration
 
         follow_launcher()
+        use_tf32(args.allow_tf32)
         timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
         self.args = args
         self.directory = Path(args.output_dir, args.exp_name)
