@@ -19,7 +19,7 @@ from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import load_loss_config, parse_flags
 from models.autoencoder import AutoencoderKL, pixels_to_image
-from models.numerics import autocast_factory, use_tf32
+from models.numerics import autocast_factory
 from training.build import (
     build_vae_nets,
     find_vae,
