@@ -116,7 +116,7 @@ def preprocess(
     sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root, own)
     sources = sources[:max_images]
     if not sources:
-        found = f"found {count_reasons(skipped) or 'no files'}; unpack archives"
+        found = f"found: {count_reasons(skipped) or 'no files'}; unpack archives"
         expected = "expected one folder a class, or images and a dataset.json"
         raise UserError(f"--imagenet-path {root}: no images; {expected}; {found}")
     plan = plan_of(root, sources, resolution)

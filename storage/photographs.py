@@ -160,7 +160,7 @@ def choose_images(root: Path, paths: list[str]) -> tuple[list[str], list[Skipped
     """The images among files of a tree, and the others."""
     images = [path for path in paths if is_image(root / path)]
     others = sorted(set(paths) - set(images))
-    return images, [Skipped(path, f"no image ({Path(path).suffix or 'no suffix'})") for path in others]
+    return images, [Skipped(path, f"not an image ({Path(path).suffix or 'no suffix'})") for path in others]
 
 
 def printable(text: str) -> str:
@@ -192,20 +192,21 @@ def parse_labels(content: bytes, where: str, images: Iterable[str] = ()) -> dict
 
 
 def list_sources(root: Path, output: Path | None = None) -> tuple[list[Source], list[Skipped], list[str] | None]:
-    """The labelled images of a tree without its folder `output`, its other files, and the class names (None with a
-    dataset.json)."""
+    """The labelled images of a tree but for its folder `output`, the other files, and the class names, if known."""
     files, hidden = list_tree(root, output)
     label = label_by_file if "dataset.json" in files else label_by_folder
     sources, skipped, classes = label(root, files)
-    return sources, hidden + skipped, classes
+    return sources, [Skipped(*entry) for entry in (dict(skipped) | dict(hidden)).items()], classes
 
 
 def label_by_file(root: Path, files: list[str]) -> tuple[list[Source], list[Skipped], None]:
-    """Labels by the tree's `dataset.json`, whose paths may be written as on other systems."""
+    """Labels by the tree's `dataset.json`; its paths may have backslashes, be absolute or begin with a dot."""
     where, present = root / "dataset.json", set(files) - {"dataset.json"}
     labels = parse_labels(where.read_bytes(), str(where), (path for path in sorted(present) if is_image(root / path)))
-    relative = {name: os.path.relpath(root / name.replace("\\", "/"), root) for name in labels.keys() - present}
-    labels = {relative.get(name, name): label for name, label in labels.items()}
+    for name in labels.keys() - present:
+        path = os.path.relpath(root / name.replace("\\", "/").removeprefix(f"{root.resolve()}/"), root)
+        if path in present:
+            labels.setdefault(path, labels.pop(name))
     if labels and present.isdisjoint(labels):
         found = f"none of the {len(labels)} files that it names, such as {next(iter(labels))}, is in {root}"
         raise UserError(f"{where}: {found}; expected paths relative to this folder")
@@ -229,4 +230,4 @@ def label_by_folder(root: Path, files: list[str]) -> tuple[list[Source], list[Sk
                 reasons[path] = reason_for(error)
     labels = {folder: label for label, folder in enumerate(sorted(classes))}
     sources = [Source(path, labels[path.split("/")[0]]) for path in images if path not in reasons]
-    return sources, skipped + [Skipped(*entry) for entry in reasons.items()], list(labels)
+    return sources, [*skipped, *(Skipped(*entry) for entry in reasons.items())], list(labels)

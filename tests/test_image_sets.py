@@ -50,7 +50,7 @@ def test_what_is_left_out_of_a_folder_is_counted_on_one_line(tmp_path):
         (line,) = (line for line in said if line.startswith(f"{what} {tmp_path}: "))
         counts = line.removeprefix(f"{what} {tmp_path}: 4 images; left out: ").split(", ")
         assert counts[0] == "2 hidden or system file"
-        assert set(counts[1:]) == {"1 no image (no suffix)", "1 no image (.json)", "1 no image (.txt)"}
+        assert set(counts[1:]) == {"1 not an image (no suffix)", "1 not an image (.json)", "1 not an image (.txt)"}
 
 
 def test_metrics_and_preprocessing_find_the_same_pictures(tmp_path):

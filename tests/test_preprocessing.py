@@ -73,20 +73,23 @@ FORMS = {
     "dots and backslashes": lambda path: f".\\x\\..\\{path}",
     "doubled": lambda path: path.replace("/", "//"),
     "absolute": lambda path: os.path.join("TREE", path),
+    "absolute, behind a link": lambda path: os.path.join("REAL", path),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("encoding", ["utf8", "utf-8-sig", "utf-16"])
 def test_paths_in_dataset_json_are_found_as_other_systems_write_them(tmp_path, form, encoding):
-    tree = make_tree(tmp_path / "tree", 1)
-    labels = {
-        FORMS[form](path).replace("TREE", str(tree)): label for path, label in (("ape/0.png", 2), ("cat/0.png", 1))
-    }
-    (tree / "dataset.json").write_text(json.dumps({"labels": list(labels.items())}), encoding)
+    (tmp_path / "tree").symlink_to(make_tree(tmp_path / "real", 1))
+    tree = tmp_path / "tree"
+    photo(9).save(tree / "ape/._0.png")
+    labels = [[FORMS[form](path), label] for path, label in (("ape/0.png", 2), ("ape/._0.png", 2), ("cat/0.png", 1))]
+    content = json.dumps({"labels": labels}).replace("TREE", str(tree)).replace("REAL", str(tmp_path / "real"))
+    (tree / "dataset.json").write_text(content, encoding)
     sources, skipped, _ = list_sources(tree)
     assert [tuple(source) for source in sources] == [("ape/0.png", 2), ("cat/0.png", 1)]
-    assert [entry.path for entry in skipped] == ["bee/0.png"]
+    assert dict(skipped)["bee/0.png"] == "no label in dataset.json"
+    assert dict(skipped)["ape/._0.png"] == "hidden or system file"
 
 
 @pytest.mark.parametrize("name", ["tree/ape/0.png", "/elsewhere/ape/0.png", "C:\\tree\\ape\\0.png", "APE/0.PNG"])
@@ -184,7 +187,7 @@ def test_archives_have_to_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04 anything")
     said = run("preprocessing.py", "--imagenet-path", tmp_path / name, code=2).stderr
     assert said == f"error: --imagenet-path {tmp_path / name}: {NO_FOLDER}\n"
-    with pytest.raises(UserError, match=r"no images; expected one folder .*; found 1 no image \(\.\w+\); unpack"):
+    with pytest.raises(UserError, match=r"no images; expected one folder .*; found: 1 not an image \(\.\w+\); unpack"):
         preprocess(tmp_path, tmp_path / "data", 32, 1, None)
 
 
@@ -258,7 +261,7 @@ def test_broken_files_are_counted_and_listed(tmp_path):
         *("ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "cat/dangling.png", "stray.png"),
         "cat/strip.png",
     }
-    assert listed["cat/notes.txt"] == "no image (.txt)"
+    assert listed["cat/notes.txt"] == "not an image (.txt)"
     assert listed["stray.png"] == "not inside a class folder"
     assert all(listed.values())
 
