@@ -118,13 +118,11 @@ def reason_for(error: Exception) -> str:
 
 
 def list_tree(root: Path, output: Path | None = None) -> tuple[list[str], list[Skipped]]:
-    """The files below `root` but not below `output`, as sorted relative POSIX paths, and the hidden ones.
-
-    Links are followed, but never in a circle.
-    """
+    """The files below `root` but not below `output`, as sorted relative POSIX paths, and the hidden ones. Links are
+    followed, but never in a circle."""
 
     def fail(error: OSError) -> None:
-        if not is_hidden(Path(error.filename).relative_to(root).as_posix()):
+        if Path(error.filename) == root or not is_hidden(Path(error.filename).relative_to(root).as_posix()):
             raise error
 
     paths = []
@@ -175,10 +173,8 @@ def count_reasons(skipped: list[Skipped]) -> str:
 
 
 def parse_labels(content: bytes, where: str, images: Iterable[str] = ()) -> dict[str, int]:
-    """The labels of a `dataset.json`, {"labels": [[path, label], ...]}, or of null: 0 for all `images`.
-
-    `where` names it in messages.
-    """
+    """The labels of a `dataset.json`, called `where` in messages: {"labels": [[path, label], ...]}, or of null, which
+    is 0 for all `images`."""
     try:
         labels = json.loads(content)["labels"]
         labels = dict.fromkeys(images, 0) if labels is None else labels

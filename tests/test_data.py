@@ -130,6 +130,15 @@ def test_fingerprint_sees_every_value_and_no_prefix():
     assert before != fingerprint(state)
 
 
+def test_an_index_without_the_numbers_of_images_is_one_line(data, tmp_path):
+    path = shutil.copytree(data / "images", tmp_path / "images") / "index.json"
+    index = json.loads(path.read_text())
+    del index["class_counts"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json: holds no class_counts; run preprocessing.py with --output-path"):
+        open_images(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def hdf5(data, tmp_path_factory):
     """The images of `data` in the reference's HDF5 layout."""

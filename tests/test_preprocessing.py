@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,21 @@ def test_a_class_is_a_folder_with_an_image_and_what_is_hidden_is_no_image(tmp_pa
     assert f"{len(odd)} files skipped, listed in {tmp_path}/data/images/skipped.txt: 10 hidden or system file" in said
     assert "labels and their images, 1 to 3: 0 = ape (3), 1 = bee (2), 2 = cat (1)" in said
     assert "sorted as text" not in said
+
+
+@pytest.mark.parametrize("refused", ["lost+found", "tree", "bee"])
+def test_only_hidden_folders_may_be_unreadable(tmp_path, monkeypatch, refused):
+    tree, scandir = make_tree(tmp_path / "tree", 1), os.scandir
+    (tree / "lost+found").mkdir()
+
+    def refuse(path):
+        if Path(path).name == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with nullcontext() if refused == "lost+found" else pytest.raises(PermissionError):
+        assert list_sources(tree)[2] == list(CLASSES)
 
 
 @pytest.mark.parametrize("names", [("1", "10", "2"), ("c 9", "c10", "c9"), ("n002", "n01")])
