@@ -15,7 +15,8 @@ from images import make_data, make_tree, photo
 from scripts import TINY, TINY_SIT, run
 from storage.image_sets import FolderImages, NpzImages
 from storage.photographs import list_sources
-from test_preprocessing import save_kinds, write_oddities
+from test_photographs import write_oddities
+from test_preprocessing import save_kinds
 
 LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0, "--metrics", "fid")
 
