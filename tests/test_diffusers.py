@@ -113,6 +113,20 @@ def test_earlier_names_of_attention(tmp_path):
     assert equal(loaded.state_dict(), vae.state_dict())
 
 
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_a_vae_that_was_aligned_to_a_foundation_model(wrapper, tmp_path):
+    """LightningDiT publishes VA-VAE with what it was aligned to; what nobody knows is still refused."""
+    vae, path, one = build_vae("f4d4-tiny"), tmp_path / "vavae.pt", torch.ones(1)
+    training = {"foundation_model.model.cls_token": one, "linear_proj.weight": one, "loss.logvar": one}
+    state = {**vae.state_dict(), **training}
+    write_atomically({wrapper: state} if wrapper else state, path)
+    source = open_vae("f4d4-tiny", str(path), offline=True)
+    assert equal(load_vae(source).state_dict(), vae.state_dict())
+    write_atomically({wrapper: {**state, "regulariser.weight": one}} if wrapper else {**state, "x": one}, path)
+    with pytest.raises(UserError, match="1 unexpected weights, first (regulariser.weight|x)"):
+        load_vae(source)
+
+
 @pytest.mark.parametrize("form", ["ckpt", "whole model", "half"])
 def test_single_files(form, tmp_path):
     torch.manual_seed(0)

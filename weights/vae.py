@@ -33,7 +33,8 @@ SUBFOLDERS = ("vae/", "")  # the VAE's place in a repository: of a pipeline, or 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 WHOLE_MODEL_PREFIXES = ("first_stage_model.", "vae.")  # of the VAE's keys in the checkpoint of a whole model
-TRAINING_PREFIXES = ("loss.", "model_ema.")  # of the other keys in the training checkpoint of an autoencoder
+# of the other keys in the training checkpoint of an autoencoder; VA-VAE's is aligned to a foundation model
+TRAINING_PREFIXES = ("loss.", "model_ema.", "discriminator.", "perceptual_loss.", "foundation_model.", "linear_proj.")
 
 
 class VAESource(NamedTuple):
@@ -126,8 +127,8 @@ def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
     state = read_weights(path, "VAE weights")
     if isinstance(state.get("vae"), dict):
         raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
-    if isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapper in ("model", "state_dict"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = strip_prefixes({key: value for key, value in state.items() if isinstance(value, Tensor)})
     for prefix in WHOLE_MODEL_PREFIXES:
         if inside := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}:
