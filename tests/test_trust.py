@@ -240,6 +240,23 @@ def test_names_that_are_none_end(tmp_path, name):
         read_checkpoint(tmp_path / "a.pt")
 
 
+def make_folder(path: str) -> None:
+    """A function of neither Python nor PyTorch."""
+    os.mkdir(path)
+
+
+def test_what_another_library_unpickles_has_no_unknown_name(places, tmp_path):
+    """torch-fidelity unpickles Inception's weights, so that nothing in them may be replaced."""
+    canary, path = tmp_path / "canary", tmp_path / "bad.pt"
+    torch.save(collections.OrderedDict(weight=Executed(canary, make_folder)), path)
+    assert set(read_checkpoint(path)) == {"weight"} and not canary.exists()
+    flags = ("--features", "inception", "--inception-weights", path)
+    line = refused("evaluate.py", [*good_flags("evaluate.py", places, tmp_path), *flags], canary)
+    assert "holds 'test_trust.make_folder', which could run code" in line
+    torch.load(path, weights_only=False)
+    assert canary.exists()
+
+
 @pytest.mark.parametrize(("name", "flag"), [("arr_0", "--samples"), ("mu", "--reference"), ("about", "--reference")])
 def test_objects_in_an_npz_are_refused(places, tmp_path, name, flag):
     canary, path = tmp_path / "canary", tmp_path / "bad.npz"

@@ -30,9 +30,7 @@ VALUE_CLASSES = re.compile(
     r"(collections|datetime|enum|pathlib(\._local)?|typing)\.\w+|torch\.([a-z]\w*\.)+[A-Z]\w*|"
     r"builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)"
 )
-
 INERT = {"__init__": lambda *args: None, "__setstate__": lambda *args: None, "__hash__": object.__hash__}
-INERT_DICT = {"__new__": lambda *args: OrderedDict()}
 
 
 def read_weights(path: Path, what: str) -> dict:
@@ -98,11 +96,12 @@ def write_atomically(data: object, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True) -> dict:
+def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True, inert: bool = True) -> dict:
     """The plain data of a `.pt` file, on the CPU, memory-mapped: only the parts that are used take memory.
 
     Nothing is executed: argparse.Namespace, in which published files hold `args`, is the only class that is built.
-    Objects of other classes lose their content. With `verify`, the checksums of the zip archive are checked.
+    Objects of other classes lose their content, or are refused if not `inert`. With `verify`, the checksums of the zip
+    archive are checked.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint.
@@ -116,7 +115,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
         if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
                 check_zip(archive, f"{what} {path}")
-        content = read_inertly(path, is_zip, f"{what} {path}")
+        content = read_inertly(path, is_zip, f"{what} {path}", inert)
     except (UserError, MemoryError):
         raise
     except Exception as error:
@@ -130,11 +129,10 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
     return content
 
 
-def read_inertly(path: Path, mmap: bool, source: str) -> object:
-    """torch.load of weights; a class that it does not know is replaced by one that accepts all and does nothing.
+def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
+    """torch.load of weights, with classes that accept all and do nothing in place of those that it does not know.
 
-    Raises:
-        UserError: the file names a function of Python or PyTorch.
+    A function of Python or PyTorch is a UserError, and so is an unknown class unless `others`.
     """
     inert: dict[str, type] = {}
     while True:
@@ -148,10 +146,12 @@ def read_inertly(path: Path, mmap: bool, source: str) -> object:
             name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")
             if name is None or name in inert:
                 raise
-        if name.split(".")[0] in {*sys.stdlib_module_names, "commands", "torch"} and not VALUE_CLASSES.fullmatch(name):
+        is_known = name.split(".")[0] in {*sys.stdlib_module_names, "commands", "torch"}
+        if not others or is_known and not VALUE_CLASSES.fullmatch(name):
             raise UserError(f"{source}: holds {name!r}, which could run code; expected tensors and plain data")
-        fills_dict = name.endswith((".defaultdict", "Dict", "CfgNode"))  # torch.load fills no subclass of dict
-        inert[name] = type(name, (), INERT_DICT) if fills_dict else type(name, (list,), INERT)
+        inert[name] = type(name, (list,), INERT)
+        if name.endswith((".defaultdict", "Dict", "CfgNode")):  # torch.load fills no subclass of dict
+            inert[name] = type(name, (), {"__new__": lambda *args: OrderedDict()})
 
 
 def neighbours(path: Path) -> str:
