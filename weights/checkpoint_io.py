@@ -181,7 +181,7 @@ def training_flags(checkpoint: dict, path: Path) -> dict:
     inside = checkpoint.get("args") or {}
     inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
     beside = path.parent.parent / "args.json"
-    if "model" in inside or not beside.is_file():
+    if {"model", "vae"} <= inside.keys() or not beside.is_file():
         return inside
     return {**json.loads(beside.read_text(encoding="utf8")), **inside}
 
