@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 # raised by the system wherever a file is written to a full disk, to an impossible path or without permission
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -29,13 +30,33 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserErrors instead of printing its usage, and keeps the description's lines."""
+    """An ArgumentParser that raises UserErrors instead of printing its usage, and keeps the description's lines.
+
+    Flags without a type, or of type str or Path, are names of files and folders, which `expanded` completes.
+    """
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for kind in (None, str):
+            self.register("type", kind, expanded)
+        self.register("type", Path, lambda text: Path(expanded(text)))
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def expanded(text: str) -> str:
+    """An argparse type: a path in which ~, ~USER, $NAME and ${NAME} are replaced; one that exists as written may stay.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such user, or no such variable in the environment.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    names = [name for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text) if name not in os.environ]
+    if (names or path.startswith("~")) and not os.path.exists(text):
+        what = f"the environment has no variable {names[0]}" if names else "there is no such user"
+        raise argparse.ArgumentTypeError(f"{text!r}: {what}")
+    return path
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

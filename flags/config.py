@@ -3,17 +3,20 @@
 A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`. A script
 reads the flags outside all sections and those of its own section. The command line overrides the section, which
 overrides the flags outside. null leaves a flag at its default. A list gives a repeatable flag several times; other
-flags take it joined by commas.
+flags take it joined by commas. $NAME and ${NAME} are variables of the environment (the latter in capitals, else it is
+another key of the file).
 """
 
 import argparse
+import io
 import os
+import re
 import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
 
-from errors import Parser, UserError, nearest, unknown_name
+from errors import Parser, UserError, first_line, nearest, unknown_name
 from loss.vae_loss import VAELossConfig
 
 SCRIPTS = (
@@ -93,7 +96,7 @@ def to_words(name: str, value: object, default: object, what: str) -> list[str]:
         return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
-    texts = [("yes" if part else "no") if isinstance(part, bool) else str(part) for part in values]
+    texts = [("yes" if part else "no") if isinstance(part, bool) else os.path.expandvars(str(part)) for part in values]
     repeatable = isinstance(default, list)
     return [f"--{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
 
@@ -129,9 +132,10 @@ def read_yaml(path: str, what: str) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{what}: no such file")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = re.sub(r"\$\{([A-Z_][A-Z0-9_]*)\}", r"${oc.env:\1}", Path(path).read_text(encoding="utf8"))
+        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__})") from error
+        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{what}: expected a mapping of keys to values")
     return config
