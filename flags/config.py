@@ -17,19 +17,22 @@ from dataclasses import fields
 from pathlib import Path
 
 from errors import Parser, UserError, first_line, nearest, unknown_name
+from flags.launcher import launcher_settings, refuse_sharding
 from loss.vae_loss import VAELossConfig
 
 SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "save_vae_weights", "cache_latents"),
     *("train_ldm_only", "generate", "evaluate"),
 )
+LAUNCHER = "accelerate launch"
 
 
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
-    """The flags of the command line `argv` (None: this process's) and of the file that its --config names.
+    """The flags of the command line `argv` (None: this process's), of the file that its --config names, of accelerate.
 
-    Training, and any script with a file, prints which flags the two set. The result has no `config`, so that args.json
-    holds the flags themselves. A UserError begins with the file's name if the file is at fault.
+    The first takes precedence over the second, which does over the third. Training, and any script with flags from the
+    latter two, prints what each sets. The result has no `config`, so that args.json holds the flags themselves. A
+    UserError begins with the file's name if the file is at fault.
     """
     argv = sys.argv[1:] if argv is None else argv
     what = "YAML or JSON of flags, or of sections named after scripts; the command line overrides it"
@@ -41,20 +44,32 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
     del defaults["config"]
     words = {} if path is None else read_words(path, script, defaults)
     words = {name: part for name, part in words.items() if name not in given}
+    settings = {name: value for name, value in launcher_settings().items() if name in defaults}
+    taken = {name: [f"{as_flag(name)}={value}"] for name, value in settings.items() if name not in {*given, *words}}
     try:
-        args = parser.parse_args([word for part in words.values() for word in part] + argv)
+        args = parser.parse_args([word for part in (taken | words).values() for word in part] + argv)
     except UserError as error:
         if str(error) == complaint:
             raise
-        raise UserError(f"--config {path}: {error}") from None
+        at_fault = any(f"argument {as_flag(name)}:" in str(error) for name in taken)
+        raise UserError(f"{LAUNCHER if at_fault else f'--config {path}'}: {error}") from None
     del args.config
-    if (path or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
+    if script.startswith("train_"):
+        refuse_sharding()
+    if (path or taken or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
         changed = [name for name in words if getattr(args, name) != defaults[name]]
-        for source, names in (("the command line", given), (path, changed)):
+        for source, names in (("the command line", given), (path, changed), (LAUNCHER, taken)):
             text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
             if names:
                 print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)
+        for name in settings.keys() - taken.keys():
+            if (ours := str(getattr(args, name))) != settings[name]:
+                print(f"{as_flag(name)} {ours} takes precedence over accelerate's {settings[name]}", flush=True)
     return args
+
+
+def as_flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, str]:
@@ -87,18 +102,18 @@ def read_words(path: str, script: str, defaults: dict[str, object]) -> dict[str,
 
 
 def to_words(name: str, value: object, default: object, what: str) -> list[str]:
-    flag = name.replace("_", "-")
+    flag = as_flag(name)
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{what} is {value!r}, expected true or false")
         if value == default:
             return []
-        return [f"--{flag}" if value else f"--no-{flag}"]
+        return [flag if value else f"--no-{flag[2:]}"]
     values = value if isinstance(value, list) else [value]
     # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
     texts = [("yes" if part else "no") if isinstance(part, bool) else os.path.expandvars(str(part)) for part in values]
     repeatable = isinstance(default, list)
-    return [f"--{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
+    return [f"{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
 
 
 def load_loss_config(path: str) -> VAELossConfig:

@@ -75,6 +75,7 @@ class Run:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
             mixed_precision="no",  # training/optimizer.py does it
+            dynamo_backend="no",  # --compile does it
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(self.directory), str(self.directory / args.logging_dir)),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), timeout],
@@ -82,6 +83,8 @@ class Run:
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
+            self.print(f"accelerate's dynamo backend {backend} is not used; --compile compiles the networks")
         parts = f"{self.world} processes x {args.gradient_accumulation_steps} accumulation steps"
         # images of one process's micro-batch
         self.micro_batch, rest = divmod(args.batch_size, self.world * args.gradient_accumulation_steps)
