@@ -30,14 +30,11 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserErrors instead of printing its usage, and keeps the description's lines.
-
-    Flags without a type, or of type str or Path, are names of files and folders, which `expanded` completes.
-    """
+    """An ArgumentParser that raises UserErrors instead of printing its usage, and keeps the description's lines."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        for kind in (None, str):
+        for kind in (None, str):  # the types of flags that take paths; no other flag of these takes ~ or $
             self.register("type", kind, expanded)
         self.register("type", Path, lambda text: Path(expanded(text)))
 

@@ -45,13 +45,14 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
     words = {} if path is None else read_words(path, script, defaults)
     words = {name: part for name, part in words.items() if name not in given}
     settings = {name: value for name, value in launcher_settings().items() if name in defaults}
-    taken = {name: [f"{as_flag(name)}={value}"] for name, value in settings.items() if name not in {*given, *words}}
+    free = settings.keys() - given.keys() - words.keys()
+    taken = {name: to_words(name, settings[name], defaults[name], LAUNCHER) for name in free}
     try:
         args = parser.parse_args([word for part in (taken | words).values() for word in part] + argv)
     except UserError as error:
         if str(error) == complaint:
             raise
-        at_fault = any(f"argument {as_flag(name)}:" in str(error) for name in taken)
+        at_fault = any(f"argument {word.partition('=')[0]}:" in str(error) for (word,) in taken.values())
         raise UserError(f"{LAUNCHER if at_fault else f'--config {path}'}: {error}") from None
     del args.config
     if script.startswith("train_"):
@@ -62,14 +63,10 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
             text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
             if names:
                 print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)
-        for name in settings.keys() - taken.keys():
-            if (ours := str(getattr(args, name))) != settings[name]:
-                print(f"{as_flag(name)} {ours} takes precedence over accelerate's {settings[name]}", flush=True)
+        for name, value in settings.items():
+            if (ours := str(getattr(args, name))) != value:
+                print(f"{name}={ours} takes precedence over accelerate's {value}", flush=True)
     return args
-
-
-def as_flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, str]:
@@ -102,18 +99,18 @@ def read_words(path: str, script: str, defaults: dict[str, object]) -> dict[str,
 
 
 def to_words(name: str, value: object, default: object, what: str) -> list[str]:
-    flag = as_flag(name)
+    flag = name.replace("_", "-")
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise UserError(f"{what} is {value!r}, expected true or false")
         if value == default:
             return []
-        return [flag if value else f"--no-{flag[2:]}"]
+        return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
     texts = [("yes" if part else "no") if isinstance(part, bool) else os.path.expandvars(str(part)) for part in values]
     repeatable = isinstance(default, list)
-    return [f"{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
+    return [f"--{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
 
 
 def load_loss_config(path: str) -> VAELossConfig:

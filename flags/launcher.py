@@ -6,8 +6,7 @@ from errors import UserError
 
 # settings that are flags here too, with the value that accelerate also sends where nothing was set
 SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
-# settings under which a process would hold a part of each network
-SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism"}
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # each process would hold a part of the weights
 
 
 def launcher_settings() -> dict[str, str]:
@@ -18,7 +17,7 @@ def launcher_settings() -> dict[str, str]:
 
 def refuse_sharding() -> None:
     """Raise a UserError if accelerate is to shard the networks, which training replicates."""
-    for name, what in SHARDING.items():
+    for name in SHARDING:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
             how = "every process holds all weights; start it by accelerate launch --multi_gpu, or by torchrun"
-            raise UserError(f"accelerate's {what} is not supported: {how}")
+            raise UserError(f"accelerate's {name} is not supported: {how}")

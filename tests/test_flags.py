@@ -113,9 +113,9 @@ def under_accelerate(monkeypatch, *flags: str, script: str = "train_vae", **sett
         ("bf16", "", "bf16", "flags from accelerate launch: mixed_precision=bf16"),
         ("fp16", "", "fp16", "flags from accelerate launch: mixed_precision=fp16"),
         ("bf16", "--mixed-precision bf16", "bf16", "exp_name=x mixed_precision=bf16"),
-        ("bf16", "--mixed-precision=fp16", "fp16", "--mixed-precision fp16 takes precedence over accelerate's bf16"),
-        ("fp8", "--mixed-precision no", "no", "--mixed-precision no takes precedence over accelerate's fp8"),
-        ("fp16", "--config {file}", "no", "--mixed-precision no takes precedence over accelerate's fp16"),
+        ("bf16", "--mixed-precision=fp16", "fp16", "mixed_precision=fp16 takes precedence over accelerate's bf16"),
+        ("fp8", "--mixed-precision no", "no", "mixed_precision=no takes precedence over accelerate's fp8"),
+        ("fp16", "--config {file}", "no", "mixed_precision=no takes precedence over accelerate's fp16"),
     ],
 )
 def test_precision_of_accelerate_holds_unless_ours_is_given(monkeypatch, tmp_path, capsys, setting, flags, taken, said):
@@ -145,9 +145,9 @@ def test_accumulation_of_accelerate_is_taken_and_sampling_takes_its_precision(mo
         ("MIXED_PRECISION", "fp8", "accelerate launch: argument --mixed-precision: invalid choice: 'fp8'"),
         ("GRADIENT_ACCUMULATION_STEPS", "auto", "accelerate launch: .* 'auto' is no integer"),
         ("USE_FSDP", "true", "accelerate's FSDP is not supported: every process holds all weights"),
-        ("USE_DEEPSPEED", "true", "accelerate's DeepSpeed is not supported"),
-        ("USE_MEGATRON_LM", "true", "accelerate's Megatron-LM is not supported"),
-        ("USE_PARALLELISM_CONFIG", "True", "accelerate's parallelism is not supported"),
+        ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED is not supported"),
+        ("USE_MEGATRON_LM", "true", "accelerate's MEGATRON_LM is not supported"),
+        ("USE_PARALLELISM_CONFIG", "True", "accelerate's PARALLELISM_CONFIG is not supported"),
     ],
 )
 def test_what_accelerate_cannot_have_is_one_line(monkeypatch, tmp_path, name, value, message):

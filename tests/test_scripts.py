@@ -152,6 +152,19 @@ def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
     assert any((output / "options/logs").rglob("events.out.tfevents*"))
 
 
+def test_a_joint_run_continues_with_other_micro_batches_and_says_what_changes(joint, tiny_data, vgg_weights, tmp_path):
+    output, flags = joint
+    paths = ("--data-dir", tiny_data, "--output-dir", output, "--lpips-vgg-ckpt", vgg_weights)
+    alone = ("train_vae.py", *TINY, *paths, "--exp-name", "micro-vae")
+    for command in (("train_repae.py", *flags, "--exp-name", "micro"), alone):
+        assert "warning: --gradient" not in run(*command, "--max-train-steps", 1).stdout
+        said = run(*command, "--max-train-steps", 2, "--gradient-accumulation-steps", 2).stdout
+        changed = "1 -> 2: batch statistics are over 2 images, before over 4"
+        assert said.count(f"warning: --gradient-accumulation-steps {changed}") == said.count("warning") == 1
+    model = read_checkpoint(output / "micro/checkpoints/0000002.pt")["model"]
+    assert int(model["bn.num_batches_tracked"]) == 3
+
+
 def test_the_discriminator_reaches_the_vae_after_the_warmup(tiny_data, vgg_weights, tmp_path):
     flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
     run("train_vae.py", *TINY, *flags, "--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)

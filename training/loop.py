@@ -41,9 +41,9 @@ from training.distributed import (
 )
 from training.log import MetricsLog, Watch
 from training.randomness import BatchOrder, Rows
-from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
+from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
 from training.state import CheckpointFolder, TrainingState, state_of
-from weights.checkpoint_io import latest_checkpoint, read_checkpoint
+from weights.checkpoint_io import latest_checkpoint, read_checkpoint, training_flags
 
 LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
@@ -160,10 +160,13 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         checkpoint = read_checkpoint(path, verify=False)
-        free = RESUMABLE if "vae" in self.state.networks else FROZEN_RESUMABLE
-        if path.parent != self.checkpoints.directory:
-            free = free | FORKABLE
+        free = RESUMABLE if path.parent == self.checkpoints.directory else RESUMABLE | FORKABLE
         refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
+        now = self.args.gradient_accumulation_steps
+        before = training_flags(checkpoint, path).get("gradient_accumulation_steps", now)
+        if before != now and "vae" in self.state.networks:
+            sizes = f"{self.args.batch_size // now} images, before over {self.args.batch_size // before}"
+            self.print(f"warning: --gradient-accumulation-steps {before} -> {now}: batch statistics are over {sizes}")
         self.step = self.state.restore(checkpoint, str(path))
 
     def last_step(self, data) -> int:
