@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 # raised by the system wherever a file is written to a full disk, to an impossible path or without permission
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -33,9 +34,26 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for kind in (None, str):  # the types of flags that take paths; no other flag of these takes ~ or $
+            self.register("type", kind, expanded)
+        self.register("type", Path, lambda text: Path(expanded(text)))
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def expanded(text: str) -> str:
+    """An argparse type: a path in which ~, ~USER, $NAME and ${NAME} are replaced; one that exists as written may stay.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such user, or no such variable in the environment.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    names = [name for name in re.findall(r"\$\{?([A-Za-z_]\w*)", text) if name not in os.environ]
+    if (names or path.startswith("~")) and not os.path.exists(text):
+        what = f"the environment has no variable {names[0]}" if names else "there is no such user"
+        raise argparse.ArgumentTypeError(f"{text!r}: {what}")
+    return path
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,30 +3,36 @@
 A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`. A script
 reads the flags outside all sections and those of its own section. The command line overrides the section, which
 overrides the flags outside. null leaves a flag at its default. A list gives a repeatable flag several times; other
-flags take it joined by commas.
+flags take it joined by commas. $NAME and ${NAME} are variables of the environment (the latter in capitals, else it is
+another key of the file).
 """
 
 import argparse
+import io
 import os
+import re
 import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
 
-from errors import Parser, UserError, nearest, unknown_name
+from errors import Parser, UserError, first_line, nearest, unknown_name
+from flags.launcher import launcher_settings, refuse_sharding
 from loss.vae_loss import VAELossConfig
 
 SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "save_vae_weights", "cache_latents"),
     *("train_ldm_only", "generate", "evaluate"),
 )
+LAUNCHER = "accelerate launch"
 
 
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
-    """The flags of the command line `argv` (None: this process's) and of the file that its --config names.
+    """The flags of the command line `argv` (None: this process's), of the file that its --config names, of accelerate.
 
-    Training, and any script with a file, prints which flags the two set. The result has no `config`, so that args.json
-    holds the flags themselves. A UserError begins with the file's name if the file is at fault.
+    The first takes precedence over the second, which does over the third. Training, and any script with flags from the
+    latter two, prints what each sets. The result has no `config`, so that args.json holds the flags themselves. A
+    UserError begins with the file's name if the file is at fault.
     """
     argv = sys.argv[1:] if argv is None else argv
     what = "YAML or JSON of flags, or of sections named after scripts; the command line overrides it"
@@ -38,19 +44,28 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
     del defaults["config"]
     words = {} if path is None else read_words(path, script, defaults)
     words = {name: part for name, part in words.items() if name not in given}
+    settings = {name: value for name, value in launcher_settings().items() if name in defaults}
+    free = settings.keys() - given.keys() - words.keys()
+    taken = {name: to_words(name, settings[name], defaults[name], LAUNCHER) for name in free}
     try:
-        args = parser.parse_args([word for part in words.values() for word in part] + argv)
+        args = parser.parse_args([word for part in (taken | words).values() for word in part] + argv)
     except UserError as error:
         if str(error) == complaint:
             raise
-        raise UserError(f"--config {path}: {error}") from None
+        at_fault = any(f"argument {word.partition('=')[0]}:" in str(error) for (word,) in taken.values())
+        raise UserError(f"{LAUNCHER if at_fault else f'--config {path}'}: {error}") from None
     del args.config
-    if (path or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
+    if script.startswith("train_"):
+        refuse_sharding()
+    if (path or taken or script.startswith("train_")) and os.environ.get("RANK", "0") == "0":
         changed = [name for name in words if getattr(args, name) != defaults[name]]
-        for source, names in (("the command line", given), (path, changed)):
+        for source, names in (("the command line", given), (path, changed), (LAUNCHER, taken)):
             text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
             if names:
                 print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)
+        for name, value in settings.items():
+            if (ours := str(getattr(args, name))) != value:
+                print(f"{name}={ours} takes precedence over accelerate's {value}", flush=True)
     return args
 
 
@@ -93,7 +108,7 @@ def to_words(name: str, value: object, default: object, what: str) -> list[str]:
         return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     # YAML reads the words yes and no as booleans, but --mixed-precision no is a name
-    texts = [("yes" if part else "no") if isinstance(part, bool) else str(part) for part in values]
+    texts = [("yes" if part else "no") if isinstance(part, bool) else os.path.expandvars(str(part)) for part in values]
     repeatable = isinstance(default, list)
     return [f"--{flag}={text}" for text in (texts if repeatable else [",".join(texts)])]
 
@@ -129,9 +144,10 @@ def read_yaml(path: str, what: str) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{what}: no such file")
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = re.sub(r"\$\{([A-Z_][A-Z0-9_]*)\}", r"${oc.env:\1}", Path(path).read_text(encoding="utf8"))
+        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__})") from error
+        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{what}: expected a mapping of keys to values")
     return config

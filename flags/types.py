@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from errors import UserError, unknown_name
+from errors import UserError, expanded, unknown_name
 
 
 def one_of(what: str, known: Iterable[str]):
@@ -53,7 +53,7 @@ def vae(name: str) -> str:
     from weights.vae import DIFFUSERS
 
     if name.startswith(DIFFUSERS) and name != DIFFUSERS:
-        return name
+        return DIFFUSERS + expanded(name.removeprefix(DIFFUSERS))
     return one_of("VAE", VAE_CONFIGS)(name)
 
 
@@ -101,12 +101,13 @@ def enc_ckpt(text: str) -> str:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PATH")
+    path = expanded(path)
     if path.startswith(HUB_PREFIX):
         if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@\S+)?", path.removeprefix(HUB_PREFIX)):
             raise argparse.ArgumentTypeError(f"{path!r}, expected {HUB_PREFIX}REPOSITORY[@REVISION]")
     elif not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"weights of {name}: no such file {path}")
-    return text
+    return f"{name}={path}"
 
 
 VAE_WEIGHTS = "weights: a file with its statistics beside, a folder of diffusers, or ORGANISATION/NAME on the hub"

@@ -8,6 +8,7 @@ import re
 import pytest
 import yaml
 
+import dataset
 from errors import UserError
 from generate import set_name
 from published import FLAGS
@@ -140,6 +141,69 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(tmp_path, text,
     with pytest.raises(UserError) as error:
         from_file(tmp_path, text, "--exp-name", "x")
     assert str(error.value).startswith(f"--config {tmp_path}/flags.yaml: {message}")
+
+
+# flags that take a path, and what else a script needs
+PATHS = {
+    "preprocessing": ("imagenet_path output_path", ""),
+    "train_vae": ("vae_ckpt loss_cfg_path disc_pretrained_ckpt lpips_vgg_ckpt", "--exp-name x"),
+    "train_repae": ("output_dir logging_dir data_dir continue_train_exp_dir sit_ckpt eval_reference", "--exp-name x"),
+    "train_ldm_only": ("vae_ckpt inception_weights exp_name vae_latents_name", ""),
+    "cache_latents": ("vae_ckpt_path data_dir output_dir", ""),
+    "save_vae_weights": ("repae_ckpt save_dir metrics", ""),
+    "generate": ("exp_path vae_ckpt sample_dir", ""),
+    "evaluate": ("samples reference save_stats output", ""),
+}
+
+
+@pytest.mark.parametrize("script", PATHS)
+def test_home_and_environment_are_expanded_in_every_path(tmp_path, monkeypatch, script):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "some where")
+    names, others = PATHS[script]
+    pairs = (("~/a/$PLACE", f"{tmp_path}/a/some where"), ("${HOME}/b=~", f"{tmp_path}/b=~"), ("c~/d$", "c~/d$"))
+    for text, expected in pairs:
+        given = dict.fromkeys(names.split(), text)
+        (tmp_path / "flags.yaml").write_text(yaml.safe_dump({script: given}))
+        line = [f"--{name.replace('_', '-')}={text}" for name in given]
+        for flags in (line, ["--config=~/flags.yaml"], ["--config", "$HOME/flags.yaml"]):
+            found = parsed(script, *flags, *others.split())
+            values = {name: found[name] for name in given}
+            assert {name: str(v[0] if name == "metrics" else v) for name, v in values.items()} == dict.fromkeys(
+                given, expected
+            )
+
+
+def test_home_and_environment_inside_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COUNT", "7")
+    (tmp_path / "w.pt").touch()
+    flags = ("--exp-name", "x", "--enc-ckpt=mae-vit-l=~/w.pt", "--enc-ckpt", "dinov2-vit-b=$HOME/w.pt")
+    found = parsed("train_repae", *flags, "--vae=diffusers:~/vae")
+    assert found["enc_ckpt"] == [f"mae-vit-l={tmp_path}/w.pt", f"dinov2-vit-b={tmp_path}/w.pt"]
+    assert (found["vae"], found["vae_ckpt"]) == (f"diffusers:{tmp_path}/vae", f"{tmp_path}/vae")
+    found = from_file(tmp_path, "exp_name: run-$COUNT-${seed}\nseed: $COUNT\nenc_ckpt: ['mae-vit-l=~/w.pt']")
+    assert (found["exp_name"], found["seed"]) == ("run-7-7", 7)
+    assert found["enc_ckpt"] == [f"mae-vit-l={tmp_path}/w.pt"]
+    monkeypatch.setattr("sys.argv", ["dataset.py", "--verify=~/nothing"])
+    with pytest.raises(UserError, match=f"{tmp_path}/nothing: no shards"):
+        dataset.main()
+
+
+def test_an_unknown_variable_or_user_is_named_unless_the_path_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = ("--output-dir=$NO_SUCH/exps", "--output-dir=${NO_SUCH}", "--enc-ckpt=mae-vit-l=$NO_SUCH/w.pt")
+    for flag in (*where, "--vae=diffusers:a$NO_SUCH"):
+        with pytest.raises(UserError, match=r"argument --.*the environment has no variable NO_SUCH"):
+            parsed("train_repae", "--exp-name", "x", flag)
+    for text in ("output_dir: $NO_SUCH/exps", "output_dir: ${NO_SUCH}/exps", "train_repae: {data_dir: $NO_SUCH}"):
+        with pytest.raises(UserError, match="--config .*NO_SUCH"):
+            from_file(tmp_path, text, "--exp-name", "x")
+    with pytest.raises(UserError, match="--data-dir: '~no-such-user/x': there is no such user"):
+        parsed("train_repae", "--exp-name", "x", "--data-dir=~no-such-user/x")
+    for name in ("$NO_SUCH", "~file"):
+        (tmp_path / name).mkdir()
+        assert parsed("train_repae", "--exp-name", "x", f"--data-dir={name}")["data_dir"] == name
 
 
 def test_a_published_args_json_is_a_config(tmp_path):

@@ -23,7 +23,8 @@ from training.loop import Batch
 from training.randomness import Draws, Rows
 
 STEPS = 3
-WITH_LECAM = replace(CONFIG, loss=VAELossConfig(lecam_regularization_weight=0.5))
+# the discriminator learns from the second step
+WITH_LECAM = replace(CONFIG, loss=VAELossConfig(lecam_regularization_weight=0.5, discriminator_start=1))
 
 
 def start(rank: int, world: int, rendezvous: str) -> None:

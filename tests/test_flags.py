@@ -98,6 +98,68 @@ def test_defaults_are_the_references(script):
     assert set(expected.split()) - {f"{name}={value}" for name, value in vars(args).items()} == set()
 
 
+def under_accelerate(monkeypatch, *flags: str, script: str = "train_vae", **settings: str) -> argparse.Namespace:
+    """The flags that a script has where accelerate sets its own."""
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    required = {"train_vae": ["--exp-name", "x"], "generate": ["--exp-path", "x"]}[script]
+    return importlib.import_module(script).parse_args([*required, *flags])
+
+
+@pytest.mark.parametrize(
+    ("setting", "flags", "taken", "said"),
+    [
+        ("no", "", "fp16", "exp_name=x"),  # what accelerate sends if nothing was set
+        ("bf16", "", "bf16", "flags from accelerate launch: mixed_precision=bf16"),
+        ("fp16", "", "fp16", "flags from accelerate launch: mixed_precision=fp16"),
+        ("bf16", "--mixed-precision bf16", "bf16", "exp_name=x mixed_precision=bf16"),
+        ("bf16", "--mixed-precision=fp16", "fp16", "mixed_precision=fp16 takes precedence over accelerate's bf16"),
+        ("fp8", "--mixed-precision no", "no", "mixed_precision=no takes precedence over accelerate's fp8"),
+        ("fp16", "--config {file}", "no", "mixed_precision=no takes precedence over accelerate's fp16"),
+    ],
+)
+def test_precision_of_accelerate_holds_unless_ours_is_given(monkeypatch, tmp_path, capsys, setting, flags, taken, said):
+    (tmp_path / "flags.yaml").write_text("mixed_precision: no")
+    words = flags.format(file=tmp_path / "flags.yaml").split()
+    assert under_accelerate(monkeypatch, *words, MIXED_PRECISION=setting).mixed_precision == taken
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.endswith(said)
+    assert ("accelerate" in said) == ("accelerate" in printed)
+    monkeypatch.setenv("RANK", "1")
+    under_accelerate(monkeypatch, *words)
+    assert capsys.readouterr().out == ""
+
+
+def test_accumulation_of_accelerate_is_taken_and_sampling_takes_its_precision(monkeypatch):
+    settings = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"}
+    args = under_accelerate(monkeypatch, **settings)
+    assert (args.mixed_precision, args.gradient_accumulation_steps) == ("bf16", 4)
+    assert under_accelerate(monkeypatch, "--gradient-accumulation-steps=2").gradient_accumulation_steps == 2
+    assert under_accelerate(monkeypatch, script="generate").mixed_precision == "bf16"
+    assert under_accelerate(monkeypatch, "--mixed-precision=no", script="generate").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MIXED_PRECISION", "fp8", "accelerate launch: argument --mixed-precision: invalid choice: 'fp8'"),
+        ("GRADIENT_ACCUMULATION_STEPS", "auto", "accelerate launch: .* 'auto' is no integer"),
+        ("USE_FSDP", "true", "accelerate's FSDP is not supported: every process holds all weights"),
+        ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED is not supported"),
+        ("USE_MEGATRON_LM", "true", "accelerate's MEGATRON_LM is not supported"),
+        ("USE_PARALLELISM_CONFIG", "True", "accelerate's PARALLELISM_CONFIG is not supported"),
+    ],
+)
+def test_what_accelerate_cannot_have_is_one_line(monkeypatch, tmp_path, name, value, message):
+    (tmp_path / "flags.yaml").write_text("seed: 1")
+    for flags in ((), ("--config", str(tmp_path / "flags.yaml"))):
+        with pytest.raises(UserError, match=f"^{message}"):
+            under_accelerate(monkeypatch, *flags, **{name: value})
+    monkeypatch.setenv(f"ACCELERATE_{name}", "false" if name.startswith("USE") else "NO")
+    if name != "GRADIENT_ACCUMULATION_STEPS":
+        under_accelerate(monkeypatch)
+
+
 class OneProcess:
     """The parts of a Run that `build` uses."""
 

@@ -119,6 +119,19 @@ def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
             assert two[name] == pytest.approx(one[name], rel=1e-3), f"step {two['step']}: {name}"
 
 
+def test_a_frozen_run_continues_on_other_processes_and_micro_batches(world, frozen):
+    for steps, processes, micro in ((2, 2, 1), (4, 1, 4)):
+        flags = ("--max-train-steps", steps, "--gradient-accumulation-steps", micro)
+        said = run_ranks(processes, "train_ldm_only.py", *frozen_flags(world, "several"), *flags)
+        assert "warning" not in said
+        assert f"{processes} processes x {micro} accumulation steps x {4 // (processes * micro)}" in said
+    log = records(world / "exps/several/metrics.jsonl")
+    assert [record["step"] for record in log] == list(range(1, 5))
+    for whole, record in zip(records(frozen / "metrics.jsonl"), log, strict=False):
+        for name in ("denoising_loss", "proj_loss", "grad_norm_sit"):
+            assert record[name] == pytest.approx(whole[name], rel=2e-3), f"step {record['step']}: {name}"
+
+
 def test_without_an_encoder_no_images_are_needed(world, tmp_path):
     shutil.copytree(world / "data/one", tmp_path / "one")
     flags = ("--data-dir", tmp_path, "--enc-type", "none", "--max-train-steps", 1)

@@ -14,7 +14,7 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import LAST, TINY, assert_same_run, interrupt, records, run, run_process
+from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, run_process
 from storage.files import locked
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files, write_atomically
 
@@ -152,6 +152,19 @@ def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
     assert any((output / "options/logs").rglob("events.out.tfevents*"))
 
 
+def test_a_joint_run_continues_with_other_micro_batches_and_says_what_changes(joint, tiny_data, vgg_weights, tmp_path):
+    output, flags = joint
+    paths = ("--data-dir", tiny_data, "--output-dir", output, "--lpips-vgg-ckpt", vgg_weights)
+    alone = ("train_vae.py", *TINY, *paths, "--exp-name", "micro-vae")
+    for command in (("train_repae.py", *flags, "--exp-name", "micro"), alone):
+        assert "warning: --gradient" not in run(*command, "--max-train-steps", 1).stdout
+        said = run(*command, "--max-train-steps", 2, "--gradient-accumulation-steps", 2).stdout
+        changed = "1 -> 2: batch statistics are over 2 images, before over 4"
+        assert said.count(f"warning: --gradient-accumulation-steps {changed}") == said.count("warning") == 1
+    model = read_checkpoint(output / "micro/checkpoints/0000002.pt")["model"]
+    assert int(model["bn.num_batches_tracked"]) == 3
+
+
 def test_the_discriminator_reaches_the_vae_after_the_warmup(tiny_data, vgg_weights, tmp_path):
     flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
     run("train_vae.py", *TINY, *flags, "--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
@@ -187,3 +200,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
     failed = run("train_repae.py", *flags, *names, code=2)
     assert "step 1: reconstruction_loss is nan; training stopped. Last good checkpoint: none. Start" in failed.stderr
     assert not list((output / "broken").glob("checkpoints/*.pt"))
+
+
+@pytest.mark.slow
+def test_settings_of_accelerate_launch_are_taken_or_said_to_be_unused(joint):
+    output, flags = joint
+    flags = [flag for flag in map(str, flags) if flag not in ("--mixed-precision", "no")]
+    launcher = (*ACCELERATE, "--mixed_precision=bf16", "--dynamo_backend=inductor")
+    names = ("--exp-name", "settings", "--max-train-steps", 1)
+    done = run_process("train_repae.py", *flags, *names, launcher=launcher)
+    assert "flags from accelerate launch: mixed_precision=bf16" in done.stdout
+    assert (
+        "accelerate's dynamo backend INDUCTOR is not used; --compile compiles the networks" in done.stdout + done.stderr
+    )
+    assert "precision bf16" in done.stdout + done.stderr
+    assert json.loads((output / "settings/args.json").read_text())["mixed_precision"] == "bf16"
+    assert len(records(output / "settings/metrics.jsonl")) == 1

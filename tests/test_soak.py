@@ -23,9 +23,7 @@ def look(process: psutil.Process) -> tuple[float, int, int]:
     return memory, sum(one.num_fds() for one in family), len(family)
 
 
-def test_six_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(
-    joint, tiny_vae, vgg_weights, tmp_path
-):
+def test_six_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(joint, tiny_vae, vgg_weights, tmp_path):
     """With pictures, logging to tensorboard, and a checkpoint every 100 steps, of which some are deleted again."""
     data = make_data(tmp_path, per_class=6, resolution=24)
     flags = (*TINY, *TINY_SIT, "--resolution", 24, "--batch-size", 2, "--enc-type", "none")

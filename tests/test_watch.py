@@ -1,16 +1,24 @@
 """A run whose numbers say that it is lost stops, names step, term and last good checkpoint, and overwrites nothing."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from joint_golden import CONFIG
 from loss.vae_loss import VAELossConfig, first_gan_step
+from models.discriminator import PatchDiscriminator
+from models.numerics import autocast_factory
 from scripts import ROOT, call, records
 from training.log import SKIPPED, VANISHED, Watch
+from training.optimizer import Optimizer
+from training.vae_step import VAENets, update_discriminator
 from weights.checkpoint_io import read_checkpoint, write_atomically
 
+CPU = torch.device("cpu")
 GOOD = {"denoising_loss": 0.5, "grad_norm_sit": 1.0, "grad_norm_vae": 1.0, "grad_norm_disc": 1.0}
 
 
@@ -65,6 +73,61 @@ def test_when_the_discriminator_begins_to_learn():
     assert first_gan_step(VAELossConfig()) == 1
     assert first_gan_step(VAELossConfig(discriminator_start=10)) == 11
     assert first_gan_step(VAELossConfig(discriminator_factor=0.0)) == float("inf")
+
+
+def small_gan(**optimizer) -> VAENets:
+    """A small discriminator and its optimiser."""
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(width=2, layers=1)
+    optimizer = Optimizer(discriminator.parameters(), CPU, learning_rate=1e-2, **optimizer)
+    return VAENets(None, discriminator, None, None, optimizer, lecam=torch.zeros(2))
+
+
+def discriminator_steps(nets: VAENets, start: int, steps: int) -> tuple[list[dict], str | None]:
+    """What `steps` float16 updates of the discriminator log, if it begins after `start`; what a watch says of them."""
+    cfg = replace(CONFIG, loss=VAELossConfig(discriminator_start=start), autocast=autocast_factory(CPU, "fp16"))
+    image, recon = torch.rand(2, 4, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found, watch = [], Watch(scaled=True)
+    watch.gan_start = first_gan_step(cfg.loss)
+    for step in range(steps):
+        metrics = update_discriminator(nets, image, recon, cfg, step) | nets.opt_disc.scaler_metrics("disc")
+        found.append({"step": step + 1, **{name: float(value) for name, value in metrics.items()}})
+    return found, watch.reason_to_stop(found)
+
+
+def test_a_late_gan_starts_from_the_initial_loss_scale_with_fresh_moments(monkeypatch):
+    monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, growth_interval=1))
+    nets = small_gan(mixed_precision="fp16")
+    weights = [parameter.clone() for parameter in nets.discriminator.parameters()]
+    records, said = discriminator_steps(nets, start=50, steps=50)
+    assert said is None
+    assert all((r["loss_scale_disc"], r["grad_norm_disc"], r["d_loss"]) == (65536, 0, 0) for r in records)
+    assert not nets.opt_disc.adamw.state
+    assert all(map(torch.equal, weights, nets.discriminator.parameters()))
+    records, said = discriminator_steps(nets, start=3, steps=33)
+    assert said is None
+    taken = 30 - records[-1]["skipped_disc"]
+    assert {int(state["step"]) for state in nets.opt_disc.adamw.state.values()} == {taken} != {0}
+    assert records[-1]["d_loss"] < records[3]["d_loss"]
+
+
+def test_a_discriminator_that_never_starts_does_not_change():
+    nets = small_gan(weight_decay=0.1)
+    weights = [parameter.clone() for parameter in nets.discriminator.parameters()]
+    never = replace(CONFIG, loss=VAELossConfig(discriminator_factor=0.0))
+    update_discriminator(nets, *torch.rand(2, 4, 3, 24, 24), never, 9)
+    assert all(map(torch.equal, weights, nets.discriminator.parameters()))
+
+
+def test_a_loss_scale_that_was_inflated_before_may_fall_to_where_training_goes_on():
+    nets = small_gan(mixed_precision="fp16")
+    nets.opt_disc.scaler.load_state_dict({**nets.opt_disc.scaler.state_dict(), "scale": 2.0**60})
+    records, said = discriminator_steps(nets, start=0, steps=60)
+    assert said is None
+    assert records[-1]["skipped_disc"] > SKIPPED
+    assert records[-1]["d_loss"] < records[0]["d_loss"]
+    lost = {"grad_norm_vae": float("inf"), "loss_scale_vae": 65536.0}
+    assert reason(*[lost] * SKIPPED, scaled=True).startswith(f"step {SKIPPED}: grad_norm_vae has not been finite")
 
 
 def files_of(folder) -> dict:

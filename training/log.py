@@ -204,7 +204,7 @@ def json_line(record: dict[str, float]) -> str:
 # with a hinge loss of 0
 VANISHED = {"grad_norm_vae": 10, "grad_norm_sit": 10, "grad_norm_disc": 1000}
 SKIPPED = 20  # consecutive steps that float16 skips; from the initial loss scale, 17 take it below the lowest
-LOWEST_LOSS_SCALE = 1.0
+INITIAL_LOSS_SCALE, LOWEST_LOSS_SCALE = 65536.0, 1.0
 
 
 class Watch:
@@ -219,22 +219,23 @@ class Watch:
         """What is wrong with the metrics of the next consecutive steps, naming step and term; None if nothing is."""
         for record in records:
             for name, value in record.items():
-                if (wrong := self._wrong(record["step"], name, value)) is not None:
+                if (wrong := self._wrong(record, name, value)) is not None:
                     return f"step {record['step']}: {name} {wrong}"
         return None
 
-    def _wrong(self, step: int, name: str, value: float) -> str | None:
+    def _wrong(self, record: dict[str, float], name: str, value: float) -> str | None:
         if name.startswith("loss_scale") and value < LOWEST_LOSS_SCALE:
             return f"is {value:g}, so low that float16 cannot hold the gradients"
         is_gradient = name.startswith("grad_norm")
         if not math.isfinite(value) and not (self.scaled and is_gradient):
             return f"is {value}"
         if is_gradient:
-            self.skipped[name] = 0 if math.isfinite(value) else self.skipped[name] + 1
+            falling = record.get(name.replace("grad_norm", "loss_scale"), 0) > INITIAL_LOSS_SCALE  # and may recover
+            self.skipped[name] = 0 if math.isfinite(value) or falling else self.skipped[name] + 1
             if self.skipped[name] >= SKIPPED:
                 return f"has not been finite for {SKIPPED} steps, which were all skipped"
         is_disc = name == "grad_norm_disc"
-        if name in VANISHED and (step >= self.gan_start or not is_disc):
+        if name in VANISHED and (record["step"] >= self.gan_start or not is_disc):
             self.zero[name] = self.zero[name] + 1 if value == 0 else 0
             if self.zero[name] >= VANISHED[name]:
                 return f"has been 0 for {VANISHED[name]} steps" + (": the GAN has collapsed" if is_disc else "")

@@ -42,8 +42,8 @@ from training.distributed import (
 )
 from training.log import LOG_INTERVAL, MetricsLog, Watch
 from training.randomness import BatchOrder, Rows
-from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
-from weights.checkpoint_io import latest_checkpoint, read_checkpoint
+from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
+from weights.checkpoint_io import latest_checkpoint, read_checkpoint, training_flags
 
 BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
@@ -75,6 +75,7 @@ class Run:
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
             mixed_precision="no",  # training/optimizer.py does it
+            dynamo_backend="no",  # --compile does it
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(self.directory), str(self.directory / args.logging_dir)),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), timeout],
@@ -82,6 +83,8 @@ class Run:
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()) != "NO":
+            self.print(f"accelerate's dynamo backend {backend} is not used; --compile compiles the networks")
         parts = f"{self.world} processes x {args.gradient_accumulation_steps} accumulation steps"
         # images of one process's micro-batch
         self.micro_batch, rest = divmod(args.batch_size, self.world * args.gradient_accumulation_steps)
@@ -157,10 +160,13 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         checkpoint = read_checkpoint(path, verify=False)
-        free = RESUMABLE if "vae" in self.state.networks else FROZEN_RESUMABLE
-        if path.parent != self.checkpoints.directory:
-            free = free | FORKABLE
+        free = RESUMABLE if path.parent == self.checkpoints.directory else RESUMABLE | FORKABLE
         refuse_changed_flags(checkpoint, vars(self.args), self.identity, path, free)
+        now = self.args.gradient_accumulation_steps
+        before = training_flags(checkpoint, path).get("gradient_accumulation_steps", now)
+        if before != now and "vae" in self.state.networks:
+            sizes = f"{self.args.batch_size // now} images, before over {self.args.batch_size // before}"
+            self.print(f"warning: --gradient-accumulation-steps {before} -> {now}: batch statistics are over {sizes}")
         self.step = self.state.restore(checkpoint, str(path))
 
     def last_step(self, data) -> int:

@@ -20,9 +20,8 @@ RESUMABLE = PATH_FLAGS | {
     *("exp_name", "report_to", "max_train_steps", "epochs", "sampling_steps", "resume_step"),
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks", "dry_run"),
     *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
+    "gradient_accumulation_steps",  # changes batch statistics, which are only taken where a VAE is trained
 }
-# with a frozen VAE no batch statistics are taken, and micro-batches average to their batch
-FROZEN_RESUMABLE = RESUMABLE | {"gradient_accumulation_steps"}
 # what a run that starts from another run's checkpoint (--continue-train-exp-dir) may change as well
 FORKABLE = {
     *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),

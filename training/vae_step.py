@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
+from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, update_lecam, vae_loss
 from metrics.images import batch_psnr
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
 from models.numerics import distributed_world_size
@@ -58,12 +58,18 @@ def vae_objective(
 def update_discriminator(
     nets: VAENets, image: Tensor, recon: Tensor, cfg: VAEStepConfig, step: int
 ) -> dict[str, Tensor | None]:
-    """One discriminator update on images and detached reconstructions; returns its metrics, detached."""
-    with cfg.autocast():
+    """One discriminator update on images and detached reconstructions; returns its metrics, detached.
+
+    Before its first step the discriminator only looks: its batch-norm and LeCam averages move, its weights do not.
+    """
+    active = step + 1 >= first_gan_step(cfg.loss)
+    with cfg.autocast(), torch.set_grad_enabled(active):
         logits_real, logits_fake = nets.discriminator(image, recon.detach())
     total, metrics = discriminator_loss(logits_real, logits_fake, nets.lecam, cfg.loss, step)
     update_lecam(nets.lecam, metrics["logits_real"], metrics["logits_fake"], cfg.loss.lecam_ema_decay)
-    return {**detached(metrics), "grad_norm_disc": nets.opt_disc.backward_and_step(total)}
+    # steps of a loss that is 0 would double the loss scale without end, and use up Adam's bias correction
+    norm = nets.opt_disc.backward_and_step(total) if active else torch.zeros_like(total)
+    return {**detached(metrics), "grad_norm_disc": norm}
 
 
 def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
