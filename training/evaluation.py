@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.sampling import Sampling, sample_pixels
@@ -15,6 +14,7 @@ from metrics.statistics import ReadOptions, SetStatistics, compare, metric_name,
 from models.autoencoder import AutoencoderKL
 from models.numerics import autocast_factory
 from models.sit import SiT
+from progress import progress_bar
 from training.loop import Run
 from weights.features import check_feature_names, load_feature_networks
 
@@ -106,7 +106,7 @@ class Evaluation:
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        for part in tqdm(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
+        for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
             pixels = sample_pixels(ema, vae, part, self.sampling)
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.numerics import to_device
+from progress import progress_bar
 from storage.files import locked, remove_leftovers, replace_text, require_writable
 from training.distributed import (
     COLLECTIVE_TIMEOUT,
@@ -46,7 +47,6 @@ from training.state import CheckpointFolder, TrainingState, state_of
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
 LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
-BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
 
 
@@ -185,7 +185,7 @@ class Run:
         )
         batches = iter(loader)
         atexit.register(end_workers)
-        bar = tqdm(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
+        bar = progress_bar(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.metrics.clock = self.saved_at = time.monotonic()
         try:
@@ -303,7 +303,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: what PyTorch allocated on a GPU, or the process's resident memory on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def ignore_signals(_: int) -> None:

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
 from metrics.images import batch_psnr
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
 from models.numerics import distributed_world_size
+from progress import progress_bar
 from training.distributed import frozen_call
 from training.optimizer import Optimizer
 
@@ -106,6 +106,6 @@ def latent_statistics(
     share = Subset(data, range(rank, len(data), world))
     moments = LatentMoments(vae.config.z_channels, device)
     loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
-    for pixels, _ in tqdm(loader, desc="latent statistics", unit="batch", disable=rank > 0):
+    for pixels, _ in progress_bar(loader, desc="latent statistics", unit="batch", disable=rank > 0):
         moments.update(vae.encode(pixels_to_image(pixels.to(device))))
     return moments.statistics()
