@@ -71,6 +71,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
+        self.compiled = args.compile and run.device.type == "cuda"
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
         self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
@@ -107,7 +108,9 @@ class Evaluation:
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
-            pixels = sample_pixels(ema, vae, part, self.sampling)
+            # in joint training the decoder is compiled, for one shape
+            filled = part + part[-1:] * (self.batch_size - len(part)) if self.compiled else part
+            pixels = sample_pixels(ema, vae, filled, self.sampling)[: len(part)]
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         distances = {}
