@@ -84,7 +84,10 @@ def test_metrics_are_named_for_their_network_and_mean_something(sets, first):
     assert list(first) == [FD, "precision_efficientnet_lite0", "recall_efficientnet_lite0", "kd_efficientnet_lite0"]
     assert 0 <= first["precision_efficientnet_lite0"] <= 1
     said = evaluated("--samples", sets / "a.npz", "--reference", sets / "a-png", *LITE0, "--output", sets / "self.json")
-    assert "holds 40 images, fewer than 2048: Inception's covariance is singular, FID biased" in said
+    assert (
+        "--samples holds 40 images, no more than features (112 of efficientnet-lite0): Fréchet distances are biased"
+        in said
+    )
     same = metrics_of(sets / "self.json")
     assert same[FD] == pytest.approx(0, abs=1e-3 * first[FD])
     assert same["precision_efficientnet_lite0"] == same["recall_efficientnet_lite0"] == 1
@@ -352,3 +355,25 @@ def test_evaluation_during_training_shows_a_compiled_decoder_one_shape(monkeypat
     values = evaluation(None, None)
     assert (sampled, seen) == (sizes, [3, 2])
     assert list(values) == ["eval_fd_network"]
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "few"),
+    [
+        (2049, "inception", None),
+        (2048, "inception", "2048 of inception"),
+        (113, "efficientnet-lite0", None),
+        (800, "dinov2-vit-l,inception,dinov2-vit-b", "1024 of dinov2-vit-l, 2048 of inception"),
+        (20, "timm:vit_tiny_patch16_224", "192 of timm:vit_tiny_patch16_224"),
+    ],
+)
+def test_the_warning_of_few_images_names_the_networks_that_need_more(count, names, few):
+    said = []
+    evaluate.warn_of_few("--samples", count, names.split(","), said.append)
+    expected = f"warning: --samples holds {count} images, no more than features ({few}): Fréchet distances are biased"
+    assert said == ([expected] if few else [])
+
+
+def test_other_metrics_than_frechet_distances_are_not_warned_of(sets, tmp_path):
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--output", tmp_path / "kid.json")
+    assert "warning" not in evaluated(*flags, "--metrics", "kid")
