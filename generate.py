@@ -142,7 +142,7 @@ def environment(args: argparse.Namespace, state) -> dict:
     return {
         "command": sys.argv,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
         "pproc_batch_size": args.pproc_batch_size,
         "compile": args.compile,
