@@ -136,8 +136,8 @@ def warn_of_few(what: str, count: int, names: list[str], log) -> None:
 def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     """All metrics of --samples against --reference, and what they depend on."""
     names = args.features.split(",")
-    reference = open_reference(args.reference)
-    samples = None if args.samples is None else open_image_set(args.samples, "--samples")
+    reference = open_reference(args.reference, log)
+    samples = None if args.samples is None else open_image_set(args.samples, "--samples", log)
     wanted = check_wanted(args, reference, names, log)
     check_images(samples, reference, wanted, names, log)
     networks = load_feature_networks(names, args, state.device)

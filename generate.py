@@ -220,7 +220,7 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.tf32)
     state = process_state()
-    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args))
+    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), state.print)
     check_run(args, run)
     files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run), args.png, args.npz)
     files.check()

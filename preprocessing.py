@@ -2,23 +2,22 @@
 
     python preprocessing.py --imagenet-path /data/imagenet/train --output-path data --resolution 256
 
-The source is a tree with one folder a class (label = index of the sorted top-level folder), any tree with a
-`dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}, or the reference's images.h5. Files
-that are no readable image are counted and listed. Shards are written atomically by parallel workers; running the same
-command again continues where it stopped.
+The source is a tree with one folder a class (label = index of the sorted top-level folders that give an image), any
+tree with a `dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}, or the reference's
+images.h5. Hidden files, and such that are no readable image, are counted and listed. Shards are written atomically by
+parallel workers; running the same command again continues where it stopped.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from dataset import IMAGE_FORMAT, fingerprint_of, images_directory
 from errors import Parser, UserError, run_script
@@ -34,15 +34,13 @@ from flags.config import parse_flags
 from flags.types import number
 from progress import progress_bar
 from storage.files import locked, replace_text, require_space
-from storage.photographs import Skipped, Source, list_sources, read_image
+from storage.photographs import Skipped, Source, count_reasons, list_sources, printable, read_image, reason_for
 from storage.reference_hdf5 import is_hdf5, list_hdf5, opened_hdf5
 from storage.shards import is_made_by, list_shards, read_header, refuse_other_shards, shard_name, write_shard
 
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
 SHARD_IMAGES = 512  # 101 MB at 256 px; a worker holds up to three copies in memory
-# not of an image, but of the machine or a network disk; they end the run
-MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 def plan_of(root: Path, sources: Iterable[Source], resolution: int) -> str:
@@ -72,11 +70,9 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
                 pixels[len(labels)] = read_image(opened(source.path), resolution)
                 labels.append(source.label)
             except Exception as error:  # Pillow raises a dozen kinds on broken files; each is listed as skipped
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
-                    raise
+                skipped.append(Skipped(source.path, reason_for(error)))
                 if not is_hdf5(root) and not os.path.lexists(root / source.path):
                     raise UserError(f"{root / source.path}: was listed, and now is gone; run the same again") from None
-                skipped.append(Skipped(source.path, f"{type(error).__name__}: {error}"))
     tensors = {"pixels": pixels[: len(labels)], "labels": np.array(labels, np.int64)}
     write_shard(path, tensors, {"plan": plan, "skipped": skipped})
     return i
@@ -84,11 +80,14 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
 
 def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]) -> tuple[dict, list[Skipped]]:
     """Write index.json and skipped.txt for `count` shards; returns the index and all that was skipped."""
+    class_counts = np.zeros(index["num_classes"], np.int64)
     for i in range(count):
         entries = read_header(directory / shard_name(i)).metadata["skipped"]
         skipped = skipped + [Skipped(*entry) for entry in entries]
+        with safe_open(directory / shard_name(i), "numpy") as shard:
+            class_counts += np.bincount(shard.get_tensor("labels"), minlength=len(class_counts))
     shards = list_shards(directory, count)
-    index = {**index, "images": sum(shard["images"] for shard in shards), "skipped": len(skipped)}
+    index = {**index, "class_counts": class_counts.tolist(), "images": int(class_counts.sum()), "skipped": len(skipped)}
     index = {**index, "fingerprint": fingerprint_of({**index, "shards": shards}), "shards": shards}
     lines = [f"{printable(entry.path)}\t{printable(entry.reason)}\n" for entry in sorted(skipped)]
     replace_text(directory / "skipped.txt", "".join(lines))
@@ -96,9 +95,13 @@ def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]
     return index, skipped
 
 
-def printable(text: str) -> str:
-    """`text` on one line: tabs, line breaks and bytes that are no UTF-8 are shown as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def describe_classes(classes: list[str], counts: list[int]) -> str:
+    """Labels, classes and their numbers of images, and whether numbered folders are in another order, on one line."""
+    lines = [f"{label} = {printable(name)} ({counts[label]})" for label, name in enumerate(classes)]
+    lines = lines if len(lines) <= 12 else [*lines[:6], "...", *lines[-5:]]
+    by_number = sorted(classes, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(12), name))
+    note = "" if by_number == classes else "numbered folders are sorted as text, as ImageFolder does; "
+    return f"{note}labels and their images, {min(counts)} to {max(counts)}: {', '.join(lines)}"
 
 
 def preprocess(
@@ -106,11 +109,16 @@ def preprocess(
 ) -> tuple[dict, list[Skipped]]:
     """Turn the tree or HDF5 file at `root` into shards in OUTPUT/images; returns the index and what was skipped."""
     if not (root.is_file() if is_hdf5(root) else root.is_dir()):
-        raise UserError(f"--imagenet-path {root}: no such file or folder")
-    sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root)
+        archive = "a file, but no images.h5; unpack archives, and name the folder"
+        raise UserError(f"--imagenet-path {root}: {archive if root.is_file() else 'no such file or folder'}")
+    # where the tree is in the output folder itself, only the shards are no part of it
+    own = output if output.resolve() != root.resolve() else images_directory(output)
+    sources, skipped, classes = (list_hdf5(root), [], None) if is_hdf5(root) else list_sources(root, own)
     sources = sources[:max_images]
     if not sources:
-        raise UserError(f"--imagenet-path {root}: no images; expected one folder a class, or images and a dataset.json")
+        found = f"found: {count_reasons(skipped) or 'no files'}; unpack archives"
+        expected = "expected one folder a class, or images and a dataset.json"
+        raise UserError(f"--imagenet-path {root}: no images; {expected}; {found}")
     plan = plan_of(root, sources, resolution)
     jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
     num_classes = max(len(classes or []), 1 + max(source.label for source in sources))
@@ -183,10 +191,10 @@ def main() -> None:
     )
     directory = images_directory(args.output_path)
     print(f"{index['images']} images of {index['num_classes']} classes at {index['resolution']} px in {directory}")
+    classes = index["classes"] or [str(label) for label in range(index["num_classes"])]
+    print(describe_classes(classes, index["class_counts"]))
     if skipped:
-        reasons = Counter(printable(entry.reason).split(":")[0] for entry in skipped)
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        print(f"{len(skipped)} files skipped, listed in {directory / 'skipped.txt'}: {counts}")
+        print(f"{len(skipped)} files skipped, listed in {directory / 'skipped.txt'}: {count_reasons(skipped)}")
     if index["images"] == 0:
         raise UserError(f"none of the files below {args.imagenet_path} is a readable image")
 

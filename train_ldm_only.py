@@ -16,7 +16,6 @@ from dataset import open_images, open_latents
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import parse_flags
-from models.numerics import use_tf32
 from training.build import (
     build_transformer_nets,
     check_data,
@@ -98,7 +97,6 @@ def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], ar
 
 def main() -> None:
     args = parse_args()
-    use_tf32(args.allow_tf32)
     run = Run(args)
     source = find_vae(args)
     data = open_data(args, source)

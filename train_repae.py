@@ -18,7 +18,6 @@ from flags import groups
 from flags.config import load_loss_config, parse_flags
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
-from models.numerics import use_tf32
 from training.build import (
     build_transformer_nets,
     build_vae_nets,
@@ -120,7 +119,6 @@ def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConf
 
 def main() -> None:
     args = parse_args()
-    use_tf32(args.allow_tf32)
     data = training_images(args)
     run = Run(args)
     cfg = step_config(args, run.device)

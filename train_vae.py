@@ -19,7 +19,7 @@ from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import load_loss_config, parse_flags
 from models.autoencoder import AutoencoderKL, pixels_to_image
-from models.numerics import autocast_factory, use_tf32
+from models.numerics import autocast_factory
 from training.build import (
     build_vae_nets,
     find_vae,
@@ -93,7 +93,6 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
 
 def main() -> None:
     args = parse_args()
-    use_tf32(args.allow_tf32)
     data = training_images(args)
     run = Run(args)
     loss, autocast = load_loss_config(args.loss_cfg_path), autocast_factory(run.device, args.mixed_precision)

@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 import train_repae
 import training.build
 from errors import run_script
-from training.loop import LOG_INTERVAL
+from training.log import LOG_INTERVAL
 
 OWN = Path(__file__).parents[1]
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")

@@ -1,9 +1,9 @@
 """Samplers from noise to latents, as pure functions of `velocity_fn(x, t, y)`.
 
 The state is float64 (float32 on devices without it); `velocity_fn` gets it in float32 and may compute in any precision.
-Euler and Heun integrate the probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion w(t) =
-2t (SiT, Ma et al., arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724).
-The settings that choose a sampler are in diffusion/sampling.py.
+Euler and Heun integrate the probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion
+w(t) = 2t (SiT, Ma et al., arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al.,
+2404.07724). `sample_pixels` in diffusion/sampling.py chooses the sampler by `--mode` of generate.py.
 """
 
 import math

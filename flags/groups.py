@@ -1,6 +1,7 @@
 """Groups of command-line flags, from which the scripts compose their parsers.
 
 Names and defaults are the reference's, so that its command lines and args.json files keep their meaning.
+A flag that a run may change when it continues is also listed in training/resume_checks.py.
 """
 
 from argparse import BooleanOptionalAction

@@ -1,5 +1,6 @@
 """Inception Score, precision and recall as the ADM evaluation suite defines them (Dhariwal & Nichol, arXiv 2105.05233),
-and the kernel distance. metrics/statistics.py has the table of all metrics and computes them.
+and the kernel distance. To add a metric, write its function here; its name and its call go to `METRICS` and `compare`
+in metrics/statistics.py.
 """
 
 import torch

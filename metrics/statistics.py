@@ -1,7 +1,7 @@
 """Statistics of a set of images in the features of a network, how they are gathered, and the metrics of two sets."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,8 +130,8 @@ class Reference(NamedTuple):
                 raise UserError(f"{self.path}: neither images nor statistics of {network.name}")
 
 
-def open_reference(path: Path, what: str = "--reference") -> Reference:
-    """The images of a reference, its statistics, or both; `what` names it in messages.
+def open_reference(path: Path, log: Callable[[str], object], what: str = "--reference") -> Reference:
+    """The images of a reference, its statistics, or both; `what` names it in messages, `log` takes them.
 
     Statistics are mu, sigma, mu_s and sigma_s of Inception, as in ADM's files, or NETWORK/mu and so on.
     """
@@ -145,7 +145,7 @@ def open_reference(path: Path, what: str = "--reference") -> Reference:
             moments.setdefault(network or "inception", {})[key] = values
             if not values.isfinite().all():
                 raise UserError(f"{what} {path}: {name} is not finite")
-    images = open_image_set(path, what) if not moments or "arr_0" in names else None
+    images = open_image_set(path, what, log) if not moments or "arr_0" in names else None
     return Reference(path, images, moments, about.get("weights", {}), about.get("count"))
 
 
@@ -178,7 +178,7 @@ def batches(images: Dataset, title: str, reading: ReadOptions) -> Iterable[tuple
         raise UserError(f"{len(images)} images for {state.num_processes} processes; use fewer processes")
     share = torch.arange(state.process_index, len(images), state.num_processes)
     loader = DataLoader(
-        Subset(images, share.tolist()),
+        Subset(images, range(state.process_index, len(images), state.num_processes)),
         reading.batch_size,
         num_workers=reading.num_workers,
         pin_memory=state.device.type == "cuda",

@@ -6,6 +6,7 @@ Map-style data sets of uint8 pixels (3,H,W), in the npz's order, or in that of t
 import math
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from errors import UserError
-from storage.photographs import opened_image, refuse_more_than_memory
+from storage.photographs import choose_images, count_reasons, list_tree, read_rgb, refuse_more_than_memory
 
 LOOKED_AT = 64  # images, evenly spaced, whose range of pixels is checked
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DAMAGE = (EOFError, ValueError, KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
@@ -33,6 +33,9 @@ class NpzImages(Dataset):
             )
         self.size = self.array.shape[1:3]
 
+    def __reduce__(self) -> tuple:
+        return NpzImages, (self.path,)  # a spawned worker maps the file itself
+
     def __len__(self) -> int:
         return len(self.array)
 
@@ -41,12 +44,15 @@ class NpzImages(Dataset):
 
 
 class FolderImages(Dataset):
-    """The pictures below a folder, all RGB and of one size, which is checked when a picture is read."""
+    """The pictures below a folder, found and converted as preprocessing.py does, but of one size, which is checked when
+    a picture is read. `skipped` lists the other files."""
 
     def __init__(self, folder: Path):
         self.path = folder
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-        self.files = sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+        paths, hidden = list_tree(folder)
+        images, others = choose_images(folder, paths)
+        self.skipped = hidden + others
+        self.files = [folder / path for path in images]
         if not self.files:
             raise UserError(f"{folder}: no images below it, expected PNG or JPEG files")
         self.size = self.read(self.files[0]).shape[:2]
@@ -65,13 +71,9 @@ class FolderImages(Dataset):
     def read(path: Path) -> np.ndarray:
         """(H,W,3) uint8."""
         try:
-            with opened_image(path) as image:
-                mode, pixels = image.mode, np.array(image)
+            return np.array(read_rgb(path))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not a readable image ({error})") from None
-        if mode != "RGB":
-            raise UserError(f"{path}: an image of mode {mode}, expected RGB of 8 bits a channel")
-        return pixels
 
 
 def describe(size: tuple[int, int]) -> str:
@@ -122,10 +124,12 @@ def map_member(path: Path, name: str) -> np.ndarray:
         raise UserError(f"{path}: not a readable npz ({error})") from None
 
 
-def open_image_set(path: Path, what: str) -> Dataset:
+def open_image_set(path: Path, what: str, log: Callable[[str], object]) -> Dataset:
     """The 8-bit RGB images of an npz or below a folder; `what` names them in messages."""
     if path.is_dir():
         images = FolderImages(path)
+        if images.skipped:
+            log(f"{what} {path}: {len(images)} images; left out: {count_reasons(images.skipped)}")
     elif path.is_file():
         images = NpzImages(path)
     else:

@@ -1,21 +1,36 @@
 """Photographs: the files of a tree and their labels, and how a file becomes a square RGB image."""
 
+import errno
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from errors import UserError
 
 # 89 million: a small file can announce any size, and is decoded into memory; Pillow only warns at this bound
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS
 MAX_ASPECT_RATIO = 100
+# bytes of text in a PNG, which may hold its orientation; by default Pillow refuses more than a megabyte
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # formats that Pillow only recognises or writes
+# whether a file of this suffix is an image; text, which may lie beside every image, is not opened
+SUFFIXES = {suffix: form not in NOT_DECODED for suffix, form in Image.registered_extensions().items()}
+SUFFIXES |= dict.fromkeys((".csv", ".json", ".npy", ".txt", ".xml"), False)
+SYSTEM_NAMES = {  # of macOS, Windows and network disks
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"),
+    *("lost+found", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+}
+# not of an image, but of the machine or a network disk; they end the run
+MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 class Source(NamedTuple):
@@ -78,38 +93,91 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_image(file: Path | BinaryIO, size: int) -> np.ndarray:
-    """Decode and crop one file: (3, size, size) uint8. Raises whatever Pillow raises for a file that is no image."""
+def read_rgb(file: Path | BinaryIO) -> Image.Image:
+    """Decode one file, upright and in RGB. Raises whatever Pillow raises for a file that is no image."""
     if isinstance(file, Path) and not file.is_file():
         raise ValueError("no such file, or not a regular one")
     with opened_image(file) as image:
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise ValueError(f"{image.width}x{image.height} pixels, a strip")
         image.load()
-        return np.asarray(center_crop(upright_rgb(image), size)).transpose(2, 0, 1)
+        return upright_rgb(image)
 
 
-def list_tree(root: Path) -> list[str]:
-    """Every file below `root` as a relative POSIX path, sorted. Links are followed, but never in a circle."""
+def read_image(file: Path | BinaryIO, size: int) -> np.ndarray:
+    """Decode and crop one file: (3, size, size) uint8. Raises as `read_rgb`, and a ValueError for a strip."""
+    image = read_rgb(file)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} pixels, a strip")
+    return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
+
+
+def reason_for(error: Exception) -> str:
+    """Why a file gives no image, by the error of reading it, which is raised again if it is of the machine."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
+        raise error
+    return f"{type(error).__name__}: {error}"
+
+
+def list_tree(root: Path, output: Path | None = None) -> tuple[list[str], list[Skipped]]:
+    """The files below `root` but not below `output`, as sorted relative POSIX paths, and the hidden ones. Links are
+    followed, but never in a circle."""
 
     def fail(error: OSError) -> None:
-        raise error
+        if Path(error.filename) == root or not is_hidden(Path(error.filename).relative_to(root).as_posix()):
+            raise error
 
     paths = []
     for folder, below, names in os.walk(root, followlinks=True, onerror=fail):
         here = Path(folder)
-        if here.resolve() in {above.resolve() for above in here.parents if above.is_relative_to(root)}:
+        above = {folder.resolve() for folder in here.parents if folder.is_relative_to(root)}
+        if here.resolve() in above or (output is not None and here.resolve() == output.resolve()):
             below.clear()
             continue
         start = "" if here == root else f"{here.relative_to(root).as_posix()}/"
         paths += [start + name for name in names]
-    return sorted(paths)
+    hidden = {path for path in paths if is_hidden(path)}
+    return sorted(set(paths) - hidden), [Skipped(path, "hidden or system file") for path in sorted(hidden)]
 
 
-def parse_labels(content: bytes, where: str) -> dict[str, int]:
-    """The labels of a `dataset.json`, {"labels": [[path, label], ...]}; `where` names it in messages."""
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder on the way to it, is hidden or of the system."""
+    return any(part.startswith(".") or part.endswith("~") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, perhaps damaged, by its suffix or, if no format has that, by its first bytes."""
+    if path.suffix.lower() in SUFFIXES or not path.is_file():
+        return SUFFIXES.get(path.suffix.lower(), False)
+    try:
+        with opened_image(path) as image:
+            return image.format not in NOT_DECODED
+    except Exception:  # Pillow raises a dozen kinds
+        return False
+
+
+def choose_images(root: Path, paths: list[str]) -> tuple[list[str], list[Skipped]]:
+    """The images among files of a tree, and the others."""
+    images = [path for path in paths if is_image(root / path)]
+    others = sorted(set(paths) - set(images))
+    return images, [Skipped(path, f"not an image ({Path(path).suffix or 'no suffix'})") for path in others]
+
+
+def printable(text: str) -> str:
+    """`text` on one line: tabs, line breaks and bytes that are no UTF-8 are shown as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def count_reasons(skipped: list[Skipped]) -> str:
+    """The most frequent reasons for which files were skipped."""
+    reasons = Counter(printable(entry.reason).split(":")[0] for entry in skipped)
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(8))
+
+
+def parse_labels(content: bytes, where: str, images: Iterable[str] = ()) -> dict[str, int]:
+    """The labels of a `dataset.json`, called `where` in messages: {"labels": [[path, label], ...]}, or of null, which
+    is 0 for all `images`."""
     try:
         labels = json.loads(content)["labels"]
+        labels = dict.fromkeys(images, 0) if labels is None else labels
         labels = {str(name): label for name, label in (labels.items() if isinstance(labels, dict) else labels)}
     except (KeyError, TypeError, ValueError):
         raise UserError(f'{where}: expected JSON of the form {{"labels": [["path.png", 7], ...]}}') from None
@@ -119,20 +187,43 @@ def parse_labels(content: bytes, where: str) -> dict[str, int]:
     return labels
 
 
-def list_sources(root: Path) -> tuple[list[Source], list[Skipped], list[str] | None]:
-    """The labelled files of a tree, the files without a label, and the class names (None with a dataset.json)."""
-    files = list_tree(root)
-    if (root / "dataset.json").is_file():
-        labels = parse_labels((root / "dataset.json").read_bytes(), str(root / "dataset.json"))
-        files.remove("dataset.json")
-        present = set(files)
-        sources = [Source(path, labels[path]) for path in files if path in labels]
-        skipped = [Skipped(path, "no label in dataset.json") for path in files if path not in labels]
-        skipped += [Skipped(path, "in dataset.json, but no such file") for path in labels if path not in present]
-        return sources, skipped, None
-    shown = [path for path in files if "/" in path and not path.startswith(".")]
-    classes = sorted({path.split("/")[0] for path in shown})
-    index = {name: i for i, name in enumerate(classes)}
-    sources = [Source(path, index[path.split("/")[0]]) for path in shown]
-    skipped = [Skipped(path, "not inside a class folder") for path in sorted(set(files) - set(shown))]
-    return sources, skipped, classes
+def list_sources(root: Path, output: Path | None = None) -> tuple[list[Source], list[Skipped], list[str] | None]:
+    """The labelled images of a tree but for its folder `output`, the other files, and the class names, if known."""
+    files, hidden = list_tree(root, output)
+    label = label_by_file if "dataset.json" in files else label_by_folder
+    sources, skipped, classes = label(root, files)
+    return sources, [Skipped(*entry) for entry in (dict(skipped) | dict(hidden)).items()], classes
+
+
+def label_by_file(root: Path, files: list[str]) -> tuple[list[Source], list[Skipped], None]:
+    """Labels by the tree's `dataset.json`; its paths may have backslashes, be absolute or begin with a dot."""
+    where, present = root / "dataset.json", set(files) - {"dataset.json"}
+    labels = parse_labels(where.read_bytes(), str(where), (path for path in sorted(present) if is_image(root / path)))
+    for name in labels.keys() - present:
+        path = os.path.relpath(root / name.replace("\\", "/").removeprefix(f"{root.resolve()}/"), root)
+        if path in present:
+            labels.setdefault(path, labels.pop(name))
+    if labels and present.isdisjoint(labels):
+        found = f"none of the {len(labels)} files that it names, such as {next(iter(labels))}, is in {root}"
+        raise UserError(f"{where}: {found}; expected paths relative to this folder")
+    skipped = [Skipped(path, "no label in dataset.json") for path in sorted(present - labels.keys())]
+    skipped += [Skipped(path, "in dataset.json, but no such file") for path in sorted(labels.keys() - present)]
+    return [Source(path, labels[path]) for path in sorted(present & labels.keys())], skipped, None
+
+
+def label_by_folder(root: Path, files: list[str]) -> tuple[list[Source], list[Skipped], list[str]]:
+    """Labels by the sorted top-level folders that give an image, whose names are the classes."""
+    images, skipped = choose_images(root, files)
+    reasons = {path: "not inside a class folder" for path in images if "/" not in path}
+    classes = []
+    for folder, paths in groupby((path for path in images if "/" in path), lambda path: path.split("/")[0]):
+        for path in paths:
+            try:
+                read_image(root / path, 1)
+                classes.append(folder)
+                break
+            except Exception as error:
+                reasons[path] = reason_for(error)
+    labels = {folder: label for label, folder in enumerate(sorted(classes))}
+    sources = [Source(path, labels[path.split("/")[0]]) for path in images if path not in reasons]
+    return sources, [*skipped, *(Skipped(*entry) for entry in reasons.items())], list(labels)

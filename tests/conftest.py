@@ -14,6 +14,12 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests make their tensors (default: cpu)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests last, and among these the two longest first, so that no process ends long before the other."""
+    longest = ("test_soak.py", "test_overfit.py")
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.path.name not in longest))
+
+
 @pytest.fixture(autouse=True)
 def default_device(request):
     """Tensors and networks are made on --device; a GPU computes in float32 throughout, as golden values were made."""

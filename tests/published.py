@@ -98,6 +98,19 @@ def write_run(
     return path
 
 
+# forms in which others publish the weights of a transformer, for `transformer_in`
+FORMS = ("REPA", "bare", "ema", "model", "state_dict")
+
+
+def transformer_in(form: str, sit: SiT) -> dict:
+    """A checkpoint of others: no normaliser, and flags only in REPA's, which name no VAE."""
+    state = {key: value for key, value in sit.state_dict().items() if not key.startswith("bn.")}
+    flags = argparse.Namespace(**{key: value for key, value in FLAGS.items() if key != "vae"})
+    if form == "REPA":
+        return {"model": fresh_sit(5).state_dict(), "ema": state, "opt": {}, "args": flags, "steps": STEP}
+    return state if form == "bare" else {form: prefixed(state, "module.")}
+
+
 def write_hdf5_images(path: Path, images: list[Tensor], labels: list[int]) -> None:
     """images.h5: a data set of PNG bytes an image, and their labels."""
     import h5py

@@ -34,6 +34,9 @@ TABLE = {
 CASES = {
     "tree-missing": "--imagenet-path nowhere",
     "tree-empty": "--imagenet-path {empty}",
+    "tree-archive": "--imagenet-path {sets}/good.npz",
+    "tree-others": "--imagenet-path {missing}",
+    "tree-labels-elsewhere": "--imagenet-path {labelled}",
     "preprocessing-space": "--resolution 300000 --output-path {new}",
     "other-resolution-there": "--resolution 16 --output-path {data}",
     "flag-missing": "",
@@ -230,6 +233,8 @@ def write_data(root: Path, places: dict) -> None:
         path.write_bytes(path.read_bytes()[:150])
     places["tree"], places["empty"], places["new"] = root / "good/tree", root / "empty", root / "new"
     places["empty"].mkdir()
+    places["labelled"] = shutil.copytree(places["tree"], root / "labelled")
+    (places["labelled"] / "dataset.json").write_text('{"labels": [["elsewhere/0.png", 0]]}')
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
-from training.state import CheckpointFolder
+from training.checkpoints import CheckpointFolder
 from weights.checkpoint_io import read_checkpoint
 
 

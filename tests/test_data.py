@@ -67,6 +67,8 @@ def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, vae, dtype
     images = open_images(data)
     latents = open_latents(data, dtype, images)
     assert (len(latents), latents.shape) == (36, (4, 8, 8))
+    assert (images.class_counts, images.classes) == ([6, 6, 6], ["ape", "bee", "cat"])
+    assert (latents.class_counts, latents.classes) == (images.class_counts, images.classes)
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == "float16" else {"atol": 1e-5, "rtol": 1e-5}
     for i in (0, 5, 17):
         pixels, label, moments = latents[i]
@@ -126,6 +128,15 @@ def test_fingerprint_sees_every_value_and_no_prefix():
     assert before == fingerprint(shuffled)
     state["decoder.conv_out.bias"][0] += 1e-6
     assert before != fingerprint(state)
+
+
+def test_an_index_without_the_numbers_of_images_is_one_line(data, tmp_path):
+    path = shutil.copytree(data / "images", tmp_path / "images") / "index.json"
+    index = json.loads(path.read_text())
+    del index["class_counts"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json: holds no class_counts; run preprocessing.py with --output-path"):
+        open_images(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """VAEs from and to diffusers and single files: the same weights to the bit, the same pictures to rounding."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 import train_repae
 from dataset import open_images
 from errors import UserError
-from hub import serving
+from hub import Hub, serving
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig, build_vae, pixels_to_image
 from models.sit import SiT_models
 from scripts import TINY, TINY_SIT, call, equal, records
@@ -113,6 +116,20 @@ def test_earlier_names_of_attention(tmp_path):
     assert equal(loaded.state_dict(), vae.state_dict())
 
 
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_a_vae_that_was_aligned_to_a_foundation_model(wrapper, tmp_path):
+    """LightningDiT publishes VA-VAE with what it was aligned to; what nobody knows is still refused."""
+    vae, path, one = build_vae("f4d4-tiny"), tmp_path / "vavae.pt", torch.ones(1)
+    training = {"foundation_model.model.cls_token": one, "linear_proj.weight": one, "loss.logvar": one}
+    state = {**vae.state_dict(), **training}
+    write_atomically({wrapper: state} if wrapper else state, path)
+    source = open_vae("f4d4-tiny", str(path), offline=True)
+    assert equal(load_vae(source).state_dict(), vae.state_dict())
+    write_atomically({wrapper: {**state, "regulariser.weight": one}} if wrapper else {**state, "x": one}, path)
+    with pytest.raises(UserError, match="1 unexpected weights, first (regulariser.weight|x)"):
+        load_vae(source)
+
+
 @pytest.mark.parametrize("form", ["ckpt", "whole model", "half"])
 def test_single_files(form, tmp_path):
     torch.manual_seed(0)
@@ -154,18 +171,88 @@ def test_what_was_trained_since_is_not_normalised_by_the_published_factors(flux,
             known_statistics(source)
 
 
-def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
-    """Of a pipeline, at a revision; once there, nothing is asked any more."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+def rarer_form(flux: str, folder: Path, form: str) -> list[Path]:
+    """The VAE as diffusers writes it in other forms: half precision, shards, or a file of another name; its weights."""
+    folder.mkdir(parents=True)
+    shutil.copy(Path(flux, "config.json"), folder)
+    vae = diffusers.AutoencoderKL.from_pretrained(flux, torch_dtype=torch.float16 if "half" in form else None)
+    if form == "named":
+        save_file(vae.state_dict(), folder / "flux_vae.safetensors")
+    else:
+        sizes = {"max_shard_size": "200KB"} if "shards" in form else {}
+        vae.save_pretrained(
+            folder, safe_serialization="bin" not in form, variant="fp16" * ("half" in form) or None, **sizes
+        )
+    return sorted(path for path in folder.iterdir() if path.name != "config.json")
+
+
+def states(flux: str) -> tuple[dict, dict]:
+    """The weights of the VAE in float32, and rounded to float16."""
+    whole = dict(load_vae(open_vae(f"diffusers:{flux}", flux, offline=True)).state_dict())
+    return whole, {key: value.half().float() for key, value in whole.items()}
+
+
+@pytest.mark.parametrize("form", ["half", "half bin", "shards", "shards bin", "half shards", "named"])
+def test_rarer_forms_of_a_folder(form, flux, tmp_path):
+    """By the folder, the pipeline's folder above it, and the file itself; statistics are those of config.json."""
+    folder, (whole, half) = tmp_path / "pipeline/vae", states(flux)
+    files = rarer_form(flux, folder, form)
+    assert not any(
+        file.name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin") for file in files
+    )
+    index = next((file for file in files if ".index." in file.name), files[0])
+    assert ("shards" in form) == (len(files) > 2)
+    for given in (folder, folder.parent, index):
+        source = open_vae(f"diffusers:{given}", str(given), offline=True)
+        assert equal(dict(load_vae(source).state_dict()), half if "half" in form else whole)
+        assert float(known_statistics(source)[0][0, 0]) == pytest.approx(0.3611)
+    flags = ("--vae", f"diffusers:{index}", "--vae-name", "copy", "--save-dir", tmp_path)
+    assert call("save_vae_weights.py", *flags) == (0, "")
+    if form == "shards":
+        files[0].unlink()
+        with pytest.raises(UserError, match=f"{files[0].name}: no such file"):
+            load_vae(source)
+
+
+def test_a_config_beside_a_file_of_another_name_may_be_of_something_else(flux, tmp_path):
+    """One of another kind or architecture is ignored, as is one beside `.pt`, the form of what was trained further."""
+    vae = build_vae("f4d4-tiny")
+    state = {key: value.contiguous() for key, value in vae.state_dict().items()}
+    save_file(state, tmp_path / "vae.safetensors")
+    write_atomically(state, tmp_path / "vae.pt")
+    of_flux = Path(flux, "config.json").read_text()
+    for config in ('{"model_type": "vit", "hidden_size": 8}', '{"_class_name": "SiT"}', of_flux):
+        (tmp_path / "config.json").write_text(config)
+        source = open_vae("f4d4-tiny", str(tmp_path / "vae.safetensors"), offline=True)
+        assert source.published is None
+        assert equal(load_vae(source).state_dict(), vae.state_dict())
+    with pytest.raises(UserError, match="weights are missing, first encoder"):
+        load_vae(open_vae(f"diffusers:{tmp_path}", str(tmp_path), offline=True))
+    assert find_weights(str(tmp_path / "vae.pt"), offline=True)[1] is None
+    save_file(state, tmp_path / "second.safetensors")
+    with pytest.raises(UserError, match="2 files of weights beside config.json; name one"):
+        find_weights(str(tmp_path), offline=True)
+
+
+@contextmanager
+def hub_of(files: dict[str, bytes], cache: Path, monkeypatch) -> Iterator[Hub]:
+    """A hub that serves these files, with an empty cache on this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    names = ("config.json", "diffusion_pytorch_model.safetensors")
-    files = {f"/some/pipeline/resolve/v2/vae/{name}": Path(flux, name).read_bytes() for name in names}
-    with serving({**files, "/some/pipeline/resolve/v2/model_index.json": b"{}"}) as hub:
+    with serving(files) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         monkeypatch.setattr(
             "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
             hub.address + "/{repo_id}/resolve/{revision}/{filename}",
         )
+        yield hub
+
+
+def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
+    """Of a pipeline, at a revision; once there, nothing is asked any more."""
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    files = {f"/some/pipeline/resolve/v2/vae/{name}": Path(flux, name).read_bytes() for name in names}
+    with hub_of({**files, "/some/pipeline/resolve/v2/model_index.json": b"{}"}, tmp_path / "hub", monkeypatch) as hub:
         with pytest.raises(UserError, match="some/pipeline@v2 is not on this machine, and offline"):
             find_weights("some/pipeline@v2", offline=True)
         path, config = find_weights("some/pipeline@v2", offline=False)
@@ -173,9 +260,26 @@ def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
         assert from_diffusers_config(config, "").z_channels == 16
         asked = len(hub.requests)
         assert find_weights("some/pipeline@v2", offline=True)[0] == path
+        assert find_weights("some/pipeline@v2", offline=False)[0] == path
         assert len(hub.requests) == asked
         with pytest.raises(UserError, match="could not download some/other"):
             find_weights("some/other", offline=False)
+
+
+@pytest.mark.parametrize("form", ["half", "shards", "half shards"])
+def test_rarer_forms_of_a_repository(form, flux, tmp_path, monkeypatch):
+    files = [*rarer_form(flux, tmp_path / "vae", form), tmp_path / "vae/config.json"]
+    whole, half = states(flux)
+    served = {f"/some/vae/resolve/main/{file.name}": file.read_bytes() for file in files}
+    with hub_of(served, tmp_path / "hub", monkeypatch) as hub:
+        for offline in (False, True):
+            source = open_vae("diffusers:some/vae", "some/vae", offline)
+            assert equal(dict(load_vae(source).state_dict()), half if "half" in form else whole)
+        assert sorted(hub.downloads()) == sorted(served)
+        if form == "half":  # what the cache holds in half precision does not take the place of the whole
+            name = "diffusion_pytorch_model.safetensors"
+            hub.files[f"/some/vae/resolve/main/{name}"] = Path(flux, name).read_bytes()
+            assert equal(dict(load_vae(open_vae("diffusers:some/vae", "some/vae", False)).state_dict()), whole)
 
 
 @pytest.mark.parametrize(

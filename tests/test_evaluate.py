@@ -21,8 +21,8 @@ from metrics.features import Features, Inception, dinov2_positions, extract_feat
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run
+from training.checkpoints import CheckpointFolder
 from training.evaluation import Evaluation
-from training.state import CheckpointFolder
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 from weights.vae import load_vae, open_vae

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import published
 import train_ldm_only
 import train_repae
+from errors import UserError
 from images import make_data
 from models.sit import SiT, SiT_models
 from scripts import TINY, TINY_SIT, call, records
@@ -59,6 +61,67 @@ def test_the_same_size_starts_from_the_same_bits(start):
     assert all(torch.equal(state[key], trained[key]) for key in trained if key != "bn.num_batches_tracked")
     (line,) = said
     assert line.endswith("0400000.pt: starting from the average of step 400000")
+
+
+@pytest.mark.parametrize("form", [*published.FORMS, "safetensors"])
+def test_weights_as_others_publish_them(form, tmp_path, capsys):
+    """The normaliser keeps the VAE's statistics; the log says what was taken, once all fits."""
+    trained, path = published.fresh_sit(), tmp_path / "weights.pt"
+    content = published.transformer_in("bare" if form == "safetensors" else form, trained)
+    (save_file if form == "safetensors" else torch.save)(content, path)
+    sit = own_sit()
+    sit.set_latent_statistics(torch.full((1, 4, 1, 1), 3.0), torch.zeros(1, 4, 1, 1))
+    before = sit.bn.running_var.clone()
+    state, said = started(path, sit, "--path-type", "cosine" if form != "REPA" else "linear")
+    parts = [key for key in content if key in ("ema", "model", "state_dict")]
+    ours = {key for key in state if not key.startswith("bn.")}
+    if form != "REPA":  # whose projector it is, only flags tell
+        ours -= {key for key in ours if key.startswith("projectors.")}
+    assert all(torch.equal(state[key], trained.state_dict()[key]) for key in ours)
+    assert torch.equal(state["bn.running_var"], before)
+    (line,) = said  # nothing is warned of that is not known
+    whole = {"ema": "the average", "model": "model (no ema inside)", "state_dict": "state_dict (no ema inside)"}
+    taken = whole["ema" if "ema" in parts else parts[0]] if parts else "a bare state dict"
+    assert f"weights.pt: starting from {taken}{' of step 400000' if form == 'REPA' else ''}; " in line
+    assert line.endswith("it has no statistics of latents; those of this run's VAE hold")
+    assert "classes" not in line and "null label" not in line
+
+
+@pytest.mark.parametrize(
+    ("trained", "options", "flags", "fresh"),
+    [
+        ({"num_classes": 5}, {}, {}, ["3 classes instead of 5"]),
+        ({"num_classes": 5, "class_dropout_prob": 0.0}, {"num_classes": 5}, {"cfg_prob": 0.0}, ["null label"]),
+        ({"num_classes": 1000}, {"num_classes": 1000}, {}, []),
+        ({"num_classes": 1000, "class_dropout_prob": 0.0}, {"num_classes": 1000}, {}, ["null label"]),
+        ({"num_classes": 7}, {"num_classes": 7}, {"num_classes": 1000}, []),
+        ({"num_classes": 7}, {"num_classes": 7}, {"num_classes": None}, []),
+    ],
+)
+def test_the_number_of_classes_is_that_of_the_label_table(trained, options, flags, fresh, tmp_path):
+    torch.save({"ema": own_sit(**trained).state_dict(), "args": flags}, tmp_path / "sit.pt")
+    sit = own_sit(**options)
+    _, (line,) = started(tmp_path / "sit.pt", sit, "--num-classes", sit.num_classes)
+    assert line.endswith(f"; fresh: {', '.join([*fresh, 'projector of efficientnet-lite0'])}")
+
+
+@pytest.mark.parametrize("content", ["variance", "nothing", "other size"])
+def test_weights_of_other_networks_are_named(content, tmp_path):
+    """SiT's and DiT's own files have the keys of ours: their output has channels for a variance too."""
+    sit = published.fresh_sit()
+    state = published.transformer_in("bare", sit)
+    if content == "variance":
+        state |= {key: torch.cat([state[key]] * 2) for key in state if key.startswith("final_layer.linear.")}
+    elif content == "nothing":
+        state = {"ema": {"weight": torch.ones(1)}}
+    torch.save(state, tmp_path / "sit.pt")
+    message = {
+        "variance": "sit.pt: predicts twice the channels, like DiT's and SiT's own files",
+        "nothing": "sit.pt: no pos_embed inside; expected the weights of a SiT",
+        "other size": "4 blocks of width 64 and patch 2, but --model is SiT-XS/2; use --model SiT-XXS/2",
+    }[content]
+    with pytest.raises(UserError, match=message):
+        started(tmp_path / "sit.pt", own_sit(model="SiT-XS/2"), "--model", "SiT-XS/2")
 
 
 def test_positions_are_resampled_to_another_grid(start):

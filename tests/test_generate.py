@@ -31,8 +31,9 @@ from models.sit import SiT_models
 from scripts import call
 from storage.files import WAITING
 from storage.sample_files import SampleFiles
-from weights.checkpoint_io import fingerprint
-from weights.trained_run import REFERENCE_DEFAULTS, load_transformer
+from weights.checkpoint_io import fingerprint, write_new
+from weights.trained_run import REFERENCE_DEFAULTS, load_experiment, load_transformer
+from weights.vae import diffusers_files
 
 STEP = published.STEP
 SHAPE = (4, 8, 8)
@@ -125,6 +126,45 @@ def test_a_published_run_is_sampled_by_its_average_and_its_vae(runs, tmp_path, n
     expected = image_to_pixels(vae.decode((z_norm / scale + bias).float())).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 10
     assert np.abs(pixels_of(path).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("form", published.FORMS)
+def test_a_transformer_that_others_published_is_sampled_by_its_vae(runs, tmp_path, form, capsys):
+    """It lacks the normaliser, whose statistics are those of the VAE, and flags, which args.json completes."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(published.transformer_in(form, published.fresh_sit()), run / f"checkpoints/{STEP:07d}.pt")
+    vae = runs / "vae/sdvae.pt"
+    flags = {key: value for key, value in published.FLAGS.items() if key != "num_classes"}
+    (run / "args.json").write_text(json.dumps({**flags, "vae_ckpt": "moved.pt"}))
+    code, stderr = call("generate.py", "--exp-path", run)
+    assert code == 2 and "the VAE moved.pt, which is not there; say where it lies by --vae-ckpt FILE" in stderr
+    capsys.readouterr()
+    path = sample(run, tmp_path / "own", "--cfg-scale", 2, "--labels", "balanced", "--vae-ckpt", vae, "--no-png")
+    expected = sample(runs / "frozen", tmp_path / "frozen", "--cfg-scale", 2, "--labels", "balanced", "--no-png")
+    assert np.array_equal(pixels_of(path), pixels_of(expected))
+    said, taken = capsys.readouterr().out, {"bare": "a bare state dict"}.get(form, f"{form} (no ema inside)")
+    assert (f"{STEP:07d}.pt: sampling from {taken}" in said) == (form not in ("REPA", "ema"))
+
+
+def test_statistics_that_a_vae_states_are_said_to_be_taken(runs, tmp_path, capsys):
+    """REPA's latents are those of SD-VAE by its published factor; without any statistics the error says what to do."""
+    run, folder = tmp_path / "run", tmp_path / "sd-vae"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(published.transformer_in("REPA", published.fresh_sit()), run / f"checkpoints/{STEP:07d}.pt")
+    (run / "args.json").write_text(json.dumps({"vae": published.VAE}))
+    vae, ones = published.fresh_vae(), torch.ones(1, 4, 1, 1)
+    files = diffusers_files(folder, vae.state_dict(), vae.config, {"latents_scale": ones, "latents_bias": ones}, 32)
+    config = json.loads(files[folder / "config.json"])
+    config = {key: value for key, value in config.items() if not key.startswith(("latents_", "scaling_"))}
+    write_new({**files, folder / "config.json": json.dumps(config).encode()})
+    sample(run, tmp_path / "own", "--vae-ckpt", folder, count=1)
+    assert "the published scaling factor 0.18215 and shift 0" in capsys.readouterr().out
+    loaded = load_experiment(run, vae_ckpt=str(folder))
+    assert torch.allclose(loaded.sit.latent_statistics()[0], torch.tensor(0.18215))
+    torch.save(vae.state_dict(), tmp_path / "alone.pt")
+    code, stderr = call("generate.py", "--exp-path", run, "--vae-ckpt", tmp_path / "alone.pt")
+    assert code == 2 and "alone-latents-stats.pt: no such file; train_vae.py --stats-only measures them" in stderr
 
 
 @pytest.mark.parametrize("flags", [("--mode", "ode"), ("--mode", "ode", "--heun"), ("--mode", "sde")])

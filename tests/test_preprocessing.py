@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import preprocessing
 from dataset import ImageDataset
@@ -35,7 +36,7 @@ def test_class_folders(tmp_path):
     tree = make_tree(tmp_path / "tree", 3)
     index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
     assert (index["images"], index["num_classes"], index["skipped"]) == (9, 3, 0)
-    assert index["classes"] == list(CLASSES)
+    assert (index["classes"], index["class_counts"]) == (list(CLASSES), [3, 3, 3])
     for i, (pixels, label) in enumerate(rows(tmp_path / "data")):
         assert label == i // 3
         np.testing.assert_array_equal(pixels, expected_row(photo(100 * (i // 3) + i % 3)))
@@ -48,23 +49,32 @@ def test_labels_of_dataset_json_win_over_folders(tmp_path):
     index, _ = preprocess(tree, tmp_path / "data", 32, 1, None)
     assert [label for _, label in rows(tmp_path / "data")] == [7, 2]
     assert (index["num_classes"], index["classes"]) == (8, None)
+    assert index["class_counts"] == [0, 0, 1, 0, 0, 0, 0, 1]
     skipped = (tmp_path / "data/images/skipped.txt").read_text()
     assert index["skipped"] == 5
     assert "cat/9.png\tin dataset.json, but no such file" in skipped
     assert skipped.count("no label in dataset.json") == 4
 
 
-@pytest.mark.parametrize("content", ["{", '{"labels": null}', '{"labels": [["a.png", -1]]}'])
-def test_unusable_dataset_json_is_one_clear_error(tmp_path, content):
-    tree = make_tree(tmp_path / "tree", 1)
-    (tree / "dataset.json").write_text(content)
-    with pytest.raises(UserError, match="dataset.json.*expected"):
-        preprocess(tree, tmp_path / "data", 32, 1, None)
+MEGABYTES = np.random.RandomState(0).bytes(100_000).hex() * 20  # 4 MB of text
 
 
-def save_kinds(folder) -> dict[str, Image.Image]:
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "XMP", "iCCP"])
+def test_a_png_with_megabytes_of_text_is_read(tmp_path, kind):
+    info, options = PngInfo(), {}
+    if kind in ("tEXt", "zTXt"):
+        info.add_text("history", MEGABYTES, zip=kind == "zTXt")
+    elif kind == "iCCP":
+        options = {"icc_profile": MEGABYTES.encode()}
+    else:
+        info.add_itxt("XML:com.adobe.xmp" if kind == "XMP" else "history", MEGABYTES, zip=kind == "iTXt")
+    photo(5).save(tmp_path / "long.png", pnginfo=info, **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "long.png", 32), expected_row(photo(5)))
+
+
+def save_kinds(folder, height: int = 40) -> dict[str, Image.Image]:
     """Files of every kind that photo collections hold, and the RGB picture that each stands for."""
-    base = photo(5)
+    base = photo(5, height=height)
     grey = base.convert("L")
     expected = {}
     grey.save(folder / "grey.png")
@@ -115,6 +125,7 @@ def test_broken_files_are_counted_and_listed(tmp_path):
         *("ape/cut.png", "bee/cut.jpg", "bee/empty.jpg", "cat/notes.txt", "cat/dangling.png", "stray.png"),
         "cat/strip.png",
     }
+    assert listed["cat/notes.txt"] == "not an image (.txt)"
     assert listed["stray.png"] == "not inside a class folder"
     assert all(listed.values())
 
@@ -214,7 +225,7 @@ def test_a_file_that_vanishes_meanwhile_ends_the_run_and_the_same_command_comple
     tree = make_tree(tmp_path / "tree", per_class=2)
     sources, _, _ = list_sources(tree)
     gone = (tree / sources[1].path).rename(tmp_path / "gone.png")
-    monkeypatch.setattr("preprocessing.list_sources", lambda root: (sources, [], None))
+    monkeypatch.setattr("preprocessing.list_sources", lambda *_: (sources, [], None))
     with pytest.raises(UserError, match="was listed, and now is gone; run the same again"):
         preprocess(tree, tmp_path / "data", 32, 1, None)
     gone.rename(tree / sources[1].path)

@@ -13,11 +13,11 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
+from training.checkpoints import TrainingState
 from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
 from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, IDENTITY, RESUMABLE, refuse_changed_flags
-from training.state import TrainingState
 from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
     latest_checkpoint,
@@ -200,9 +200,11 @@ def test_flags_come_from_inside_the_checkpoint_or_else_from_args_json(tmp_path):
     beside.write_text(json.dumps({"model": "SiT-B/2", "vae": "f8d4"}))
     assert training_flags({}, path) == {"model": "SiT-B/2", "vae": "f8d4"}
     assert training_flags({"args": {"vae": "f16d32"}}, path) == {"model": "SiT-B/2", "vae": "f16d32"}
-    assert training_flags({"args": argparse.Namespace(model="SiT-L/2")}, path) == {"model": "SiT-L/2"}
+    repa = argparse.Namespace(model="SiT-L/2")  # which knows one VAE only
+    assert training_flags({"args": repa}, path) == {"model": "SiT-L/2", "vae": "f8d4"}
     beside.write_text('{"model": ')
-    assert training_flags({"args": {"model": "SiT-L/2"}}, path) == {"model": "SiT-L/2"}
+    whole = {"model": "SiT-L/2", "vae": "f8d4"}
+    assert training_flags({"args": whole}, path) == whole
 
 
 def test_checkpoint_round_trip_and_published_layout(tmp_path):

@@ -1,1 +1,1 @@
-"""What the training scripts share: command lines, the loop, checkpoints, EMA, precision, randomness."""
+"""What the training scripts share: the loop, checkpoints, EMA, precision, randomness."""

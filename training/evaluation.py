@@ -87,7 +87,7 @@ class Evaluation:
         """The reference's moments by network: stored ones, or those of its images, which a dry run does not read."""
         stored = {}
         if args.eval_reference is not None:
-            reference = open_reference(Path(args.eval_reference), "--eval-reference")
+            reference = open_reference(Path(args.eval_reference), run.print, "--eval-reference")
             reference.check_networks(self.networks)
             images, stored = reference.images, reference.moments
         elif len(images) > REFERENCE_IMAGES:

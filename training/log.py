@@ -1,7 +1,8 @@
 """What training logs: metrics.jsonl, a tracker (wandb, tensorboard) beside it, and the watch for numbers that go wrong.
 
-The values come from the dict that a script's training step returns, and from `TrainingState.metrics`. metrics.jsonl
-holds one JSON record per step; when a run continues, the records after its checkpoint are dropped.
+The values come from the dict that a script's training step returns, and from `TrainingState.metrics`; pictures and
+distances from training/evaluation.py. metrics.jsonl holds one JSON record per step, written every `LOG_INTERVAL` steps
+by training/loop.py; when a run continues, the records after its checkpoint are dropped.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from storage.files import replace_text, written_whole
 from training.distributed import mean_over_processes
 from weights.downloads import is_offline, one_line
 
+LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb's own 90 would keep all GPUs waiting where there is no network
 WANDB_FINISH_TIMEOUT = 60.0  # seconds; without one, the end of a run waits for the server indefinitely
 

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
-from models.numerics import to_device
+from models.numerics import to_device, use_tf32
 from progress import progress_bar
 from storage.files import locked, remove_leftovers, replace_text, require_writable
+from training.checkpoints import CheckpointFolder, TrainingState, state_of
 from training.distributed import (
     COLLECTIVE_TIMEOUT,
     all_reduce_max,
@@ -40,13 +41,11 @@ from training.distributed import (
     on_first_process,
     tensor_not_finite,
 )
-from training.log import MetricsLog, Watch
+from training.log import LOG_INTERVAL, MetricsLog, Watch
 from training.randomness import BatchOrder, Rows
 from training.resume_checks import FORKABLE, FROZEN_RESUMABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
-from training.state import CheckpointFolder, TrainingState, state_of
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint
 
-LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 EXIT_INTERRUPTED = 75
 
 
@@ -68,6 +67,7 @@ class Run:
         from accelerate.utils import ProjectConfiguration
 
         follow_launcher()
+        use_tf32(args.allow_tf32)
         timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
         self.args = args
         self.directory = Path(args.output_dir, args.exp_name)

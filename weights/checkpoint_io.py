@@ -1,8 +1,8 @@
 """Checkpoints and weight files: written atomically, verified when read, and read without executing what they contain.
 
 A training checkpoint is one `.pt` dict with the reference's keys (model, ema, vae, discriminator, opt, opt_vae,
-opt_disc, args, steps) and what exact resume needs; training/state.py decides what it holds and
-which ones are kept. A VAE consists of three files beside each other, see `vae_files`.
+opt_disc, args, steps) and what exact resume needs; training/checkpoints.py decides what it holds and which are kept,
+training/loop.py when. A VAE consists of three files beside each other, see `vae_files`.
 """
 
 import argparse
@@ -10,19 +10,27 @@ import hashlib
 import io
 import json
 import re
+import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from errors import DISK_ERRORS, UserError, first_line
+from errors import DISK_ERRORS, UserError
 from storage.files import sync_folder, written_whole
 
 BEST_CHECKPOINT = "best.pt"  # the checkpoint with the lowest distance in the evaluations during training
 WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
+# classes that hold values; other names in Python's modules and torch may be functions that act, or make tensors
+VALUE_CLASSES = re.compile(
+    r"(collections|datetime|enum|pathlib(\._local)?|typing)\.\w+|torch\.([a-z]\w*\.)+[A-Z]\w*|"
+    r"builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)"
+)
+INERT = {"__init__": lambda *args: None, "__setstate__": lambda *args: None, "__hash__": object.__hash__}
 
 
 def read_weights(path: Path, what: str) -> dict:
@@ -88,11 +96,12 @@ def write_atomically(data: object, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True) -> dict:
+def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True, inert: bool = True) -> dict:
     """The plain data of a `.pt` file, on the CPU, memory-mapped: only the parts that are used take memory.
 
-    argparse.Namespace is the only class that is allowed, because published files hold `args` as one. A file that would
-    execute code is refused. With `verify`, the checksums of the zip archive are checked.
+    Nothing is executed: argparse.Namespace, in which published files hold `args`, is the only class that is built.
+    Objects of other classes lose their content, or are refused if not `inert`. With `verify`, the checksums of the zip
+    archive are checked.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint.
@@ -106,18 +115,43 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
         if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
                 check_zip(archive, f"{what} {path}")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = read_inertly(path, is_zip, f"{what} {path}", inert)
     except (UserError, MemoryError):
         raise
     except Exception as error:
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise
-        raise UserError(f"{what} {path}: not a readable PyTorch file ({first_line(error)})") from error
+        # torch's own advice, over several lines, stands before its reason
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        raise UserError(f"{what} {path}: not a readable PyTorch file ({reason.splitlines()[0][:160]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {path}: holds a {type(content).__name__}, expected a dict")
     return content
+
+
+def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
+    """torch.load of weights, with classes that accept all and do nothing in place of those that it does not know.
+
+    A function of Python or PyTorch is a UserError, and so is an unknown class unless `others`.
+    """
+    inert: dict[str, type] = {}
+    while True:
+        stubs = [(stub, name) for name, stub in inert.items()]
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace, *stubs]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about old pickle protocols
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:
+            unknown = re.search(r"GLOBAL (\S+)", str(error))
+            name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")
+            if name is None or name in inert:
+                raise
+        is_known = name.split(".")[0] in {*sys.stdlib_module_names, "commands", "torch"}
+        if not others or is_known and not VALUE_CLASSES.fullmatch(name):
+            raise UserError(f"{source}: holds {name!r}, which could run code; expected tensors and plain data")
+        inert[name] = type(name, (list,), INERT)
+        if name.endswith((".defaultdict", "Dict", "CfgNode")):  # torch.load fills no subclass of dict
+            inert[name] = type(name, (), {"__new__": lambda *args: OrderedDict()})
 
 
 def neighbours(path: Path) -> str:
@@ -147,7 +181,7 @@ def training_flags(checkpoint: dict, path: Path) -> dict:
     inside = checkpoint.get("args") or {}
     inside = vars(inside) if isinstance(inside, argparse.Namespace) else inside
     beside = path.parent.parent / "args.json"
-    if "model" in inside or not beside.is_file():
+    if {"model", "vae"} <= inside.keys() or not beside.is_file():
         return inside
     return {**json.loads(beside.read_text(encoding="utf8")), **inside}
 

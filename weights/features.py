@@ -76,7 +76,7 @@ def inception_file(given: str | None, offline: bool) -> Path:
 
 def load_inception(path: Path) -> Inception:
     """Inception-2015 with a file's weights, which are checked to be plain data before torch-fidelity reads them."""
-    read_checkpoint(path, "weights of inception")
+    read_checkpoint(path, "weights of inception", inert=False)
     try:
         return Inception(path)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -23,16 +23,20 @@ from weights.checkpoint_io import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
+    read_weights,
     same_statistics,
     strip_prefixes,
     training_flags,
     vae_files,
 )
-from weights.vae import VAESource, latent_shape, load_vae, open_vae, read_latent_statistics, stated_architecture
+from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae, stated_architecture
 
 # the settings of published runs whose flags lack these
 REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
 LABEL_TABLE = "y_embedder.embedding_table.weight"
+SIT_KEYS = ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE, "final_layer.linear.weight")
+NORMALISER = "bn.running_var"
+Log = Callable[[str], None]
 
 
 class Experiment(NamedTuple):
@@ -46,22 +50,22 @@ class Experiment(NamedTuple):
 
 
 def load_experiment(
-    exp_path: Path, step: int | str | None = None, vae_ckpt: str | None = None, offline: bool = False
+    exp_path: Path, step: int | str | None = None, vae_ckpt: str | None = None, offline: bool = False, log: Log = print
 ) -> Experiment:
     """The experiment in a run's folder at `step` ("best", or None for its latest checkpoint).
 
     The checkpoint of a joint run holds its VAE. A frozen-VAE run's VAE is `vae_ckpt`, any value that --vae-ckpt takes,
-    or the one named by the run's flags.
+    or the one named by the run's flags; it supplies the statistics of latents that a published checkpoint lacks. `log`
+    prints where these come from, and which weights are taken where there is no EMA.
 
     Raises:
         UserError: something is missing, damaged or of another architecture, or the VAE is not the one trained with.
     """
     path = find_checkpoint(exp_path, step)
     checkpoint = read_checkpoint(path)
-    ema = read_ema(checkpoint, str(path))
-    flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
+    ema, taken, flags = read_transformer(checkpoint, path, str(path))
     if "model" not in flags or "vae" not in flags:
-        raise UserError(f"{path}: its flags lack --model or --vae; put the run's args.json into {exp_path}")
+        raise UserError(f"{path}: its flags lack --model or --vae; write model and vae into {exp_path}/args.json")
     if flags["model"] not in SiT_models:
         raise UserError(f"{path}: " + unknown_name("model", str(flags["model"]), SiT_models))
     is_joint = isinstance(checkpoint.get("vae"), dict)
@@ -69,13 +73,22 @@ def load_experiment(
         raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
     weights = None if is_joint else vae_ckpt or flags.get("vae_ckpt")
     source = open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
-    sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: ema")
+    if not is_joint and (source.weights is None or not source.weights.is_file()):
+        missing = f"the run was trained on the VAE {source.weights}, which is not there"
+        raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
+    if not is_joint and NORMALISER not in ema:
+        scale, bias = known_statistics(source, log)
+        ema |= {"bn.running_mean": bias.flatten(), NORMALISER: scale.flatten() ** -2}
+        ema["bn.num_batches_tracked"] = torch.tensor(0)
+    sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
     if is_joint:
         vae = AutoencoderKL(source.config)
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
+    if taken != "ema":
+        log(f"{path}: sampling from {taken}")
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
     return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
 
@@ -92,12 +105,26 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     return path
 
 
-def read_ema(checkpoint: dict, source: str) -> dict[str, Tensor]:
-    """The EMA weights of a checkpoint's transformer, in float32 and without wrappers' prefixes."""
-    if not isinstance(checkpoint.get("ema"), dict):
-        raise UserError(f"{source}: no ema inside; expected a checkpoint of train_repae.py or train_ldm_only.py")
-    ema = strip_prefixes(checkpoint["ema"])
-    return {key: value.float() if value.is_floating_point() else value for key, value in ema.items()}
+def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[str, Tensor], str, dict]:
+    """A transformer's weights in float32 and without wrappers' prefixes; which these are; and its run's flags.
+
+    They are the first of `ema`, `model`, `state_dict` and the checkpoint itself; those of no SiT, or one that predicts
+    other things, are a UserError. Where the flags' number of classes does not fit the label table, the table is right.
+    """
+    part = next((key for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
+    state = strip_prefixes(checkpoint if part is None else checkpoint[part])
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if missing := [key for key in SIT_KEYS if key not in state]:
+        raise UserError(f"{source}: no {missing[0]} inside; expected the weights of a SiT, alone or as ema")
+    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    if len(state["final_layer.linear.weight"]) == 2 * channels * patch**2:
+        what = "predicts twice the channels, like DiT's and SiT's own files, which predict noise or reverse time"
+        raise UserError(f"{source}: {what}; expected a transformer of REPA or REPA-E")
+    flags, rows = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}, len(state[LABEL_TABLE])
+    if flags["num_classes"] not in (rows, rows - 1):
+        flags["num_classes"] = rows - (flags.get("cfg_prob", 0.1) > 0)  # the last row is the null label
+    return state, {"ema": "ema", None: "a bare state dict"}.get(part, f"{part} (no ema inside)"), flags
 
 
 def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int, int], source: str) -> SiT:
@@ -122,26 +149,21 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
 
 
 def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> AutoencoderKL:
-    """The VAE of a frozen-VAE run; a UserError if it is missing, or not the one that the transformer was trained with.
+    """The VAE of a frozen-VAE run; a UserError if it is not the one that the transformer was trained with.
 
     `trained` is scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.
     `known` is the fingerprint of the VAE's weights, if the checkpoint states it.
     """
-    path = source.weights
-    if path is None or not path.is_file():
-        raise UserError(
-            f"the run was trained on the VAE {path}, which is not there; say where it lies by --vae-ckpt FILE"
-        )
-    vae = load_vae(source)
+    path, vae = source.weights, load_vae(source)
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
-        same &= same_statistics(trained, read_latent_statistics(path, trained[0].numel()))
+        same &= same_statistics(trained, known_statistics(source))
     if not same:
         raise UserError(f"VAE {path}: the transformer was trained on another one; name that by --vae-ckpt FILE")
     return vae
 
 
-def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log: Callable[[str], None]) -> None:
+def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log: Log) -> None:
     """Initialise a fresh transformer from the EMA weights in --sit-ckpt, if given; logs which weights stay fresh.
 
     A run that continues restores its own checkpoint and ignores the file. The latent normaliser keeps the statistics of
@@ -157,26 +179,25 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
         raise UserError(f"{source}: --continue-train-exp-dir says where to start as well; leave one of them out")
     if latest_checkpoint(run_folder / "checkpoints") is not None:
         return
-    checkpoint = read_checkpoint(args.sit_ckpt, "transformer weights")
-    ema = read_ema(checkpoint, source)
-    flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, Path(args.sit_ckpt))}
+    checkpoint = read_weights(Path(args.sit_ckpt), "transformer weights")
+    ema, taken, flags = read_transformer(checkpoint, Path(args.sit_ckpt), source)
     refuse_other_size(ema, sit, args.model, source)
     state, changes = fit_weights(ema, flags, sit, args.enc_type)
     load_weights(sit, state, source)
-    log("; ".join([f"{source}: starting from the average of step {checkpoint.get('steps', 'unknown')}", *changes]))
-    if not same_statistics(ema_latent_statistics(ema, source), sit.latent_statistics()):
+    step = f" of step {checkpoint['steps']}" if "steps" in checkpoint else ""
+    changes += [] if NORMALISER in ema else ["it has no statistics of latents; those of this run's VAE hold"]
+    log("; ".join([f"{source}: starting from {'the average' if taken == 'ema' else taken}{step}", *changes]))
+    if NORMALISER in ema and not same_statistics(ema_latent_statistics(ema, source), sit.latent_statistics()):
         log(
             f"warning: {source}: trained on latents of another VAE, or by other statistics, than those of "
             f"--vae-ckpt {args.vae_ckpt}"
         )
-    if flags["path_type"] != args.path_type:
+    if "model" in flags and flags["path_type"] != args.path_type:  # without flags it is unknown
         log(f"warning: {source}: trained with --path-type {flags['path_type']}, not {args.path_type}")
 
 
 def refuse_other_size(ema: dict[str, Tensor], sit: SiT, model: str, source: str) -> None:
     """Raise a UserError that names the right --model, unless `ema` has the depth, width and patch size of `sit`."""
-    if missing := [key for key in ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE) if key not in ema]:
-        raise UserError(f"{source}: no {missing[0]} in ema; expected the weights of a SiT")
     width, _, patch, _ = ema["x_embedder.proj.weight"].shape
     depth = len({key.split(".")[1] for key in ema if key.startswith("blocks.")})
     if (depth, width, patch) != (len(sit.blocks), sit.pos_embed.shape[2], sit.patch_size):

@@ -28,12 +28,17 @@ from weights.downloads import first_on_each_machine, hub_file
 
 DIFFUSERS = "diffusers:"  # prefix of a --vae whose architecture is in diffusers' config.json
 CONFIG = "config.json"
-DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+STEM = "diffusion_pytorch_model"
+DIFFUSERS_FILES = (f"{STEM}.safetensors", f"{STEM}.bin")
+# where those are missing: an index of shards, or lower precision
+ENDS = (".safetensors.index.json", ".bin.index.json", ".fp16.safetensors", ".fp16.bin", ".safetensors.index.fp16.json")
+RARER = tuple(STEM + end for end in ENDS)
 SUBFOLDERS = ("vae/", "")  # the VAE's place in a repository: of a pipeline, or of a VAE alone
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 WHOLE_MODEL_PREFIXES = ("first_stage_model.", "vae.")  # of the VAE's keys in the checkpoint of a whole model
-TRAINING_PREFIXES = ("loss.", "model_ema.")  # of the other keys in the training checkpoint of an autoencoder
+# of the other keys in the training checkpoint of an autoencoder; VA-VAE's is aligned to a foundation model
+TRAINING_PREFIXES = ("loss.", "model_ema.", "discriminator.", "perceptual_loss.", "foundation_model.", "linear_proj.")
 
 
 class VAESource(NamedTuple):
@@ -67,10 +72,12 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
     else:
         raise UserError(unknown_name("vae", name, VAE_CONFIGS))
     if published is not None and from_diffusers_config(published, str(weights)) != config:
-        raise UserError(
-            f"VAE weights {weights}: {CONFIG} describes another architecture than {name}; take --vae "
-            f"{DIFFUSERS}{weights}"
-        )
+        if path.name.startswith(STEM):
+            raise UserError(
+                f"VAE weights {weights}: {CONFIG} describes another architecture than {name}; take --vae "
+                f"{DIFFUSERS}{weights}"
+            )
+        published = None  # of other weights in the folder
     return VAESource(name, config, path, published)
 
 
@@ -86,15 +93,18 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     if path.is_dir():
         for folder in (path / subfolder for subfolder in SUBFOLDERS):
             if (folder / CONFIG).is_file():
-                files = [folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()]
-                if not files:
-                    raise UserError(f"VAE weights {folder}: none of {', '.join(DIFFUSERS_FILES)} beside {CONFIG}")
+                files = [folder / name for name in DIFFUSERS_FILES + RARER if (folder / name).is_file()][:1]
+                files = files or list(folder.glob("*.safetensors"))
+                if len(files) != 1:
+                    raise UserError(f"VAE weights {folder}: {len(files)} files of weights beside {CONFIG}; name one")
                 return files[0], read_json(folder / CONFIG)
         raise UserError(f"VAE weights {path}: a folder without diffusers' {CONFIG}{neighbours(path / CONFIG)}")
     is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
     if path.is_file() or is_path:
         config = path.with_name(CONFIG)
-        return path, read_json(config) if path.name in DIFFUSERS_FILES and config.is_file() else None
+        found = read_json(config) if path.suffix != ".pt" and config.is_file() else {}
+        is_its = path.name.startswith(STEM) or str(found.get("_class_name")).startswith("Autoencoder")
+        return path, found if found and is_its else None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
     return weights, read_json(config)
 
@@ -109,7 +119,19 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
     advice = "nor is there such a file or folder; --vae-ckpt takes a file, a folder or ORGANISATION/NAME[@REVISION]"
     config = hub_file(what, repository, [folder + CONFIG for folder in SUBFOLDERS], offline, advice)
     folder = next(folder for folder in SUBFOLDERS if str(config).endswith(f"/{folder}{CONFIG}"))
-    return config, hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
+    try:
+        weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
+    except UserError:
+        weights = hub_file(what, repository, [folder + name for name in RARER], offline, advice)
+    for file in shards(weights):
+        hub_file(what, repository, [folder + file.name], offline, advice)
+    return config, weights
+
+
+def shards(path: Path) -> list[Path]:
+    """The files beside an index of diffusers that it lists; `path` itself, if that is no index."""
+    names = read_json(path)["weight_map"].values() if ".index." in path.name else [path.name]
+    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def load_vae(source: VAESource) -> AutoencoderKL:
@@ -123,11 +145,11 @@ def load_vae(source: VAESource) -> AutoencoderKL:
 
 def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
     """The weights of a VAE under our keys, from a file in any published form."""
-    state = read_weights(path, "VAE weights")
+    state = {key: value for file in shards(path) for key, value in read_weights(file, "VAE weights").items()}
     if isinstance(state.get("vae"), dict):
         raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
-    if isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for wrapper in ("model", "state_dict"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = strip_prefixes({key: value for key, value in state.items() if isinstance(value, Tensor)})
     for prefix in WHOLE_MODEL_PREFIXES:
         if inside := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}:

@@ -1,4 +1,7 @@
-"""What a checkpoint of training holds, and a run's folder of checkpoints: which to continue from, which to keep."""
+"""What a checkpoint of training holds, and a run's folder of checkpoints: which to continue from, which to keep.
+
+training/loop.py decides when to save; weights/checkpoint_io.py has the files' names and format.
+"""
 
 import json
 import math
