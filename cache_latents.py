@@ -74,7 +74,7 @@ def main() -> None:
     vae = load_vae(source).eval().requires_grad_(False)
     index = describe(images, source, vae, args)
     vae.to(state.device)
-    compile_in_place([vae.encoder], args.compile, state.device)
+    args.compile = compile_in_place([vae.encoder], args.compile, state.device)
     directory = Path(args.output_dir, args.vae_latents_name)
     cache_latents(directory, index, images, lambda pixels: encode(vae, pixels), args, state)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import Parser, UserError, run_script
+from progress import progress_bar
 from storage.shards import Layout, Shards, read_index, shard_name, verify_shard
 
 IMAGE_FORMAT = "repae-images/2"
@@ -158,7 +159,7 @@ def folder_errors(folder: Path) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    for number, shard in enumerate(tqdm(index["shards"], desc=str(folder), unit="shard")):
+    for number, shard in enumerate(progress_bar(index["shards"], desc=str(folder), unit="shard")):
         try:
             path = folder / shard_name(number)
             verify_shard(path, shard_layout(index), shard["images"], shard["digest"], how)

@@ -1,4 +1,7 @@
-"""Errors that a user can correct, reported in one line: what was found, what was expected and what to do."""
+"""Errors that a user can correct, reported in one line: what was found, what was expected and what to do.
+
+With REPAE_DEBUG=1 in the environment their traceback is shown too.
+"""
 
 import argparse
 import difflib
@@ -7,8 +10,13 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+if sys.platform == "win32":  # every script imports this module before those that need fork, signals or locks of Unix
+    print("error: Windows is not supported; run this in WSL 2, Windows' own Linux (wsl --install)", file=sys.stderr)
+    sys.exit(2)
 
 # raised by the system wherever a file is written to a full disk, to an impossible path or without permission
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -23,6 +31,11 @@ LOST_PROCESS = re.compile(
     "Network is unreachable|failed to recv|ncclRemoteError|remote process exited"
 )
 SECONDS_TO_END = 5
+# messages of torch, NCCL and the system; torch's shared memory has file names like </torch_1625_493935405_0>
+OPEN_FILES = re.compile("Too many open files|items of ancdata")
+SHARED_MEMORY = re.compile(
+    r"</torch_|shared memory(\(shm\)| object| segment)|out of shared memory|No space left on device.*/dev/shm"
+)
 
 
 class UserError(Exception):
@@ -73,6 +86,16 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160]
 
 
+def explain_limit(text: str) -> str | None:
+    """One line for an error's message, also of a data worker, that says that the system has no more files or memory."""
+    if OPEN_FILES.search(text):
+        return "too many open files; raise the limit, by ulimit -n 65536, or use fewer --num-workers"
+    if SHARED_MEMORY.search(text):
+        what = f"shared memory (/dev/shm) is too small ({text.strip().splitlines()[-1][:160]})"
+        return f"{what}; start the container with --shm-size=16g or --ipc=host, or use --num-workers 0"
+    return None
+
+
 def explain_runtime_error(error: RuntimeError) -> str | None:
     text = str(error)
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
@@ -93,8 +116,14 @@ def explain(error: Exception) -> str | None:
         if message.startswith("Caught UserError in DataLoader worker"):  # the worker's traceback follows
             message = message.strip().splitlines()[-1].removeprefix("errors.UserError: ")
         return message
+    if limit := explain_limit(str(error)):
+        return limit
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error}; free some space and run the same again" if error.errno in FULL_DISK_ERRORS else str(error)
+        if error.errno not in FULL_DISK_ERRORS:
+            return str(error)
+        # semaphores, which have no file's name, are in shared memory
+        hint = "" if error.filename else "; if no disk is full, give the container more shared memory by --shm-size"
+        return f"{error}; free some space and run the same again{hint}"
     return explain_runtime_error(error) if isinstance(error, RuntimeError) else None
 
 
@@ -107,6 +136,10 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_TO_END)  # rank 0 reports what all ranks found, then the launcher ends the others
+        if os.environ.get("REPAE_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        elif not isinstance(error, UserError):
+            message += " (REPAE_DEBUG=1 shows where)"
         print(f"error: {message}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -43,7 +43,8 @@ from metrics.statistics import (
     statistics_of,
 )
 from models.autoencoder import image_to_pixels, pixels_to_image
-from models.numerics import use_tf32
+from models.encoder_table import encoder_spec
+from models.numerics import float64_device, use_tf32
 from storage.files import replace_text
 from storage.image_sets import describe, open_image_set
 from storage.sample_files import MANIFEST_FORMAT
@@ -53,8 +54,6 @@ from weights.checkpoint_io import fingerprint
 from weights.downloads import is_offline
 from weights.features import load_feature_networks, load_lpips
 from weights.vae import VAESource, has_statistics, known_statistics, load_vae, open_vae
-
-FEW = 2048  # with fewer images the covariance of Inception's features is singular
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,7 +110,7 @@ def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[
     return [metric for metric in args.metrics or METRICS if metric in possible and metric not in lacking]
 
 
-def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], log) -> None:
+def check_images(samples: Dataset | None, reference: Reference, wanted: list[str], names: list[str], log) -> None:
     """Raise a UserError if samples and reference cannot be compared; warn about few images."""
     images = reference.images
     if samples is not None and images is not None and images.size != samples.size:
@@ -121,15 +120,17 @@ def check_images(samples: Dataset | None, reference: Reference, wanted: list[str
     counts = {"--samples": samples and len(samples), "--reference": reference.count if images is None else len(images)}
     for what, count in counts.items():
         if count is not None:
-            warn_of_few(what, count, log)
+            if {"fid", "sfid"} & set(wanted):
+                warn_of_few(what, count, names, log)
             if count < least:
                 raise UserError(f"{what} holds {count} images, but {', '.join(wanted)} need {least}")
 
 
-def warn_of_few(what: str, count: int, log) -> None:
-    """Warn that the Fréchet distance of few images is biased."""
-    if count < FEW:
-        log(f"warning: {what} holds {count} images, fewer than {FEW}: Inception's covariance is singular, FID biased")
+def warn_of_few(what: str, count: int, names: list[str], log) -> None:
+    """Warn that Fréchet distances of few images are biased, by the networks whose covariance is then singular."""
+    sizes = {name: 2048 if name == "inception" else encoder_spec(name).embed_dim for name in names}
+    if few := ", ".join(f"{size} of {name}" for name, size in sizes.items() if count <= size):
+        log(f"warning: {what} holds {count} images, no more than features ({few}): Fréchet distances are biased")
 
 
 def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
@@ -138,7 +139,7 @@ def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     reference = open_reference(args.reference, log)
     samples = None if args.samples is None else open_image_set(args.samples, "--samples", log)
     wanted = check_wanted(args, reference, names, log)
-    check_images(samples, reference, wanted, log)
+    check_images(samples, reference, wanted, names, log)
     networks = load_feature_networks(names, args, state.device)
     reference.check_networks(networks)
     keep = bool(OF_FEATURES & set(wanted)) and samples is not None
@@ -192,19 +193,21 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
     vae = load_vae(source).eval().requires_grad_(False).to(state.device)
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
-    warn_of_few(str(data.source), len(data), log)
-    networks = load_feature_networks(args.features.split(","), args, state.device)
+    names = args.features.split(",")
+    warn_of_few(str(data.source), len(data), names, log)
+    networks = load_feature_networks(names, args, state.device)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
     originals = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
     recons = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
-    sums = torch.zeros(3, dtype=torch.float64, device=state.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=float64_device(state.device))
     latents = LatentMoments(vae.config.z_channels, state.device)
     for indices, pixels in batches(data, "reconstructing", ReadOptions(args.batch_size, args.num_workers, state)):
         posterior = vae.encode(pixels_to_image(pixels))
         recon = image_to_pixels(vae.decode(posterior.mean))
         latents.update(posterior)
-        distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).double()
-        sums += torch.stack([psnr(pixels, recon).sum(), ssim(pixels, recon).sum(), distance.sum()])
+        distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).to(sums.device)
+        a, b = pixels.to(sums.device), recon.to(sums.device)
+        sums += torch.stack([psnr(a, b).sum(), ssim(a, b).sum(), distance.double().sum()])
         for network, original, reconstructed in zip(networks, originals, recons, strict=True):
             original.update(indices, extract_features(network.module, pixels))
             reconstructed.update(indices, extract_features(network.module, recon))
@@ -239,7 +242,7 @@ def environment(args: argparse.Namespace, state) -> dict:
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
         "batch_size": args.batch_size,
     }

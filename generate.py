@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from diffusion.previews import COLUMNS, grid
 from diffusion.sampling import Sampling, cast_weights, sample_pixels
@@ -28,6 +27,7 @@ from flags.config import parse_flags
 from flags.groups import add_offline_flag
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
 from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
+from progress import progress_bar
 from storage.files import locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles
 from training.distributed import process_state
@@ -142,7 +142,7 @@ def environment(args: argparse.Namespace, state) -> dict:
     return {
         "command": sys.argv,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
         "pproc_batch_size": args.pproc_batch_size,
         "compile": args.compile,
@@ -185,7 +185,9 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
     batches = [batch for batch in batches if not missing.isdisjoint(batch)]
     done = files.count - sum(map(len, batches))
     with (
-        tqdm(total=files.count, initial=done, unit="sample", desc="sampling", disable=not state.is_main_process) as bar,
+        progress_bar(
+            total=files.count, initial=done, unit="sample", desc="sampling", disable=not state.is_main_process
+        ) as bar,
         writing_behind(bar.update) as write,
     ):
         for first in range(0, len(batches), world):

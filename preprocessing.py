@@ -27,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from tqdm import tqdm
 
 from dataset import IMAGE_FORMAT, fingerprint_of, images_directory
 from errors import Parser, UserError, run_script
 from flags.config import parse_flags
 from flags.types import number
+from progress import progress_bar
 from storage.files import locked, replace_text, require_space
 from storage.photographs import Skipped, Source, count_reasons, list_sources, printable, read_image, reason_for
 from storage.reference_hdf5 import is_hdf5, list_hdf5, opened_hdf5
@@ -138,7 +138,7 @@ def preprocess(
 def write_shards(jobs: list[tuple[int, list[Source]]], workers: int, job: Callable[..., int]) -> None:
     """Run `job`, which returns its shard's number, for every shard in parallel processes."""
     context = multiprocessing.get_context("fork")
-    bar = tqdm(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
+    bar = progress_bar(total=sum(len(sources) for _, sources in jobs), unit="image", desc="preprocessing")
     try:
         with bar, ProcessPoolExecutor(min(workers, len(jobs)), context, follow_main, (os.getpid(),)) as pool:
             try:

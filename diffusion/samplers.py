@@ -1,9 +1,9 @@
 """Samplers from noise to latents, as pure functions of `velocity_fn(x, t, y)`.
 
-The state is float64; `velocity_fn` gets it in float32 and may compute in any precision. Euler and Heun integrate the
-probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion w(t) = 2t (SiT, Ma et al.,
-arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al., 2404.07724). `sample_pixels` in
-diffusion/sampling.py chooses the sampler by `--mode` of generate.py.
+The state is float64 (float32 on devices without it); `velocity_fn` gets it in float32 and may compute in any precision.
+Euler and Heun integrate the probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion
+w(t) = 2t (SiT, Ma et al., arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al.,
+2404.07724). `sample_pixels` in diffusion/sampling.py chooses the sampler by `--mode` of generate.py.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion.transport import score_from_velocity
+from models.numerics import float64_device
 
 VelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 LAST_SDE_STEP = 0.04
@@ -36,14 +37,19 @@ def guidance_at(guidance: Guidance | None, t: float) -> Guidance | None:
     return guidance if acts else None
 
 
+def state_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without it."""
+    return torch.float64 if float64_device(device) == device else torch.float32
+
+
 def guided_velocity(velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None) -> Tensor:
-    """Float64 velocity at x (B,C,h,w) and time t; with guidance, conditional and null velocity come from one batch."""
-    x, time = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
+    """Velocity at x (B,C,h,w) and time t, in x's dtype; with guidance, both velocities come from one batch."""
+    dtype, x, time = x.dtype, x.float(), x.new_full((len(x),), t, dtype=torch.float32)
     if guidance is None:
-        return velocity_fn(x, time, y).double()
+        return velocity_fn(x, time, y).to(dtype)
     null = torch.full_like(y, guidance.null_label)
     both = velocity_fn(torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, null]))
-    v_conditional, v_null = both.double().chunk(2)
+    v_conditional, v_null = both.to(dtype).chunk(2)
     return v_null + guidance.scale * (v_conditional - v_null)
 
 
@@ -52,9 +58,9 @@ def sample_ode(
 ) -> Tensor:
     """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction of all steps but the last.
 
-    `x` is N(0,1) noise (B,C,h,w) and `y` (B,) int64 labels; returns normalised latents (B,C,h,w), float64.
+    `x` is N(0,1) noise (B,C,h,w) and `y` (B,) int64 labels; returns normalised latents (B,C,h,w) of the state's dtype.
     """
-    x = x.double()
+    x = x.to(state_dtype(x.device))
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for i, (t, t_next) in enumerate(pairwise(times)):
         active = guidance_at(guidance, t)
@@ -81,13 +87,13 @@ def sample_sde(
     0..steps-2. The drift v - w/2·score is affine in v, and the weights of guidance sum to one, so that guidance of the
     velocity is guidance of the drift.
     """
-    x = x.double()
+    x = x.to(state_dtype(x.device))
     times = [*torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(pairwise(times)):
         w, dt = 2 * t, t_next - t
         active = guidance_at(guidance, t)
         velocity = guided_velocity(velocity_fn, x, t, y, active)
-        score = score_from_velocity(path_type, velocity, x, torch.tensor(t, dtype=torch.float64))
+        score = score_from_velocity(path_type, velocity, x, torch.tensor(t, dtype=x.dtype))
         x = x + dt * (velocity - w / 2 * score)
         if i < steps - 1:
             x = x + math.sqrt(w * -dt) * step_noise(i).to(x)

@@ -18,7 +18,7 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Add features (B,D), of any float type; B may be 0."""
-        features = features.to(self.device, torch.float64)
+        features = features.to(self.device).double()
         if self.sum is None:
             self.sum = torch.zeros(features.shape[1], dtype=torch.float64, device=self.device)
             self.outer = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=self.device)

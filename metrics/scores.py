@@ -29,7 +29,7 @@ class InceptionScore:
 
     def update(self, indices: Tensor, probabilities: Tensor) -> None:
         """Add p(y|x), (B,classes), of the images with these indices (B,)."""
-        probabilities = probabilities.to(self.device, torch.float64)
+        probabilities = probabilities.to(self.device).double()
         if self.marginal is None:
             shape = (self.splits, probabilities.shape[1])
             self.marginal = torch.zeros(shape, dtype=torch.float64, device=self.device)

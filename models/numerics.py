@@ -20,6 +20,11 @@ def float32_or_wider(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """`device`, or the CPU for an Apple GPU, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @torch.no_grad()
 def channels_last(module: nn.Module) -> None:
     """Store the kernels of `module` in channels-last layout, the fastest one on tensor cores. Values stay the same."""
@@ -129,11 +134,25 @@ def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[],
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.device) -> None:
-    """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and if `wanted`."""
-    if wanted and device.type == "cuda":
-        for module in modules:
-            module.compile(dynamic=False)  # previews and guided batches get graphs of their own
+def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.device) -> bool:
+    """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and if `wanted`.
+
+    Returns whether they are compiled.
+    """
+    compiled = wanted and device.type == "cuda"
+    for module in modules if compiled else ():
+        module.compile(dynamic=False)  # previews and guided batches get graphs of their own
+    return compiled
+
+
+def in_full_batches(function: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+    """A compiled `function` of (B,...) that sees one shape: batches of fewer than `rows` rows are filled up with their
+    last row, and what it gives for these is dropped."""
+
+    def run(x: Tensor) -> Tensor:
+        return function(torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]))[: len(x)]
+
+    return run
 
 
 def use_tf32(allow: bool) -> None:

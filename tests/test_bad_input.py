@@ -335,7 +335,7 @@ def test_a_disk_that_fills_up_ends_training_with_one_line_and_keeps_the_last_che
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = failed.stderr.splitlines()[-1]
     assert last.startswith("error: [Errno 27] File too large: ")
-    assert last.endswith("0000002.pt'; free some space and run the same again")
+    assert last.endswith("0000002.pt'; free some space and run the same again (REPAE_DEBUG=1 shows where)")
     assert "Traceback" not in failed.stderr
     assert checkpoint.read_bytes() == before
     assert os.listdir(checkpoint.parent) == [checkpoint.name]

@@ -181,6 +181,31 @@ def test_latents_that_are_not_finite_are_not_written(tmp_path, vae, monkeypatch)
     assert not list((tmp_path / "data" / "latents").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("batch", [3, 64])
+def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_rows(data, vae, monkeypatch, batch):
+    """Shards of 4, 4, 4, 4 and 2 images, by threes or whole."""
+    counters, shapes = torch._dynamo.utils.counters, set()
+
+    def compile_on_cpus(modules, wanted, device) -> bool:
+        (encoder,) = modules
+        encoder.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape))
+        encoder.compile(backend="eager", dynamic=False)
+        return wanted
+
+    cache(data, vae, "--mirrored", "--pproc-batch-size", batch, name=f"plain-{batch}")
+    monkeypatch.setattr(cache_latents, "compile_in_place", compile_on_cpus)
+    torch._dynamo.reset()
+    counters.clear()
+    cache(data, vae, "--mirrored", "--pproc-batch-size", batch, name=f"compiled-{batch}")
+    assert [shape[0] for shape in shapes] == [min(batch, 4)]
+    assert counters["stats"]["unique_graphs"] == 1
+    plain, compiled = (open_latents(data, f"{how}-{batch}") for how in ("plain", "compiled"))
+    assert len(compiled) == len(plain) == 36
+    for i in range(36):
+        assert compiled[i][1] == plain[i][1]
+        torch.testing.assert_close(compiled[i][2], plain[i][2], rtol=1e-4, atol=1e-5)
+
+
 def test_many_shards_are_read_without_keeping_any_open_or_in_memory(tmp_path):
     count = 300
     for i in range(count):

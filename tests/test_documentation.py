@@ -23,10 +23,10 @@ SCRIPTS = (
     *("generate", "evaluate", "save_vae_weights"),
 )
 ROOMS = ("diffusion", "flags", "loss", "metrics", "models", "storage", "training", "weights")
-# flags of launchers, SLURM, argparse, pytest and benchmarks
+# flags of launchers, SLURM, docker, argparse, pytest and benchmarks
 OTHERS_FLAGS = {
     *("nnodes", "nproc_per_node", "num_machines", "num_processes", "multi_gpu", "standalone", "max-restarts"),
-    *("local_addr", "requeue", "help", "device"),
+    *("local_addr", "requeue", "help", "device", "shm-size", "ipc", "ulimit", "gpus"),
 }
 # how many command lines the pages with most of them have at least
 COMMAND_LINES = {"README.md": 14, "own-data.md": 10, "many-machines.md": 3, "networks.md": 3, "metrics.md": 2}

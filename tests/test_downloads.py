@@ -127,13 +127,14 @@ def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
             weights_file(TIMM, encoder_spec(TIMM), "hf-hub:me/mirror@v2", offline=False)
 
 
-def test_a_download_from_the_projects_site_goes_to_ckpts(elsewhere):
+def test_a_download_from_the_projects_site_goes_to_ckpts(elsewhere, capsys):
     with hub.serving({"/vit-s.pth.tar": b"weights"}) as server:
         spec = replace(ENCODERS["mocov3-vit-s"], url=f"{server.address}/vit-s.pth.tar")
         for _ in range(2):
             assert weights_file("mocov3-vit-s", spec, None, offline=False) == Path("ckpts/mocov3_vits.pth")
         assert Path("ckpts/mocov3_vits.pth").read_bytes() == b"weights"
         assert server.downloads() == ["/vit-s.pth.tar"]
+        assert capsys.readouterr().err == ""  # no bar in a log file
         gone = replace(spec, file="other.pth", url=f"{server.address}/gone")
         with pytest.raises(UserError, match=r"could not download .*/gone \(HTTP Error 404.*put facebookresearch/moco"):
             weights_file("mocov3-vit-s", gone, None, offline=False)

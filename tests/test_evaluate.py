@@ -17,11 +17,12 @@ import published
 from dataset import open_images
 from forked import run_ranks
 from images import make_data, photo
-from metrics.features import Inception, dinov2_positions, extract_features
+from metrics.features import Features, Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, call, equal, records, run
 from training.checkpoints import CheckpointFolder
+from training.evaluation import Evaluation
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 from weights.vae import load_vae, open_vae
@@ -83,7 +84,10 @@ def test_metrics_are_named_for_their_network_and_mean_something(sets, first):
     assert list(first) == [FD, "precision_efficientnet_lite0", "recall_efficientnet_lite0", "kd_efficientnet_lite0"]
     assert 0 <= first["precision_efficientnet_lite0"] <= 1
     said = evaluated("--samples", sets / "a.npz", "--reference", sets / "a-png", *LITE0, "--output", sets / "self.json")
-    assert "holds 40 images, fewer than 2048: Inception's covariance is singular, FID biased" in said
+    assert (
+        "--samples holds 40 images, no more than features (112 of efficientnet-lite0): Fréchet distances are biased"
+        in said
+    )
     same = metrics_of(sets / "self.json")
     assert same[FD] == pytest.approx(0, abs=1e-3 * first[FD])
     assert same["precision_efficientnet_lite0"] == same["recall_efficientnet_lite0"] == 1
@@ -332,3 +336,44 @@ def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     whole = network.encoder.network.forward_features(network.encoder.preprocess(pixels))
     torch.testing.assert_close(extract_features(network, pixels).pool, whole[:, 0])  # the class token
+
+
+@pytest.mark.parametrize(("compiled", "sizes"), [(True, [3, 3]), (False, [3, 2])])
+def test_evaluation_during_training_shows_a_compiled_decoder_one_shape(monkeypatch, compiled, sizes):
+    sampled, seen = [], []
+    network = argparse.Namespace(name="network", module=lambda pixels: Features(seen.append(len(pixels)) or pixels))
+    evaluation = object.__new__(Evaluation)
+    settings = {"count": 5, "batch_size": 3, "rank": 0, "world": 1, "device": torch.device("cpu"), "sampling": None}
+    vars(evaluation).update(settings, compiled=compiled, networks=[network])
+    evaluation.moments = {"network": {"mu": torch.zeros(2), "sigma": torch.eye(2)}}
+
+    def sample(ema, vae, indices, sampling) -> torch.Tensor:
+        sampled.append(len(indices))
+        return torch.tensor(indices)[:, None] * torch.ones(2)
+
+    monkeypatch.setattr("training.evaluation.sample_pixels", sample)
+    values = evaluation(None, None)
+    assert (sampled, seen) == (sizes, [3, 2])
+    assert list(values) == ["eval_fd_network"]
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "few"),
+    [
+        (2049, "inception", None),
+        (2048, "inception", "2048 of inception"),
+        (113, "efficientnet-lite0", None),
+        (800, "dinov2-vit-l,inception,dinov2-vit-b", "1024 of dinov2-vit-l, 2048 of inception"),
+        (20, "timm:vit_tiny_patch16_224", "192 of timm:vit_tiny_patch16_224"),
+    ],
+)
+def test_the_warning_of_few_images_names_the_networks_that_need_more(count, names, few):
+    said = []
+    evaluate.warn_of_few("--samples", count, names.split(","), said.append)
+    expected = f"warning: --samples holds {count} images, no more than features ({few}): Fréchet distances are biased"
+    assert said == ([expected] if few else [])
+
+
+def test_other_metrics_than_frechet_distances_are_not_warned_of(sets, tmp_path):
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--output", tmp_path / "kid.json")
+    assert "warning" not in evaluated(*flags, "--metrics", "kid")

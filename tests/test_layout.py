@@ -9,7 +9,7 @@ from scripts import ROOT
 
 # room or root module -> level; imports go to lower levels, and within a level only as BESIDE says
 LEVELS = {
-    "errors": 0,
+    **dict.fromkeys(("errors", "progress"), 0),
     **dict.fromkeys(("models", "storage"), 1),
     **dict.fromkeys(("diffusion", "metrics", "loss", "dataset"), 2),
     **dict.fromkeys(("flags", "weights", "training"), 3),

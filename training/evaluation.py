@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.sampling import Sampling, sample_pixels
@@ -15,6 +14,7 @@ from metrics.statistics import ReadOptions, SetStatistics, compare, metric_name,
 from models.autoencoder import AutoencoderKL
 from models.numerics import autocast_factory
 from models.sit import SiT
+from progress import progress_bar
 from training.loop import Run
 from weights.features import check_feature_names, load_feature_networks
 
@@ -71,6 +71,7 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
+        self.compiled = args.compile and run.device.type == "cuda"
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
         self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
@@ -106,8 +107,10 @@ class Evaluation:
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        for part in tqdm(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
-            pixels = sample_pixels(ema, vae, part, self.sampling)
+        for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
+            # in joint training the decoder is compiled, for one shape
+            filled = part + part[-1:] * (self.batch_size - len(part)) if self.compiled else part
+            pixels = sample_pixels(ema, vae, filled, self.sampling)[: len(part)]
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         distances = {}

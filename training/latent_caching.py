@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset import ImageDataset, shard_layout
 from errors import UserError
-from models.numerics import to_device, to_host
+from models.numerics import in_full_batches, to_device, to_host
+from progress import progress_bar
 from storage.files import locked, replace_text, require_space, writing_behind
 from storage.shards import is_made_by, list_shards, refuse_other_shards, shard_name, write_shard
 
@@ -53,12 +53,14 @@ def cache_latents(
         state.wait_for_everyone()  # all see the same ones missing before the first is written
         share = missing[state.process_index :: state.num_processes]
         size, pinned = args.pproc_batch_size, state.device.type == "cuda"
+        if args.compile:
+            encode = in_full_batches(encode, min(size, max(images.sizes)))
         # each batch ends with its shard, so that rows do not depend on the processes
         parts = [rows[first : first + size] for _, rows in share for first in range(0, len(rows), size)]
         batches = iter(DataLoader(images, batch_sampler=parts, num_workers=args.num_workers, pin_memory=pinned))
         total = sum(len(rows) for _, rows in share)
         with (
-            tqdm(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
+            progress_bar(total=total, unit="image", desc=directory.name, disable=not state.is_main_process) as bar,
             writing_behind(bar.update) as write,
         ):
             for name, rows in share:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from errors import UserError
 from loss.vae_loss import VAELossConfig, first_gan_step
 from models.numerics import to_device, use_tf32
+from progress import progress_bar
 from storage.files import locked, remove_leftovers, replace_text, require_writable
 from training.checkpoints import CheckpointFolder, TrainingState, state_of
 from training.distributed import (
@@ -45,7 +46,6 @@ from training.randomness import BatchOrder, Rows
 from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint, training_flags
 
-BAR = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "dynamic_ncols": True}
 EXIT_INTERRUPTED = 75
 
 
@@ -191,7 +191,7 @@ class Run:
         )
         batches = iter(loader)
         atexit.register(end_workers)
-        bar = tqdm(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main, **BAR)
+        bar = progress_bar(total=last, initial=first, desc=args.exp_name, unit="step", disable=not self.is_main)
         previous = {kind: signal.signal(kind, self._on_signal) for kind in (signal.SIGTERM, signal.SIGINT)}
         self.metrics.clock = self.saved_at = time.monotonic()
         try:
@@ -309,7 +309,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: what PyTorch allocated on a GPU, or the process's resident memory on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def ignore_signals(_: int) -> None:

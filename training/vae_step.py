@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, update_lecam, vae_loss
 from metrics.images import batch_psnr
 from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
-from models.numerics import distributed_world_size
+from models.numerics import distributed_world_size, float64_device
+from progress import progress_bar
 from training.distributed import frozen_call
 from training.optimizer import Optimizer
 
@@ -83,15 +83,13 @@ class LatentMoments:
     """
 
     def __init__(self, channels: int, device: torch.device):
-        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=float64_device(device))
+        self.count = torch.zeros_like(self.sums[0, 0])
 
     def update(self, posterior: Posterior) -> None:
         """Add the posteriors (B,C,h,w) of some images."""
-        mean, logvar = posterior
-        self.sums += torch.stack(
-            [mean.double().sum((0, 2, 3)), (mean.double().square() + logvar.double().exp()).sum((0, 2, 3))]
-        )
+        mean, logvar = (x.to(self.sums.device).double() for x in posterior)
+        self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + logvar.exp()).sum((0, 2, 3))])
         self.count += mean.numel() // mean.shape[1]
 
     def statistics(self) -> dict[str, Tensor]:
@@ -112,6 +110,6 @@ def latent_statistics(
     share = Subset(data, range(rank, len(data), world))
     moments = LatentMoments(vae.config.z_channels, device)
     loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
-    for pixels, _ in tqdm(loader, desc="latent statistics", unit="batch", disable=rank > 0):
+    for pixels, _ in progress_bar(loader, desc="latent statistics", unit="batch", disable=rank > 0):
         moments.update(vae.encode(pixels_to_image(pixels.to(device))))
     return moments.statistics()

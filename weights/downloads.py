@@ -1,6 +1,7 @@
 """Files from the web and the hub: this machine's copy if there is one, else a download, unless the run is offline."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from http.client import HTTPException
@@ -29,7 +30,7 @@ def one_line(text: object) -> str:
 
 
 def local_or_download(what: str, path: Path, url: str, offline: bool, advice: str, sha256: str | None = None) -> Path:
-    """`path` if that file exists, else after downloading `url` to it, with a progress bar.
+    """`path` if that file exists, else after downloading `url` to it, with a progress bar on a terminal.
 
     `what` (the file) and `advice` (what else the user can do) are for messages; `sha256` begins the content's hash.
 
@@ -43,7 +44,7 @@ def local_or_download(what: str, path: Path, url: str, offline: bool, advice: st
     print(f"{what}: downloading {url} to {path}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), sha256)
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
         raise UserError(f"{what}: could not download {url} ({one_line(error)}); {advice}") from error
     return path
