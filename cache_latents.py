@@ -59,6 +59,7 @@ def describe(images: ImageDataset, source: VAESource, vae: AutoencoderKL, args: 
         "statistics": {"latents_scale": scale.flatten().tolist(), "latents_bias": bias.flatten().tolist()},
         "image_fingerprint": images.fingerprint,
         "num_classes": images.num_classes,
+        "class_counts": images.class_counts,
         "classes": images.classes,
     }
     return {**index, "fingerprint": fingerprint_of(index)}

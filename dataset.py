@@ -52,6 +52,8 @@ def remedy(folder: Path, form: str) -> str:
 def open_shards(folder: Path, form: str) -> tuple[dict, Shards]:
     """Index and shards of a folder; a UserError if one is missing, damaged or not what the index says."""
     index = read_index(folder, form, remedy(folder, form))
+    if "class_counts" not in index:
+        raise UserError(f"{folder / 'index.json'}: holds no class_counts; {remedy(folder, form)}")
     return index, Shards(folder, index, shard_layout(index), remedy(folder, form))
 
 
@@ -62,6 +64,7 @@ class ImageDataset:
         source: the folder, for messages.
         resolution: R.
         num_classes: one more than the highest label, or the number of class folders if that is more.
+        class_counts: images of each class, num_classes integers.
         classes: their names, or None.
         fingerprint: a hash of all pixels and labels.
         sizes: rows of each shard.
@@ -71,7 +74,8 @@ class ImageDataset:
         self.source = images_directory(data_dir)
         index, self.shards = open_shards(self.source, IMAGE_FORMAT)
         self.resolution, self.num_classes = index["resolution"], index["num_classes"]
-        self.classes, self.fingerprint = index["classes"], index["fingerprint"]
+        self.class_counts, self.classes = index["class_counts"], index["classes"]
+        self.fingerprint = index["fingerprint"]
         self.sizes = self.shards.sizes
 
     def __len__(self) -> int:
@@ -91,7 +95,8 @@ class LatentDataset:
     mirrored, pixels and latents.
 
     Attributes:
-        source, num_classes, fingerprint: as for images; the fingerprint is of how the latents were made.
+        source, num_classes, class_counts, classes: as for images.
+        fingerprint: a hash of how the latents were made.
         shape: (C, h, w).
         mirrored: whether the mirrored images' moments are there.
         vae_fingerprint: the hash of the VAE's weights.
@@ -108,6 +113,7 @@ class LatentDataset:
         self.source, self.images = Path(data_dir) / name, images
         index, self.shards = open_shards(self.source, LATENT_FORMAT)
         self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
+        self.class_counts, self.classes = index["class_counts"], index["classes"]
         self.image_fingerprint = index["image_fingerprint"]
         self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
         self.vae_fingerprint, self.statistics = index["vae_fingerprint"], index["statistics"]

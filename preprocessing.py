@@ -36,7 +36,15 @@ from flags.types import number
 from storage.files import locked, replace_text, require_space
 from storage.photographs import Skipped, Source, list_sources, read_image
 from storage.reference_hdf5 import is_hdf5, list_hdf5, opened_hdf5
-from storage.shards import is_made_by, list_shards, read_header, refuse_other_shards, shard_name, write_shard
+from storage.shards import (
+    is_made_by,
+    list_shards,
+    read_header,
+    read_labels,
+    refuse_other_shards,
+    shard_name,
+    write_shard,
+)
 
 EXIT_TERMINATED = 143
 SECONDS_BETWEEN_LOOKS = 1
@@ -84,11 +92,14 @@ def make_shard(job: tuple[int, list[Source]], root: Path, directory: Path, resol
 
 def write_index(directory: Path, index: dict, count: int, skipped: list[Skipped]) -> tuple[dict, list[Skipped]]:
     """Write index.json and skipped.txt for `count` shards; returns the index and all that was skipped."""
+    class_counts = np.zeros(index["num_classes"], np.int64)
     for i in range(count):
         entries = read_header(directory / shard_name(i)).metadata["skipped"]
         skipped = skipped + [Skipped(*entry) for entry in entries]
+        class_counts += np.bincount(read_labels(directory / shard_name(i)), minlength=len(class_counts))
     shards = list_shards(directory, count)
     index = {**index, "images": sum(shard["images"] for shard in shards), "skipped": len(skipped)}
+    index["class_counts"] = class_counts.tolist()
     index = {**index, "fingerprint": fingerprint_of({**index, "shards": shards}), "shards": shards}
     lines = [f"{printable(entry.path)}\t{printable(entry.reason)}\n" for entry in sorted(skipped)]
     replace_text(directory / "skipped.txt", "".join(lines))

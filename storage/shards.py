@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from errors import UserError
@@ -79,6 +79,12 @@ def read_header(path: str | Path) -> Header | None:
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return Header(tensors, start, metadata) if start + end == size else None
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """The labels of a whole shard, (rows,) int64."""
+    with safe_open(path, "numpy") as shard:
+        return shard.get_tensor("labels")
 
 
 def is_made_by(path: Path, plan: str) -> bool:

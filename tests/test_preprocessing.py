@@ -35,7 +35,7 @@ def test_class_folders(tmp_path):
     tree = make_tree(tmp_path / "tree", 3)
     index, _ = preprocess(tree, tmp_path / "data", 32, 2, None)
     assert (index["images"], index["num_classes"], index["skipped"]) == (9, 3, 0)
-    assert index["classes"] == list(CLASSES)
+    assert (index["classes"], index["class_counts"]) == (list(CLASSES), [3, 3, 3])
     for i, (pixels, label) in enumerate(rows(tmp_path / "data")):
         assert label == i // 3
         np.testing.assert_array_equal(pixels, expected_row(photo(100 * (i // 3) + i % 3)))
@@ -48,6 +48,7 @@ def test_labels_of_dataset_json_win_over_folders(tmp_path):
     index, _ = preprocess(tree, tmp_path / "data", 32, 1, None)
     assert [label for _, label in rows(tmp_path / "data")] == [7, 2]
     assert (index["num_classes"], index["classes"]) == (8, None)
+    assert index["class_counts"] == [0, 0, 1, 0, 0, 0, 0, 1]
     skipped = (tmp_path / "data/images/skipped.txt").read_text()
     assert index["skipped"] == 5
     assert "cat/9.png\tin dataset.json, but no such file" in skipped
