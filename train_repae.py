@@ -121,8 +121,8 @@ def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConf
 def main() -> None:
     args = parse_args()
     use_tf32(args.allow_tf32)
-    data = training_images(args)
     run = Run(args)
+    data = training_images(args, run)
     cfg = step_config(args, run.device)
     source = find_vae(args)
     latent = latent_shape(source, args.resolution)

@@ -1,9 +1,11 @@
 """Samples of a trained transformer and its VAE: sample i is a function of the seed and of i."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ DECODE_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Everything but the networks that determines sample i; by default 50 Euler steps without guidance."""
+    """Everything but the networks that determines sample i; by default 50 Euler steps without guidance.
+
+    `class_counts` are the training images by label; empty: unknown, and taken as equal for all labels of the model.
+    """
 
     seed: int = 0
     mode: str = "ode"
@@ -30,6 +35,7 @@ class Sampling:
     guidance_high: float = 1.0
     labels: str = "random"
     classes: tuple[int, ...] = ()
+    class_counts: Sequence[int] = ()
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -43,13 +49,24 @@ def generator_for(seed: int, stream: str, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashed(seed, stream, index)[:8], "little", signed=True))
 
 
-def sample_label(sampling: Sampling, num_classes: int, index: int) -> int:
-    """The label of sample `index`: from `classes` in turn if there are any, else balanced or random."""
+def labels_with_images(class_counts: Sequence[int], num_classes: int) -> list[int]:
+    """The labels that a model was trained on: all of its classes if `class_counts` is empty."""
+    return [label for label, count in enumerate(class_counts or [1] * num_classes) if count]
+
+
+def sample_labels(sampling: Sampling, num_classes: int, indices: Sequence[int]) -> list[int]:
+    """The labels of these samples: from `classes` in turn if there are any, else from labels with training images.
+
+    Those are drawn in turn (balanced), with equal probabilities (random), or as that of a random training image (data).
+    """
     if sampling.classes:
-        return sampling.classes[index % len(sampling.classes)]
+        return [sampling.classes[index % len(sampling.classes)] for index in indices]
+    counts = sampling.class_counts or [1] * num_classes
+    ends = list(accumulate(counts if sampling.labels == "data" else (min(count, 1) for count in counts)))
     if sampling.labels == "balanced":
-        return index % num_classes
-    return int(torch.randint(num_classes, (), generator=generator_for(sampling.seed, "label", index)))
+        return [bisect_right(ends, index % ends[-1]) for index in indices]
+    generators = (generator_for(sampling.seed, "label", index) for index in indices)
+    return [bisect_right(ends, int(torch.randint(ends[-1], (), generator=generator))) for generator in generators]
 
 
 def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -78,7 +95,7 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
     """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU."""
     device = next(sit.parameters()).device
     noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
-    labels = torch.tensor([sample_label(sampling, sit.num_classes, index) for index in indices])
+    labels = torch.tensor(sample_labels(sampling, sit.num_classes, indices))
     (labels,) = to_device([labels], device)
     guidance = None
     if sampling.cfg_scale > 1:

@@ -20,7 +20,7 @@ from diffusion.sampling import (
     cast_weights,
     decode_pixels,
     generator_for,
-    sample_label,
+    sample_labels,
     sample_pixels,
     sampling_noise,
 )
@@ -94,7 +94,7 @@ def test_draws_are_functions_of_seed_and_index():
 
 
 def label_of(flags: list[str], index: int, classes: int = 10) -> int:
-    return sample_label(settings(*flags), classes, index)
+    return sample_labels(settings(*flags), classes, [index])[0]
 
 
 def settings(*flags: str) -> Sampling:
@@ -104,7 +104,7 @@ def settings(*flags: str) -> Sampling:
 
 def test_labels():
     assert [label_of(["--labels", "balanced"], i) for i in range(12)] == [*range(10), 0, 1]
-    assert [label_of(["--classes", "7,2"], i) for i in range(4)] == [7, 2, 7, 2]
+    assert sample_labels(Sampling(classes=(7, 2)), 10, range(4)) == [7, 2, 7, 2]
     random = [label_of([], i) for i in range(400)]
     assert set(random) == set(range(10))
     assert max(random.count(label) for label in range(10)) < 70

@@ -48,7 +48,7 @@ class Monitor:
         run = self.run
         show_pictures = run.due(self.args.sampling_steps) and run.is_main
         if show_pictures and self.ema is not None:
-            picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast)
+            picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast, run.classes["counts"])
             run.metrics.add_picture(run.step, "samples", picture)
         if show_pictures and self.shown is not None:
             picture = reconstruction_grid(self.vae, self.shown, self.autocast)
@@ -60,8 +60,9 @@ class Monitor:
 class Evaluation:
     """Fréchet distances of `--eval-samples` EMA samples to a reference, in each of `--eval-features`.
 
-    Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
-    the work, and the distance does not depend on their number. The reference is `images`, the training images, unless
+    Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance and, as for
+    published distances, equal probabilities of the labels, whatever the sizes of their classes. Ranks share the work,
+    and the distance does not depend on their number. The reference is `images`, the training images, unless
     --eval-reference names another.
 
     Attributes:
@@ -72,7 +73,8 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
-        self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
+        autocast = autocast_factory(run.device, args.mixed_precision)
+        self.sampling = Sampling(seed=args.seed, autocast=autocast, class_counts=run.classes["counts"])
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
         self.judge = "eval_" + metric_name("fid", self.networks[0].name)
         self.measure = {

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,13 +36,18 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 class Experiment(NamedTuple):
-    """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags."""
+    """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags.
+
+    `class_names` and `class_counts`, the numbers of training images, are by label; empty if the checkpoint lacks them.
+    """
 
     name: str
     step: int
     flags: dict
     sit: SiT
     vae: AutoencoderKL
+    class_names: Sequence[str] = ()
+    class_counts: Sequence[int] = ()
 
 
 def load_experiment(
@@ -77,7 +82,9 @@ def load_experiment(
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
-    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
+    classes = checkpoint.get("classes") or {}
+    of_classes = (classes.get("names") or (), classes.get("counts") or ())
+    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval(), *of_classes)
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
