@@ -16,6 +16,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from diffusion.previews import COLUMNS, PADDING, grid
-from diffusion.sampling import Sampling, cast_weights, labels_with_images, sample_pixels
+from diffusion.sampling import Sampling, cast_weights, check_finite, labels_with_images, sample_pixels
 from diffusion.transport import PATH_TYPES, TIME_CONVENTION
 from errors import Parser, UserError, nearest, run_script
 from flags.config import parse_flags
 from flags.groups import add_offline_flag
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
 from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
-from storage.files import locked, require_space, writing_behind, written_whole
+from storage.files import Action, locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles
 from training.distributed import process_state
 from weights.checkpoint_io import fingerprint
@@ -229,9 +230,17 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
                 indices = list(together[state.process_index])
                 # repeated rows keep compiled code to one shape; they are thrown away
                 filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
-                pixels = sample_pixels(run.sit, run.vae, filled, sampling)[: len(indices)]
-                pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
-                write(files.writes(indices, pixels), wait, sum(map(len, together)))
+                pixels, finite = sample_pixels(run.sit, run.vae, filled, sampling)
+                finite, _ = to_host(finite[:, : len(indices)])  # complete when the pixels are, which are copied later
+                pixels, wait = to_host(pixels[: len(indices)].permute(0, 2, 3, 1))
+                begin = partial(wait_for_finite, wait, finite, indices, sampling, run.sit.num_classes)
+                write(files.writes(indices, pixels), begin, sum(map(len, together)))
+
+
+def wait_for_finite(wait: Action, *samples) -> None:
+    """Wait for a batch's copy to the host; raises the UserError of `check_finite`, so that nothing is written."""
+    wait()
+    check_finite(*samples)
 
 
 def write_grid(files: SampleFiles, args: argparse.Namespace, titles: list[str]) -> None:

@@ -55,4 +55,4 @@ def sample_grid(
     guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
     with autocast():
         z_norm = sample_ode(lambda x, t, y: ema(x, t, y, project=False)[0], noise, labels, STEPS, guidance)
-        return grid(decode_pixels(vae, ema.denormalise(z_norm.float())))
+        return grid(decode_pixels(vae, ema.denormalise(z_norm.float()))[0])

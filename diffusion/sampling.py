@@ -7,15 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
+from errors import UserError
 from models.autoencoder import AutoencoderKL, image_to_pixels
 from models.numerics import AUTOCAST_DTYPES, to_device
 from models.sit import SiT
 
 DECODE_BATCH = 16
+LISTED = 20  # samples that a message lists at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,11 @@ def cast_weights(network: nn.Module, mixed_precision: str) -> None:
 
 
 @torch.no_grad()
-def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> Tensor:
-    """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU."""
+def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU.
+
+    The second tensor is for `check_finite`, (2,B) bool: whether each one's latents, and its decoded image, are finite.
+    """
     device = next(sit.parameters()).device
     noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
     labels = torch.tensor(sample_labels(sampling, sit.num_classes, indices))
@@ -114,15 +120,36 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
         z_norm = sample_sde(
             velocity, draw(), labels, sampling.num_steps, sampling.path_type, lambda _: draw(), guidance
         )
+    z = sit.denormalise(z_norm).float()
     with sampling.autocast():
-        return decode_pixels(vae, sit.denormalise(z_norm).float())
+        pixels, finite = decode_pixels(vae, z)
+    return pixels, torch.stack([rows_finite(z), finite])
 
 
 @torch.no_grad()
-def decode_pixels(vae: AutoencoderKL, z: Tensor) -> Tensor:
+def decode_pixels(vae: AutoencoderKL, z: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts to bound the memory.
 
-    Part sizes differ by at most one, so that compiled code sees at most two shapes.
+    Part sizes differ by at most one, so that compiled code sees at most two shapes. The second tensor, (N,) bool, says
+    which images were finite before they were rounded.
     """
-    parts = z.tensor_split(-(-len(z) // DECODE_BATCH))
-    return torch.cat([image_to_pixels(vae.decode(part)) for part in parts])
+    images = map(vae.decode, z.tensor_split(-(-len(z) // DECODE_BATCH)))
+    pixels, finite = zip(*((image_to_pixels(image), rows_finite(image)) for image in images), strict=True)
+    return torch.cat(pixels), torch.cat(finite)
+
+
+def rows_finite(values: Tensor) -> Tensor:
+    """(B,) bool: whether all values of a row are finite."""
+    return values.isfinite().flatten(1).all(dim=1)
+
+
+def check_finite(finite: np.ndarray, indices: Sequence[int], sampling: Sampling, num_classes: int) -> None:
+    """Raise a UserError that names network and samples, unless `finite` of `sample_pixels` says that all are."""
+    for network, good in zip(("transformer", "VAE's decoder"), finite, strict=True):
+        if bad := [index for index, is_good in zip(indices, good, strict=True) if not is_good]:
+            which = zip(bad, sample_labels(sampling, num_classes, bad[:LISTED]), strict=False)
+            raise UserError(
+                f"the {network} gives values that are not finite for {len(bad)} of the {len(good)} samples of a batch ("
+                + ", ".join(f"sample {index} of label {label}" for index, label in which)
+                + "), which is not written; use another checkpoint, or bf16 or no --mixed-precision instead of fp16"
+            )

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffusion.previews import grid
-from diffusion.sampling import Sampling, labels_with_images, sample_pixels
+from diffusion.sampling import Sampling, check_finite, labels_with_images, sample_pixels
 from errors import UserError, run_script
 from weights.trained_run import load_experiment
 
@@ -44,7 +44,8 @@ def main() -> None:
         classes=tuple(classes),
     )
     indices = list(range(args.rows * len(classes)))
-    pixels = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
+    pixels, finite = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
+    check_finite(finite.cpu().numpy(), indices, sampling, known)
     picture = grid(pixels, columns=len(classes)).permute(1, 2, 0)
     Image.fromarray(picture.numpy()).save(args.output)
     print(f"{len(indices)} samples of {run.name} after {run.step} steps: {args.output}")

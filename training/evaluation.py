@@ -109,7 +109,7 @@ class Evaluation:
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         for part in tqdm(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
-            pixels = sample_pixels(ema, vae, part, self.sampling)
+            pixels, _ = sample_pixels(ema, vae, part, self.sampling)
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         distances = {}

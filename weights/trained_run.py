@@ -23,6 +23,7 @@ from weights.checkpoint_io import (
     latest_checkpoint,
     load_weights,
     read_checkpoint,
+    refuse_not_finite,
     same_statistics,
     strip_prefixes,
     training_flags,
@@ -75,9 +76,11 @@ def load_experiment(
     weights = None if is_joint else vae_ckpt or flags.get("vae_ckpt")
     source = open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: ema")
+    refuse_not_finite(sit, f"{path}: ema")
     if is_joint:
         vae = AutoencoderKL(source.config)
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
+        refuse_not_finite(vae, f"{path}: vae")
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
@@ -140,6 +143,7 @@ def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: st
             f"the run was trained on the VAE {path}, which is not there; say where it lies by --vae-ckpt FILE"
         )
     vae = load_vae(source)
+    refuse_not_finite(vae, f"VAE {path}")
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
         same &= same_statistics(trained, read_latent_statistics(path, trained[0].numel()))
