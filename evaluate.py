@@ -50,7 +50,7 @@ from storage.image_sets import describe, open_image_set
 from storage.sample_files import MANIFEST_FORMAT
 from training.distributed import process_state
 from training.vae_step import LatentMoments
-from weights.checkpoint_io import fingerprint
+from weights.checkpoint_io import fingerprint, refuse_not_finite
 from weights.downloads import is_offline
 from weights.features import load_feature_networks, load_lpips
 from weights.vae import VAESource, has_statistics, known_statistics, load_vae, open_vae
@@ -191,6 +191,7 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
     data = open_images(args.data_dir)
     source = open_vae(args.vae_arch, args.vae, is_offline(args))
     vae = load_vae(source).eval().requires_grad_(False).to(state.device)
+    refuse_not_finite(vae, f"VAE {args.vae}")
     if data.resolution % vae.config.downsampling:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
     names = args.features.split(",")

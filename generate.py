@@ -9,26 +9,31 @@ number of processes or the batch size. The same command resumes an interrupted r
 """
 
 import argparse
+import math
+import re
 import sys
 from argparse import BooleanOptionalAction
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from diffusion.previews import COLUMNS, grid
-from diffusion.sampling import Sampling, cast_weights, sample_pixels
+from diffusion.previews import COLUMNS, PADDING, grid
+from diffusion.sampling import Sampling, cast_weights, check_finite, labels_with_images, sample_pixels
 from diffusion.transport import PATH_TYPES, TIME_CONVENTION
-from errors import Parser, UserError, run_script
+from errors import Parser, UserError, nearest, run_script
 from flags.config import parse_flags
 from flags.groups import add_offline_flag
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
 from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
 from progress import progress_bar
-from storage.files import locked, require_space, writing_behind, written_whole
+from storage.files import Action, locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles
 from training.distributed import process_state
 from weights.checkpoint_io import fingerprint
@@ -71,10 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"compile the networks on GPUs, from {COMPILE_FROM} samples per process: for fewer it does not pay",
     )
     group = parser.add_argument_group("labels and files")
-    group.add_argument(
-        "--labels", default="random", choices=("random", "balanced"), help="balanced: i mod classes (default: random)"
-    )
-    group.add_argument("--classes", type=class_list, help="these labels in turn, like 207,360, whatever --labels says")
+    labels = "random, or in turn, or as often as there are training images; only those that have any (default: random)"
+    group.add_argument("--labels", default="random", choices=("random", "balanced", "data"), help=labels)
+    group.add_argument("--classes", type=class_list, help="these in turn, by label or name, whatever --labels says")
     group.add_argument("--png", action=BooleanOptionalAction, default=True, help="write one PNG file per sample")
     group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
     group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row per class of --classes")
@@ -94,19 +98,48 @@ def step_or_best(text: str) -> int | str:
     return text if text == "best" else COUNT(text)
 
 
-def class_list(text: str) -> list[int]:
-    """An argparse type: integers joined by commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 207,360") from None
+def class_list(text: str) -> list[str]:
+    """An argparse type: words joined by commas, which `find_label` understands."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 207,360 or cat,dog")
+    return words
 
 
-def check_run(args: argparse.Namespace, run: Experiment) -> None:
-    """Raise a UserError for classes, guidance or an interpolant that the run was not trained with."""
-    classes, path_type = run.sit.num_classes, run.flags["path_type"]
-    if wrong := [label for label in args.classes or [] if not 0 <= label < classes]:
-        raise UserError(f"--classes {wrong[0]}: the run has classes 0 to {classes - 1}")
+def find_label(word: str, run: Experiment, log: Callable[[str], None]) -> int:
+    """The label that a word of --classes means: its own number or that of the class with this name."""
+    names, count = list(run.class_names), run.sit.num_classes
+    named = names.index(word) if word in names else None
+    number = int(word) if re.fullmatch("[+-]?[0-9]+", word) else None
+    is_label = number in range(count)
+    if named is None and not is_label:
+        hint = f"; did you mean {nearest(word, names)!r}?" if names else "; its checkpoint does not know their names"
+        raise UserError(f"--classes {word}: the run has classes 0 to {count - 1}{hint if number is None else ''}")
+    if is_label and named not in (None, number) and word == str(number):
+        what = f"--classes {word}: both a label and the name of the class with label {named}"
+        raise UserError(f"{what}; write +{number} for that label, or +{named} for that class")
+    label = number if named is None else named
+    if label not in labels_with_images(run.class_counts, count):
+        log(f"warning: --classes {word}: label {label} had no training images")
+    return label
+
+
+def class_titles(args: argparse.Namespace, run: Experiment) -> list[str]:
+    """The names of --classes, or labels where a class has none; empty if no class has a name."""
+    names = dict(enumerate(run.class_names))
+    return [names.get(label, str(label)) for label in args.classes or () if names]
+
+
+def check_run(args: argparse.Namespace, run: Experiment, log: Callable[[str], None]) -> None:
+    """Turn --classes into labels; a UserError for those, guidance or an interpolant the run was not trained with."""
+    path_type = run.flags["path_type"]
+    if args.classes:
+        args.classes = [find_label(word, run, log) for word in args.classes]
+    elif args.labels == "data" and not run.class_counts:
+        what = f"--labels data: the checkpoint of {run.name} does not say how many training images each class had"
+        raise UserError(f"{what}; use random or balanced")
+    if titles := class_titles(args, run):
+        log("classes: " + ", ".join(f"{label} ({title})" for label, title in zip(args.classes, titles, strict=True)))
     if args.cfg_scale > 1 and run.sit.null_label is None:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
     if args.path_type not in (None, path_type):
@@ -116,6 +149,7 @@ def check_run(args: argparse.Namespace, run: Experiment) -> None:
 def describe(args: argparse.Namespace, run: Experiment) -> dict:
     """Everything that determines the samples."""
     guided = args.cfg_scale > 1
+    classes = {"class_names": class_titles(args, run)} if args.classes else {"class_counts": list(run.class_counts)}
     return {
         "experiment": run.name,
         "train_steps": run.step,
@@ -127,6 +161,7 @@ def describe(args: argparse.Namespace, run: Experiment) -> dict:
         "resolution": run.flags["resolution"],
         "num_classes": run.sit.num_classes,
         "labels": args.classes or args.labels,
+        **{name: known for name, known in classes.items() if known},
         "seed": args.global_seed,
         **{name: getattr(args, name) for name in ("mode", "num_steps", "heun", "cfg_scale", "mixed_precision", "tf32")},
         "path_type": run.flags["path_type"],
@@ -179,6 +214,7 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
     """
     missing = files.missing()
     sampling = sampling_settings(args, run.flags["path_type"], state.device)
+    sampling = replace(sampling, class_counts=run.class_counts)
     state.wait_for_everyone()  # all processes see the same samples missing before the first one is written
     size, world = args.pproc_batch_size, state.num_processes
     batches = [range(first, min(first + size, files.count)) for first in range(0, files.count, size)]
@@ -196,13 +232,21 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
                 indices = list(together[state.process_index])
                 # repeated rows keep compiled code to one shape; they are thrown away
                 filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
-                pixels = sample_pixels(run.sit, run.vae, filled, sampling)[: len(indices)]
-                pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
-                write(files.writes(indices, pixels), wait, sum(map(len, together)))
+                pixels, finite = sample_pixels(run.sit, run.vae, filled, sampling)
+                finite, _ = to_host(finite[:, : len(indices)])  # complete when the pixels are, which are copied later
+                pixels, wait = to_host(pixels[: len(indices)].permute(0, 2, 3, 1))
+                begin = partial(wait_for_finite, wait, finite, indices, sampling, run.sit.num_classes)
+                write(files.writes(indices, pixels), begin, sum(map(len, together)))
 
 
-def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
-    """One picture of the first samples: one row per class of --classes, or else eight per row."""
+def wait_for_finite(wait: Action, *samples) -> None:
+    """Wait for a batch's copy to the host; raises the UserError of `check_finite`, so that nothing is written."""
+    wait()
+    check_finite(*samples)
+
+
+def write_grid(files: SampleFiles, args: argparse.Namespace, titles: list[str]) -> None:
+    """One picture of the first samples: a row per class of --classes, with its title if any, or else eight a row."""
     samples = torch.tensor(np.stack(list(islice(files.in_order(), GRID_SAMPLES)))).permute(0, 3, 1, 2)
     columns = COLUMNS
     if args.classes:
@@ -211,8 +255,21 @@ def write_grid(files: SampleFiles, args: argparse.Namespace) -> None:
         blank = samples.new_full((rows, *samples.shape[1:]), 255)  # for the last column
         cells = torch.cat([samples, blank])[: columns * rows]
         samples = cells.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+    picture = Image.fromarray(grid(samples, columns).permute(1, 2, 0).numpy())
     with written_whole(files.picture) as file:
-        Image.fromarray(grid(samples, columns).permute(1, 2, 0).numpy()).save(file, "png")
+        (with_titles(picture, titles) if titles else picture).save(file, "png")
+
+
+def with_titles(picture: Image.Image, titles: list[str]) -> Image.Image:
+    """`picture` with a title left of each of its rows."""
+    tile = (picture.height - PADDING) / len(titles)
+    font = ImageFont.load_default(max(10, tile // 10))
+    margin = math.ceil(max(map(font.getlength, titles))) + 4 * PADDING
+    titled = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    for row, title in enumerate(titles):
+        ImageDraw.Draw(titled).text((2 * PADDING, (row + 0.5) * tile), title, "black", font, anchor="lm")
+    titled.paste(picture, (margin, 0))
+    return titled
 
 
 def main() -> None:
@@ -220,8 +277,9 @@ def main() -> None:
     args = parse_args()
     use_tf32(args.tf32)
     state = process_state()
-    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), state.print)
-    check_run(args, run)
+    log = print if state.is_main_process else lambda text: None
+    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), log)
+    check_run(args, run, log)
     files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run), args.png, args.npz)
     files.check()
     what = f"{files.count} samples of {files.resolution} px"
@@ -240,7 +298,7 @@ def main() -> None:
         if state.is_main_process:
             files.finish()
             if args.grid:
-                write_grid(files, args)
+                write_grid(files, args, class_titles(args, run))
             files.clean()
             written = (files.png_folder, files.npz_file, files.picture, files.manifest)
             print(f"{what}: " + ", ".join(str(path) for path in written if path.exists()))

@@ -62,11 +62,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_flags(parser, argv, "train_ldm_only")
 
 
-def open_data(args: argparse.Namespace, source: VAESource):
+def open_data(args: argparse.Namespace, run: Run, source: VAESource):
     """The cached latents that the flags name, with their images if an encoder needs them."""
     images = open_images(args.data_dir, args.resolution) if args.enc_type != "none" else None
     latents = open_latents(args.data_dir, args.vae_latents_name, images)
-    check_data(latents, args)
+    check_data(latents, args, run)
     if latents.shape != (shape := latent_shape(source, args.resolution)):
         flags = f"--vae {args.vae} --resolution {args.resolution}"
         raise UserError(f"{latents.source} holds latents of {latents.shape}, but {flags} needs {shape}; cache again")
@@ -99,7 +99,7 @@ def main() -> None:
     args = parse_args()
     run = Run(args)
     source = find_vae(args)
-    data = open_data(args, source)
+    data = open_data(args, run, source)
     statistics = known_statistics(source, run.print)
     vae = load_vae(source).eval().requires_grad_(False)
     weights = fingerprint(vae.state_dict())

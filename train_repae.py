@@ -119,8 +119,8 @@ def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConf
 
 def main() -> None:
     args = parse_args()
-    data = training_images(args)
     run = Run(args)
+    data = training_images(args, run)
     cfg = step_config(args, run.device)
     source = find_vae(args)
     latent = latent_shape(source, args.resolution)

@@ -93,8 +93,8 @@ def measure(args: argparse.Namespace, run: Run, source: VAESource, data) -> None
 
 def main() -> None:
     args = parse_args()
-    data = training_images(args)
     run = Run(args)
+    data = training_images(args, run)
     loss, autocast = load_loss_config(args.loss_cfg_path), autocast_factory(run.device, args.mixed_precision)
     cfg = VAEStepConfig(loss=loss, autocast=autocast, disc_warmup_steps=args.disc_warmup_steps)
     source = find_vae(args)

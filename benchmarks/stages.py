@@ -187,11 +187,11 @@ def inference_stages(networks: Networks, setting: Setting, folder: Path) -> dict
 
     def sample(scale: float) -> Tensor:
         sampling = Sampling(mode="sde", num_steps=setting.sampling_steps, cfg_scale=scale, autocast=cfg.autocast)
-        return sample_pixels(sampled, vae, indices, sampling)
+        return sample_pixels(sampled, vae, indices, sampling)[0]
 
     def decode() -> Tensor:
         with cfg.autocast():
-            return decode_pixels(vae, draws.posterior)
+            return decode_pixels(vae, draws.posterior)[0]
 
     def write() -> None:
         with writing_behind(lambda _: None) as begin:

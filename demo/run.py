@@ -67,8 +67,7 @@ def stages(plan: Plan) -> list[Stage]:
     data = "--data-dir data-demo/train --resolution 32 --batch-size 32 --num-workers 1"
     run = f"--output-dir {FOLDER} --report-to none --mixed-precision {plan.precision} --checkpointing-steps 50"
     vae_loss = "--loss-cfg-path demo/loss.yaml --lpips-vgg-ckpt pretrained/demo/vgg16-features.pt"
-    transformer = f"""--model SiT-XS/1 --num-classes {CLASSES} --enc-type efficientnet-lite0 --encoder-depth 3
-        --learning-rate 5e-4"""
+    transformer = "--model SiT-XS/1 --enc-type efficientnet-lite0 --encoder-depth 3 --learning-rate 5e-4"
     sampling = f"""--sample-dir {FOLDER}/samples --labels balanced --pproc-batch-size 40 --num-steps 50
         --mixed-precision {plan.precision} --no-png"""
     comparing = f"""--reference {FOLDER}/sets/train-statistics.npz --features efficientnet-lite0 --num-workers 1"""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffusion.previews import grid
-from diffusion.sampling import Sampling, sample_pixels
+from diffusion.sampling import Sampling, check_finite, labels_with_images, sample_pixels
 from errors import UserError, run_script
 from weights.trained_run import load_experiment
 
@@ -32,7 +32,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = load_experiment(args.run, step=None, vae_ckpt=args.vae_ckpt)  # the latest checkpoint
     known = run.sit.num_classes
-    classes = args.classes or sorted({i * known // 8 for i in range(8)})
+    trained = labels_with_images(run.class_counts, known)
+    classes = args.classes or sorted({trained[i * len(trained) // 8] for i in range(8)})
     if not set(classes) <= set(range(known)):
         raise UserError(f"--classes {classes}: the run has classes 0 to {known - 1}")
     sampling = Sampling(
@@ -43,7 +44,8 @@ def main() -> None:
         classes=tuple(classes),
     )
     indices = list(range(args.rows * len(classes)))
-    pixels = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
+    pixels, finite = sample_pixels(run.sit.to(device), run.vae.to(device), indices, sampling)  # (N,3,R,R) uint8
+    check_finite(finite.cpu().numpy(), indices, sampling, known)
     picture = grid(pixels, columns=len(classes)).permute(1, 2, 0)
     Image.fromarray(picture.numpy()).save(args.output)
     print(f"{len(indices)} samples of {run.name} after {run.step} steps: {args.output}")

@@ -94,7 +94,8 @@ def add_transformer_flags(parser: Parser, default_model: str) -> None:
     add(group, "--model", default_model, model, "SiT size and patch; without a patch the VAE decides it")
     start = "a checkpoint of joint or frozen-VAE training whose averaged transformer a new run starts from"
     group.add_argument("--sit-ckpt", help=f"{start}; image size, classes and encoders may differ")
-    add(group, "--num-classes", 1000, POSITIVE)
+    classes = "rows of the label table (default: the classes of the data, or as in the run that this one continues)"
+    group.add_argument("--num-classes", type=POSITIVE, help=classes)
     add(group, "--encoder-depth", 8, POSITIVE, "block whose tokens are aligned")
     add_switch(group, "--qk-norm", False, "LayerNorm on queries and keys")
     add_switch(group, "--fused-attn", True, "scaled_dot_product_attention")

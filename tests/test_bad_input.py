@@ -113,6 +113,8 @@ CASES = {
     "scale-below-1": "--cfg-scale 0.9",
     "heun-sde": "--heun --mode sde",
     "classes-wrong": "--classes 0,3",
+    "labels-data": "--labels data",
+    "classes-unknown": "--classes 0,cat",
     "path-other": "--path-type cosine",
     "nothing-to-write": "--no-png --no-npz",
     "samples-space": "--num-fid-samples 1000000000 --sample-dir {new}",

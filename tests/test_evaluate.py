@@ -243,6 +243,17 @@ def test_reconstruction(tmp_path, vgg_weights):
     assert len(result["latents"]["stored_std"]) == 4
 
 
+@pytest.mark.parametrize("key", ["encoder.conv_in.weight", "decoder.conv_out.bias"])
+def test_a_vae_that_is_not_finite_is_not_measured(tmp_path, tiny_data, key):
+    vae_path = published.write_vae(tmp_path / "vae")
+    state = torch.load(vae_path, weights_only=True)
+    state[f"module.{key}"][0] = math.nan
+    torch.save(state, vae_path)
+    said = evaluated("--vae", vae_path, "--vae-arch", published.VAE, "--data-dir", tiny_data, *LITE0, code=2)
+    assert f"error: VAE {vae_path}: {key} holds values that are not finite; take another" in said
+    assert not list(tmp_path.rglob("*.metrics.json"))
+
+
 @pytest.mark.slow
 def test_evaluation_during_training(joint, tmp_path):
     output, flags = joint

@@ -24,7 +24,7 @@ BOTH = """output_dir=exps logging_dir=logs report_to=wandb sampling_steps=10000 
     mixed_precision=fp16 epochs=1400 checkpointing_steps=50000 gradient_accumulation_steps=1 adam_beta1=0.9
     adam_beta2=0.999 adam_weight_decay=0.0 adam_epsilon=1e-08 max_grad_norm=1.0 seed=0 num_workers=4
     offline=False dry_run=False gradient_checkpointing=False"""
-TRANSFORMER = """max_train_steps=400000 num_classes=1000 encoder_depth=8 qk_norm=False fused_attn=True cfg_prob=0.1
+TRANSFORMER = """max_train_steps=400000 num_classes=None encoder_depth=8 qk_norm=False fused_attn=True cfg_prob=0.1
     learning_rate=0.0001 path_type=linear weighting=uniform enc_type=dinov2-vit-b proj_coeff=0.5 ema_decay=0.9999
     sit_ckpt=None enc_ckpt=[] resample_tokens=False projector=mlp spatial_norm=None eval_steps=0"""
 VAE = """disc_pretrained_ckpt=None loss_cfg_path=configs/l1_lpips_kl_gan.yaml vae_learning_rate=0.0001

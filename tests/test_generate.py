@@ -20,12 +20,12 @@ from diffusion.sampling import (
     cast_weights,
     decode_pixels,
     generator_for,
-    sample_label,
+    sample_labels,
     sample_pixels,
     sampling_noise,
 )
 from errors import UserError
-from models.autoencoder import image_to_pixels
+from models.autoencoder import AutoencoderKL, image_to_pixels
 from models.numerics import AUTOCAST_DTYPES
 from models.sit import SiT_models
 from scripts import call
@@ -95,7 +95,7 @@ def test_draws_are_functions_of_seed_and_index():
 
 
 def label_of(flags: list[str], index: int, classes: int = 10) -> int:
-    return sample_label(settings(*flags), classes, index)
+    return sample_labels(settings(*flags), classes, [index])[0]
 
 
 def settings(*flags: str) -> Sampling:
@@ -105,7 +105,7 @@ def settings(*flags: str) -> Sampling:
 
 def test_labels():
     assert [label_of(["--labels", "balanced"], i) for i in range(12)] == [*range(10), 0, 1]
-    assert [label_of(["--classes", "7,2"], i) for i in range(4)] == [7, 2, 7, 2]
+    assert sample_labels(Sampling(classes=(7, 2)), 10, range(4)) == [7, 2, 7, 2]
     random = [label_of([], i) for i in range(400)]
     assert set(random) == set(range(10))
     assert max(random.count(label) for label in range(10)) < 70
@@ -356,7 +356,8 @@ def test_latents_are_decoded_in_parts_as_equal_as_can_be():
     vae, sizes = published.fresh_vae(), []
     vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     z = torch.randn(2 * DECODE_BATCH + 1, *SHAPE)
-    pixels = decode_pixels(vae, z)
+    pixels, finite = decode_pixels(vae, z)
+    assert finite.tolist() == [True] * len(z)
     assert sizes == [11, 11, 11]
     with torch.no_grad():
         expected = torch.cat([image_to_pixels(vae.decode(part)) for part in z.split(1)])
@@ -367,12 +368,12 @@ def test_latents_are_decoded_in_parts_as_equal_as_can_be():
 def test_weights_cast_once_give_what_autocast_gives(precision):
     sit, vae = published.fresh_sit().requires_grad_(False), published.fresh_vae().requires_grad_(False)
     sampling = settings("--mixed-precision", precision, "--num-steps", "3")
-    before = sample_pixels(sit, vae, [0, 1], sampling)
+    before, _ = sample_pixels(sit, vae, [0, 1], sampling)
     for network in (sit, vae):
         cast_weights(network, precision)
     casts = Counter(parameter.dtype for parameter in sit.parameters())
     assert casts[AUTOCAST_DTYPES[precision]] > casts[torch.float32] > 0
-    assert torch.equal(sample_pixels(sit, vae, [0, 1], sampling), before)
+    assert torch.equal(sample_pixels(sit, vae, [0, 1], sampling)[0], before)
 
 
 def test_grid_shows_a_row_a_class(runs, tmp_path):
@@ -394,3 +395,86 @@ def test_flags_that_did_not_exist_mean_what_was_done_then():
     assert (sit.input_size, sit.num_classes, sit.null_label) == (32, 1000, 1000)
     assert any("q_norm" in key for key in sit.state_dict())
     assert REFERENCE_DEFAULTS["path_type"] == "linear"
+
+
+def spoiled(source, folder, part: str, change):
+    """A copy of a published run whose `part` (ema, vae) has `change` applied to its state."""
+    shutil.copytree(source, folder)
+    path = folder / f"checkpoints/{STEP:07d}.pt"
+    content = torch.load(path, weights_only=False)
+    change(content[part])
+    torch.save(content, path)
+    return folder
+
+
+def stopped(run, folder, *flags) -> str:
+    """The one line by which generate.py refuses to sample a run."""
+    more = ("--exp-path", run, "--sample-dir", folder, "--num-fid-samples", 9, "--num-steps", 2, "--no-npz", *flags)
+    code, stderr = call("generate.py", *more)
+    (line,) = [line for line in stderr.splitlines() if "error: " in line]
+    assert code == 2
+    return line[line.index("error: ") :]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        *(("ema", "_orig_mod.blocks.1.mlp.fc1.weight"), ("ema", "_orig_mod.bn.running_var")),
+        *(("vae", "module._orig_mod.decoder.conv_out.bias"), ("vae", "module._orig_mod.encoder.conv_in.weight")),
+    ],
+)
+def test_a_network_that_is_not_finite_is_named(runs, tmp_path, part, key, value):
+    run = spoiled(runs / "joint", tmp_path / "run", part, lambda state: state[key][-1:].fill_(value))
+    line = stopped(run, tmp_path / "samples")
+    assert f"{STEP:07d}.pt: {part}: {key.removeprefix('module.').removeprefix('_orig_mod.')} holds values that" in line
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_frozen_vae_that_is_not_finite_is_named(runs, tmp_path):
+    vae = published.write_vae(tmp_path / "vae")
+    state = torch.load(vae, weights_only=True)
+    state["module.decoder.conv_in.bias"][0] = float("nan")
+    torch.save(state, vae)
+    assert "sdvae.pt: decoder.conv_in.bias holds" in stopped(runs / "frozen", tmp_path / "samples", "--vae-ckpt", vae)
+
+
+LABELS = "_orig_mod.y_embedder.embedding_table.weight"
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_samples_that_are_not_finite_are_named_and_good_batches_stay(runs, tmp_path, batch):
+    """Label 2 is spoiled: samples 5 and 8 of the first nine, whose labels are 0, 1, 0, 1, 0, 2, 0, 1, 2."""
+    run = spoiled(runs / "joint", tmp_path / "run", "ema", lambda state: state[LABELS][2].fill_(float("nan")))
+    flags = ("--classes", "0,1,0,1,0,2,0,1,2", "--pproc-batch-size", batch, "--cfg-scale", 1)
+    line = stopped(run, tmp_path / "samples", *flags)
+    which = "1 of the 2 samples of a batch (sample 5 of label 2)"
+    if batch == 9:
+        which = "2 of the 9 samples of a batch (sample 5 of label 2, sample 8 of label 2)"
+    assert line.startswith(
+        f"error: the transformer gives values that are not finite for {which}, which is not written;"
+    )
+    good = [f"{i:06d}.png" for i in range(4 if batch == 2 else 0)]
+    assert sorted(path.name for path in tmp_path.glob("samples/run*/*.png")) == good
+    path = sample(run, tmp_path / "others", "--classes", "0,1", "--cfg-scale", 1, count=3)
+    assert np.array_equal(
+        pixels_of(path),
+        pixels_of(sample(runs / "joint", tmp_path / "same", "--classes", "0,1", "--cfg-scale", 1, count=3)),
+    )
+    # the null label spoils all samples with guidance
+    run = spoiled(runs / "joint", tmp_path / "null", "ema", lambda state: state[LABELS][3].fill_(float("inf")))
+    assert "for 9 of the 9 samples" in stopped(run, tmp_path / "guided", "--cfg-scale", 2)
+
+
+def test_images_that_overflow_in_the_decoder_are_named(runs, tmp_path, monkeypatch):
+    real = AutoencoderKL.decode
+
+    def overflow(self, z):
+        image = real(self, z)
+        image[len(z) // 2, 0, 3, 3] = float("inf")
+        return image
+
+    monkeypatch.setattr(AutoencoderKL, "decode", overflow)
+    line = stopped(runs / "joint", tmp_path, "--pproc-batch-size", 3)
+    assert "the VAE's decoder gives values that are not finite for 1 of the 3 samples of a batch (sample 1 of" in line
+    assert not list(tmp_path.glob("joint*/*.png"))

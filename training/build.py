@@ -1,6 +1,8 @@
 """What the training scripts build from their flags: data, VAE, networks with their starting weights, optimisers."""
 
 import argparse
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +21,45 @@ from training.optimizer import Optimizer
 from training.randomness import Draws, Rows, step_draws
 from training.transformer_step import TransformerNets, copy_for_ema
 from training.vae_step import VAENets
+from weights.checkpoint_io import numbered_checkpoints, read_checkpoint, training_flags
 from weights.downloads import is_offline
 from weights.encoders import encoder_fingerprints, load_encoders
 from weights.features import load_lpips
-from weights.trained_run import start_from_trained
+from weights.trained_run import REFERENCE_DEFAULTS, start_from_trained
 from weights.vae import VAESource, load_discriminator, load_vae, open_vae
 
 
-def training_images(args: argparse.Namespace):
+def training_images(args: argparse.Namespace, run: Run):
     images = open_images(args.data_dir, args.resolution)
-    check_data(images, args)
+    check_data(images, args, run)
     return images
 
 
-def check_data(data, args: argparse.Namespace) -> None:
-    """Raise a UserError if a data set of dataset.py has fewer images than a batch, or more classes than the model."""
+def check_data(data, args: argparse.Namespace, run: Run) -> None:
+    """Complete --num-classes and tell `run` of the classes of a data set of dataset.py; a UserError if it is too small
+    for a batch, or has more classes than the model."""
     if len(data) < args.batch_size:
         raise UserError(f"{data.source} holds {len(data)} images, fewer than --batch-size {args.batch_size}")
-    num_classes = getattr(args, "num_classes", data.num_classes)  # a VAE has none
-    if data.num_classes > num_classes:
-        raise UserError(f"{data.source} has labels up to {data.num_classes - 1}, but --num-classes is {num_classes}")
+    if "num_classes" not in args:  # a VAE has none
+        return
+    if args.num_classes is None:
+        args.num_classes = continued_classes(run.directory, args.continue_train_exp_dir) or data.num_classes
+    if data.num_classes > args.num_classes:
+        highest = data.num_classes - 1
+        raise UserError(f"{data.source} has labels up to {highest}, but --num-classes is {args.num_classes}")
+    if data.num_classes < args.num_classes:
+        what = f"--num-classes {args.num_classes} is more than the {data.num_classes} of {data.source}"
+        run.print(f"{what}: labels without images are not trained, and not drawn unless --classes names them")
+    run.classes = {"names": data.classes, "counts": data.class_counts}
+
+
+def continued_classes(run_folder: Path, elsewhere: str | None) -> int | None:
+    """The number of classes of the run that goes on from `run_folder`, or else from the folder `elsewhere`, if any."""
+    for folder in (run_folder, *([Path(elsewhere)] if elsewhere else [])):
+        for path in reversed(numbered_checkpoints(folder / "checkpoints")):
+            with suppress(UserError):  # a damaged one is reported where the run goes on
+                return (REFERENCE_DEFAULTS | training_flags(read_checkpoint(path, verify=False), path))["num_classes"]
+    return None
 
 
 def find_vae(args: argparse.Namespace) -> VAESource:

@@ -39,14 +39,15 @@ class TrainingState:
         self.optimizers = optimizers
         self.tensors = tensors
 
-    def to_dict(self, args: dict, step: int, identity: dict | None = None) -> dict:
-        """The checkpoint after `step` steps of a run with the flags `args` and the fingerprints `identity`."""
+    def to_dict(self, args: dict, step: int, identity: dict | None = None, classes: dict | None = None) -> dict:
+        """The checkpoint after `step` steps of a run with flags `args`, fingerprints `identity` and such `classes`."""
         return {
             **{name: network.state_dict() for name, network in self.networks.items()},
             **{name: optimizer.adamw.state_dict() for name, optimizer in self.optimizers.items()},
             "args": args,
             "steps": step,
             "identity": identity or {},
+            "classes": classes,
             "optimizer_extras": {name: optimizer.extra_state() for name, optimizer in self.optimizers.items()},
             "tensors": self.tensors,
             "time_convention": TIME_CONVENTION,

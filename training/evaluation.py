@@ -48,7 +48,7 @@ class Monitor:
         run = self.run
         show_pictures = run.due(self.args.sampling_steps) and run.is_main
         if show_pictures and self.ema is not None:
-            picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast)
+            picture = sample_grid(self.ema, self.vae, self.args.seed, self.autocast, run.classes["counts"])
             run.metrics.add_picture(run.step, "samples", picture)
         if show_pictures and self.shown is not None:
             picture = reconstruction_grid(self.vae, self.shown, self.autocast)
@@ -60,8 +60,9 @@ class Monitor:
 class Evaluation:
     """Fréchet distances of `--eval-samples` EMA samples to a reference, in each of `--eval-features`.
 
-    Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance. Ranks share
-    the work, and the distance does not depend on their number. The reference is `images`, the training images, unless
+    Sample i is a function of (seed, i), drawn as generate.py does, with 50 Euler steps without guidance and, as for
+    published distances, equal probabilities of the labels, whatever the sizes of their classes. Ranks share the work,
+    and the distance does not depend on their number. The reference is `images`, the training images, unless
     --eval-reference names another.
 
     Attributes:
@@ -73,7 +74,8 @@ class Evaluation:
         self.count, self.batch_size = args.eval_samples, run.micro_batch
         self.compiled = args.compile and run.device.type == "cuda"
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
-        self.sampling = Sampling(seed=args.seed, autocast=autocast_factory(run.device, args.mixed_precision))
+        autocast = autocast_factory(run.device, args.mixed_precision)
+        self.sampling = Sampling(seed=args.seed, autocast=autocast, class_counts=run.classes["counts"])
         self.networks = load_feature_networks(check_feature_names(args.eval_features), args, run.device)
         self.judge = "eval_" + metric_name("fid", self.networks[0].name)
         self.measure = {
@@ -110,7 +112,7 @@ class Evaluation:
         for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
             # in joint training the decoder is compiled, for one shape
             filled = part + part[-1:] * (self.batch_size - len(part)) if self.compiled else part
-            pixels = sample_pixels(ema, vae, filled, self.sampling)[: len(part)]
+            pixels = sample_pixels(ema, vae, filled, self.sampling)[0][: len(part)]
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         distances = {}

@@ -96,6 +96,7 @@ class Run:
         self.step_complete = False
         self.state: TrainingState | None = None
         self.identity: dict = {}
+        self.classes: dict | None = None  # names (a list, or None) and numbers of training images, by label
         self.wrapped: list[nn.Module] = []
         self.metrics = MetricsLog(self.accelerator, args, self.directory, self.print)
         self.watch = Watch(scaled=args.mixed_precision == "fp16")
@@ -239,7 +240,7 @@ class Run:
             self.checkpoints.save_if_best(self._state_dict(), evaluation.measure, evaluation.judge, values)
 
     def _state_dict(self) -> dict:
-        return self.state.to_dict(vars(self.args), self.step, self.identity)
+        return self.state.to_dict(vars(self.args), self.step, self.identity, self.classes)
 
     def _finish_step(self, bar, last: int) -> None:
         bar.update()

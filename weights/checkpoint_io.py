@@ -228,6 +228,16 @@ def load_weights(module: nn.Module, state: dict, source: str) -> None:
     module.load_state_dict(check_weights(module, state, source))
 
 
+def refuse_not_finite(module: nn.Module, source: str) -> None:
+    """Raise a UserError that names the first weight that is not finite.
+
+    A row of a label table spoils the samples of its label alone, which sampling names.
+    """
+    for key, value in module.state_dict().items():
+        if not (key.endswith("embedding_table.weight") or value.isfinite().all()):
+            raise UserError(f"{source}: {key} holds values that are not finite; take another checkpoint or file")
+
+
 class VAEFiles(NamedTuple):
     """The three files of a VAE."""
 

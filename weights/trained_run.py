@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from weights.checkpoint_io import (
     load_weights,
     read_checkpoint,
     read_weights,
+    refuse_not_finite,
     same_statistics,
     strip_prefixes,
     training_flags,
@@ -40,13 +41,18 @@ Log = Callable[[str], None]
 
 
 class Experiment(NamedTuple):
-    """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags."""
+    """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags.
+
+    `class_names` and `class_counts`, the numbers of training images, are by label; empty if the checkpoint lacks them.
+    """
 
     name: str
     step: int
     flags: dict
     sit: SiT
     vae: AutoencoderKL
+    class_names: Sequence[str] = ()
+    class_counts: Sequence[int] = ()
 
 
 def load_experiment(
@@ -81,16 +87,20 @@ def load_experiment(
         ema |= {"bn.running_mean": bias.flatten(), NORMALISER: scale.flatten() ** -2}
         ema["bn.num_batches_tracked"] = torch.tensor(0)
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
+    refuse_not_finite(sit, f"{path}: {taken}")
     if is_joint:
         vae = AutoencoderKL(source.config)
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
+        refuse_not_finite(vae, f"{path}: vae")
     else:
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
     if taken != "ema":
         log(f"{path}: sampling from {taken}")
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
-    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval())
+    classes = checkpoint.get("classes") or {}
+    of_classes = (classes.get("names") or (), classes.get("counts") or ())
+    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval(), *of_classes)
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
@@ -155,6 +165,7 @@ def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: st
     `known` is the fingerprint of the VAE's weights, if the checkpoint states it.
     """
     path, vae = source.weights, load_vae(source)
+    refuse_not_finite(vae, f"VAE {path}")
     same = known in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
         same &= same_statistics(trained, known_statistics(source))
