@@ -39,7 +39,7 @@ def fingerprint_of(index: dict) -> str:
     if index["format"] == IMAGE_FORMAT:
         facts = [shard["digest"] for shard in index["shards"]]
     else:
-        facts = {key: value for key, value in index.items() if key not in ("fingerprint", "shards")}
+        facts = {key: value for key, value in index.items() if key not in ("class_counts", "fingerprint", "shards")}
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -53,8 +53,6 @@ def remedy(folder: Path, form: str) -> str:
 def open_shards(folder: Path, form: str) -> tuple[dict, Shards]:
     """Index and shards of a folder; a UserError if one is missing, damaged or not what the index says."""
     index = read_index(folder, form, remedy(folder, form))
-    if "class_counts" not in index:
-        raise UserError(f"{folder / 'index.json'}: holds no class_counts; {remedy(folder, form)}")
     return index, Shards(folder, index, shard_layout(index), remedy(folder, form))
 
 
@@ -65,7 +63,7 @@ class ImageDataset:
         source: the folder, for messages.
         resolution: R.
         num_classes: one more than the highest label, or the number of class folders if that is more.
-        class_counts: images of each class, num_classes integers.
+        class_counts: images of each class, num_classes integers; empty if the index lacks them.
         classes: their names, or None.
         fingerprint: a hash of all pixels and labels.
         sizes: rows of each shard.
@@ -75,7 +73,7 @@ class ImageDataset:
         self.source = images_directory(data_dir)
         index, self.shards = open_shards(self.source, IMAGE_FORMAT)
         self.resolution, self.num_classes = index["resolution"], index["num_classes"]
-        self.class_counts, self.classes = index["class_counts"], index["classes"]
+        self.class_counts, self.classes = index.get("class_counts", []), index["classes"]
         self.fingerprint = index["fingerprint"]
         self.sizes = self.shards.sizes
 
@@ -114,7 +112,7 @@ class LatentDataset:
         self.source, self.images = Path(data_dir) / name, images
         index, self.shards = open_shards(self.source, LATENT_FORMAT)
         self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
-        self.class_counts, self.classes = index["class_counts"], index["classes"]
+        self.class_counts, self.classes = index.get("class_counts", []), index["classes"]
         self.image_fingerprint = index["image_fingerprint"]
         self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
         self.vae_fingerprint, self.statistics = index["vae_fingerprint"], index["statistics"]

@@ -34,7 +34,7 @@ SECONDS_TO_END = 5
 # messages of torch, NCCL and the system; torch's shared memory has file names like </torch_1625_493935405_0>
 OPEN_FILES = re.compile("Too many open files|items of ancdata")
 SHARED_MEMORY = re.compile(
-    r"</torch_|shared memory(\(shm\)| object| segment)|out of shared memory|No space left on device.*/dev/shm"
+    r"</torch_|shared memory(\(shm\)| object| segment)|Bus error|/dev/shm/nccl|No space left on device.*/dev/shm"
 )
 
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import re
 import sys
+import unicodedata
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -108,12 +109,15 @@ def class_list(text: str) -> list[str]:
 
 def find_label(word: str, run: Experiment, log: Callable[[str], None]) -> int:
     """The label that a word of --classes means: its own number or that of the class with this name."""
+    word = unicodedata.normalize("NFC", word)  # as preprocessing.py writes names
     names, count = list(run.class_names), run.sit.num_classes
     named = names.index(word) if word in names else None
     number = int(word) if re.fullmatch("[+-]?[0-9]+", word) else None
     is_label = number in range(count)
     if named is None and not is_label:
-        hint = f"; did you mean {nearest(word, names)!r}?" if names else "; its checkpoint does not know their names"
+        hint = "; its checkpoint does not know their names"
+        if names:
+            hint = f"; did you mean {(near := nearest(word, names))!r}, which is label {names.index(near)}?"
         raise UserError(f"--classes {word}: the run has classes 0 to {count - 1}{hint if number is None else ''}")
     if is_label and named not in (None, number) and word == str(number):
         what = f"--classes {word}: both a label and the name of the class with label {named}"
@@ -255,6 +259,7 @@ def write_grid(files: SampleFiles, args: argparse.Namespace, titles: list[str]) 
         blank = samples.new_full((rows, *samples.shape[1:]), 255)  # for the last column
         cells = torch.cat([samples, blank])[: columns * rows]
         samples = cells.unflatten(0, (columns, rows)).transpose(0, 1).flatten(0, 1)
+        titles = [f"{label} {title}" for label, title in zip(args.classes, titles, strict=bool(titles))]
     picture = Image.fromarray(grid(samples, columns).permute(1, 2, 0).numpy())
     with written_whole(files.picture) as file:
         (with_titles(picture, titles) if titles else picture).save(file, "png")

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -122,7 +123,8 @@ def preprocess(
     plan = plan_of(root, sources, resolution)
     jobs = [(i, sources[first : first + SHARD_IMAGES]) for i, first in enumerate(range(0, len(sources), SHARD_IMAGES))]
     num_classes = max(len(classes or []), 1 + max(source.label for source in sources))
-    index = {"format": IMAGE_FORMAT, "resolution": resolution, "num_classes": num_classes, "classes": classes}
+    names = classes and [unicodedata.normalize("NFC", name) for name in classes]  # macOS decomposes accents
+    index = {"format": IMAGE_FORMAT, "resolution": resolution, "num_classes": num_classes, "classes": names}
     directory = images_directory(output)
     with locked(directory):
         others = "other images or another resolution; delete it, or choose another --output-path"

@@ -151,5 +151,5 @@ def check_finite(finite: np.ndarray, indices: Sequence[int], sampling: Sampling,
             raise UserError(
                 f"the {network} gives values that are not finite for {len(bad)} of the {len(good)} samples of a batch ("
                 + ", ".join(f"sample {index} of label {label}" for index, label in which)
-                + "), which is not written; use another checkpoint, or bf16 or no --mixed-precision instead of fp16"
+                + "), which is not written; use another checkpoint or, instead of --mixed-precision fp16, bf16"
             )

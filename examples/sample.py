@@ -6,7 +6,6 @@ writes one picture with a column for each class. If the VAE of a frozen-VAE run 
 FILE. Sample i depends on the seed and i alone, and equals sample i of generate.py with the same settings.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -14,12 +13,12 @@ from PIL import Image
 
 from diffusion.previews import grid
 from diffusion.sampling import Sampling, check_finite, labels_with_images, sample_pixels
-from errors import UserError, run_script
+from errors import Parser, UserError, run_script
 from weights.trained_run import load_experiment
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run's folder, with checkpoints/ and args.json")
     parser.add_argument("output", type=Path, help="the picture")
     parser.add_argument("--vae-ckpt", help="VAE weights of a frozen-VAE run, if they were moved")

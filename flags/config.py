@@ -3,8 +3,8 @@
 A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`. A script
 reads the flags outside all sections and those of its own section. The command line overrides the section, which
 overrides the flags outside. null leaves a flag at its default. A list gives a repeatable flag several times; other
-flags take it joined by commas. $NAME and ${NAME} are variables of the environment (the latter in capitals, else it is
-another key of the file).
+flags take it joined by commas. $NAME and ${NAME} are variables of the environment; the latter may also be another key
+of the file.
 """
 
 import argparse
@@ -144,7 +144,9 @@ def read_yaml(path: str, what: str) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{what}: no such file")
     try:
-        text = re.sub(r"\$\{([A-Z_][A-Z0-9_]*)\}", r"${oc.env:\1}", Path(path).read_text(encoding="utf8"))
+        text = Path(path).read_text(encoding="utf8")
+        keys = re.findall(r"^\s*([\w-]+)\s*:", text, re.MULTILINE)
+        text = re.sub(r"(?<!\\)\$\{(\w+)\}", lambda m: m[0] if m[1] in keys else f"${{oc.env:{m[1]}}}", text)
         config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{what}: not a readable YAML file ({type(error).__name__}: {first_line(error)})") from error

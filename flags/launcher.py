@@ -12,7 +12,7 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # each pr
 def launcher_settings() -> dict[str, str]:
     """The flags of `SHARED` that accelerate sets, by name."""
     found = {name: os.environ.get(f"ACCELERATE_{name.upper()}", unset).lower() for name, unset in SHARED.items()}
-    return {name: value for name, value in found.items() if value != SHARED[name]}
+    return {name: value for name, value in found.items() if value not in ("", SHARED[name])}
 
 
 def refuse_sharding() -> None:

@@ -54,7 +54,7 @@ class FolderImages(Dataset):
         self.skipped = hidden + others
         self.files = [folder / path for path in images]
         if not self.files:
-            raise UserError(f"{folder}: no images below it, expected PNG or JPEG files")
+            raise UserError(f"{folder}: no images below it")
         self.size = self.read(self.files[0]).shape[:2]
 
     def __len__(self) -> int:
@@ -99,7 +99,8 @@ def map_member(path: Path, name: str) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
             if name not in archive.namelist():
-                raise UserError(f"{path}: no {name.removesuffix('.npy')} inside, but {', '.join(archive.namelist())}")
+                others = ", ".join(archive.namelist()[:8])
+                raise UserError(f"{path}: no {name.removesuffix('.npy')} inside, but {others}; unpack zipped images")
             info = archive.getinfo(name)
             with archive.open(name) as file:
                 formats = np.lib.format

@@ -22,12 +22,14 @@ MAX_ASPECT_RATIO = 100
 # bytes of text in a PNG, which may hold its orientation; by default Pillow refuses more than a megabyte
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # formats that Pillow only recognises or writes
-# whether a file of this suffix is an image; text, which may lie beside every image, is not opened
+# whether a file of this suffix is an image; text, backups and partial copies, which may lie beside it, are not opened
 SUFFIXES = {suffix: form not in NOT_DECODED for suffix, form in Image.registered_extensions().items()}
-SUFFIXES |= dict.fromkeys((".csv", ".json", ".npy", ".txt", ".xml"), False)
+BESIDE = ".bak .crdownload .csv .jpg_original .json .npy .orig .part .swp .tmp .txt .xml"
+SUFFIXES |= dict.fromkeys(BESIDE.split(), False)
 SYSTEM_NAMES = {  # of macOS, Windows and network disks
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information"),
-    *("lost+found", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+    *("lost+found", "found.000", "@eadir", "@synoeastream", "@thumb", "@tmp", "@recycle", "@recently-snapshot"),
+    *("#recycle", "#snapshot", "~snapshot"),
 }
 # not of an image, but of the machine or a network disk; they end the run
 MACHINE_ERRORS = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
@@ -199,7 +201,7 @@ def label_by_file(root: Path, files: list[str]) -> tuple[list[Source], list[Skip
     """Labels by the tree's `dataset.json`; its paths may have backslashes, be absolute or begin with a dot."""
     where, present = root / "dataset.json", set(files) - {"dataset.json"}
     labels = parse_labels(where.read_bytes(), str(where), (path for path in sorted(present) if is_image(root / path)))
-    for name in labels.keys() - present:
+    for name in [name for name in labels if name not in present]:
         path = os.path.relpath(root / name.replace("\\", "/").removeprefix(f"{root.resolve()}/"), root)
         if path in present:
             labels.setdefault(path, labels.pop(name))

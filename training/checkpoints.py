@@ -173,7 +173,8 @@ class CheckpointFolder:
         best.json holds the measure, the best step and its values.
         """
         best = read_note(self.best_note)
-        if best.get("measure") != measure or values[judge] < best.get("values", {}).get(judge, math.inf):
+        bound = best.get("values", {}).get(judge, math.inf) if best.get("measure") == measure else math.inf
+        if values[judge] < bound:
             write_atomically(content, self.directory / BEST_CHECKPOINT)
             note = {"measure": measure, "step": content["steps"], "values": values}
             replace_text(self.best_note, json.dumps(note, indent=1) + "\n")

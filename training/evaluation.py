@@ -1,6 +1,7 @@
 """Pictures (--sampling-steps) and Fréchet distances (--eval-steps) that are computed during training."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from models.autoencoder import AutoencoderKL
 from models.numerics import autocast_factory
 from models.sit import SiT
 from progress import progress_bar
+from training.distributed import all_reduce_max
 from training.loop import Run
 from weights.features import check_feature_names, load_feature_networks
 
@@ -73,6 +75,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
         self.compiled = args.compile and run.device.type == "cuda"
+        self.hosts = run.hosts
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
         autocast = autocast_factory(run.device, args.mixed_precision)
         self.sampling = Sampling(seed=args.seed, autocast=autocast, class_counts=run.classes["counts"])
@@ -105,19 +108,22 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, ema: SiT, vae: AutoencoderKL) -> dict[str, float]:
-        """Distances by name (eval_fid, or eval_fd_NAME), on rank 0."""
+        """Distances by name (eval_fid, or eval_fd_NAME), on rank 0; NaN if a sample is not finite."""
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
             # in joint training the decoder is compiled, for one shape
             filled = part + part[-1:] * (self.batch_size - len(part)) if self.compiled else part
-            pixels = sample_pixels(ema, vae, filled, self.sampling)[0][: len(part)]
+            pixels, finite = sample_pixels(ema, vae, filled, self.sampling)
+            pixels, bad = pixels[: len(part)], bad | ~finite.all()
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
+        (bad,) = all_reduce_max([int(bad)], self.hosts)
         distances = {}
         for network, statistics in zip(self.networks, seen, strict=True):
             statistics.over_processes()
             if self.rank == 0:
                 distances |= compare(statistics, self.moments[network.name], None, ["fid"], network.name)
-        return {f"eval_{name}": distance for name, distance in distances.items()}
+        return {f"eval_{name}": math.nan if bad else distance for name, distance in distances.items()}

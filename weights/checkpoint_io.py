@@ -27,7 +27,7 @@ BEST_CHECKPOINT = "best.pt"  # the checkpoint with the lowest distance in the ev
 WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 # classes that hold values; other names in Python's modules and torch may be functions that act, or make tensors
 VALUE_CLASSES = re.compile(
-    r"(collections|datetime|enum|pathlib(\._local)?|typing)\.\w+|torch\.([a-z]\w*\.)+[A-Z]\w*|"
+    r"(collections|datetime|decimal|enum|fractions|pathlib(\._local)?|typing|uuid)\.\w+|types\.SimpleNamespace|torch\.([a-z]\w*\.)+[A-Z]\w*|"
     r"builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)"
 )
 INERT = {"__init__": lambda *args: None, "__setstate__": lambda *args: None, "__hash__": object.__hash__}
@@ -142,6 +142,9 @@ def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
                 warnings.simplefilter("ignore")  # about old pickle protocols
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:
+            if mapping := re.search(r"Can only SETITEM.*checkpoint_io\.(\S+)'", str(error)):
+                inert[mapping[1]] = type(mapping[1], (), {"__new__": lambda *args: OrderedDict()})
+                continue  # torch.load fills no subclass of dict
             unknown = re.search(r"GLOBAL (\S+)", str(error))
             name = unknown and (unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}")
             if name is None or name in inert:
@@ -150,8 +153,6 @@ def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
         if not others or is_known and not VALUE_CLASSES.fullmatch(name):
             raise UserError(f"{source}: holds {name!r}, which could run code; expected tensors and plain data")
         inert[name] = type(name, (list,), INERT)
-        if name.endswith((".defaultdict", "Dict", "CfgNode")):  # torch.load fills no subclass of dict
-            inert[name] = type(name, (), {"__new__": lambda *args: OrderedDict()})
 
 
 def neighbours(path: Path) -> str:

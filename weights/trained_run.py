@@ -22,7 +22,6 @@ from weights.checkpoint_io import (
     fingerprint,
     latest_checkpoint,
     load_weights,
-    read_checkpoint,
     read_weights,
     refuse_not_finite,
     same_statistics,
@@ -68,7 +67,7 @@ def load_experiment(
         UserError: something is missing, damaged or of another architecture, or the VAE is not the one trained with.
     """
     path = find_checkpoint(exp_path, step)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_weights(path, "checkpoint")
     ema, taken, flags = read_transformer(checkpoint, path, str(path))
     if "model" not in flags or "vae" not in flags:
         raise UserError(f"{path}: its flags lack --model or --vae; write model and vae into {exp_path}/args.json")
@@ -96,7 +95,7 @@ def load_experiment(
         known = (checkpoint.get("identity") or {}).get("vae")
         vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
     if taken != "ema":
-        log(f"{path}: sampling from {taken}")
+        log(f"{path}: sampling from {taken}, of {sit.num_classes} classes")
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
     classes = checkpoint.get("classes") or {}
     of_classes = (classes.get("names") or (), classes.get("counts") or ())
@@ -122,8 +121,8 @@ def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[st
     other things, are a UserError. Where the flags' number of classes does not fit the label table, the table is right.
     """
     part = next((key for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
-    state = strip_prefixes(checkpoint if part is None else checkpoint[part])
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    state = checkpoint if part is None else checkpoint[part]
+    state = strip_prefixes({key: value for key, value in state.items() if isinstance(value, Tensor)})
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if missing := [key for key in SIT_KEYS if key not in state]:
         raise UserError(f"{source}: no {missing[0]} inside; expected the weights of a SiT, alone or as ema")

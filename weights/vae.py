@@ -102,9 +102,15 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
     if path.is_file() or is_path:
         config = path.with_name(CONFIG)
-        found = read_json(config) if path.suffix != ".pt" and config.is_file() else {}
-        is_its = path.name.startswith(STEM) or str(found.get("_class_name")).startswith("Autoencoder")
-        return path, found if found and is_its else None
+        if path.suffix == ".pt" or not config.is_file():
+            return path, None
+        if path.name.startswith(STEM):
+            return path, read_json(config)
+        try:  # it may be of anything else in the folder
+            found = read_json(config)
+            return path, found if found["_class_name"] == "AutoencoderKL" else None
+        except (ValueError, KeyError, TypeError):
+            return path, None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
     return weights, read_json(config)
 
@@ -130,7 +136,7 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
 
 def shards(path: Path) -> list[Path]:
     """The files beside an index of diffusers that it lists; `path` itself, if that is no index."""
-    names = read_json(path)["weight_map"].values() if ".index." in path.name else [path.name]
+    names = read_json(path)["weight_map"].values() if path.suffix == ".json" else [path.name]
     return [path.with_name(name) for name in sorted(set(names))]
 
 
@@ -234,7 +240,7 @@ def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tens
         UserError: the file is missing, or C is not `channels`.
     """
     path = vae_files(vae_weights).statistics
-    stats = read_checkpoint(path, "latent statistics")
+    stats = read_checkpoint(path, "latent statistics", inert=False)
     scale, bias = stats["latents_scale"].float(), stats["latents_bias"].float()
     if scale.numel() != channels:
         raise UserError(f"latent statistics {path}: of {scale.numel()} channels, expected {channels}; of another VAE?")
@@ -245,5 +251,6 @@ def load_discriminator(path: str | None) -> PatchDiscriminator:
     """The discriminator with the weights at `path`, or freshly initialised."""
     discriminator = PatchDiscriminator()
     if path is not None:
-        load_weights(discriminator, read_checkpoint(path, "discriminator weights"), f"discriminator weights {path}")
+        state = read_checkpoint(path, "discriminator weights", inert=False)
+        load_weights(discriminator, state, f"discriminator weights {path}")
     return discriminator
