@@ -8,6 +8,8 @@ z_norm = (z - latents_mean)·scaling_factor / latents_std, with the values in th
 pipelines; the scaling_factor of a tuned VAE is 1.
 """
 
+import argparse
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,7 +38,7 @@ def open_picture(path: str, multiple: int) -> Tensor:
 
 @torch.no_grad()
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vae", help="a folder with config.json and safetensors, or a repository of the hub")
     parser.add_argument("picture", help="any picture")
     parser.add_argument("output", help="where original and reconstruction go, side by side")
