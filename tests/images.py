@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from preprocessing import preprocess
+from preprocessing import SHARD_IMAGES, preprocess
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -25,7 +26,9 @@ def make_tree(root: Path, per_class: int) -> Path:
     return root
 
 
-def make_data(directory: Path, per_class: int, resolution: int = 32) -> Path:
+def make_data(directory: Path, per_class: int, resolution: int = 32, shard_images: int = SHARD_IMAGES) -> Path:
     """A preprocessed data directory of 3·per_class images."""
-    preprocess(make_tree(directory / "tree", per_class), directory / "data", resolution, 1, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preprocessing.SHARD_IMAGES", shard_images)
+        preprocess(make_tree(directory / "tree", per_class), directory / "data", resolution, 1, None)
     return directory / "data"

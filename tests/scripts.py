@@ -86,6 +86,15 @@ def call(script: str, *flags: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def refusal(script: str, *flags: object) -> str:
+    """The one line `error: ...`, the last on stderr, by which a script refuses in this process."""
+    stderr = run(script, *flags, code=2).stderr
+    assert stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
+    line = stderr[stderr.index("error: ") :].rstrip("\n")
+    assert "\n" not in line
+    return line
+
+
 def wait_for_log(log: Path, lines: int, process: subprocess.Popen) -> None:
     """Wait until the log of a run has so many lines."""
     deadline = time.monotonic() + 240
