@@ -17,6 +17,11 @@ def photo(seed: int, width: int = 48, height: int = 40) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def photos(count: int, side: int = 32, first: int = 0) -> np.ndarray:
+    """(count,side,side,3) uint8: smooth random pictures."""
+    return np.stack([np.asarray(photo(first + i, side, side)) for i in range(count)])
+
+
 def make_tree(root: Path, per_class: int) -> Path:
     """A folder a class, `per_class` PNG files in each."""
     for label, name in enumerate(CLASSES):

@@ -6,10 +6,12 @@ import importlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,17 @@ def refusal(script: str, *flags: object) -> str:
     line = stderr[stderr.index("error: ") :].rstrip("\n")
     assert "\n" not in line
     return line
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Within, no file of this process and its children can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for_log(log: Path, lines: int, process: subprocess.Popen) -> None:
