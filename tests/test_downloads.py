@@ -112,11 +112,7 @@ def test_environment_keeps_everything_offline(elsewhere, no_network, monkeypatch
 def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
     content = safetensors.torch.save(timm_weights())
     with hub.serving({"/me/mirror/resolve/v1/model.safetensors": content}) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        hub.use_hub(server, monkeypatch)
         given = "hf-hub:me/mirror@v1"
         path = weights_file(TIMM, encoder_spec(TIMM), given, offline=False)
         assert path.read_bytes() == content
