@@ -12,7 +12,7 @@ import dataset
 from errors import UserError
 from generate import set_name
 from published import FLAGS
-from scripts import LAST, ROOT, call, records
+from scripts import LAST, ROOT, records, run
 from test_flags import PUBLISHED
 from weights.trained_run import Experiment
 
@@ -224,10 +224,10 @@ def test_the_command_line_overrides_the_section_which_overrides_the_flags_outsid
 
 @pytest.mark.slow
 def test_args_json_of_a_run_repeats_it(whole_run):
-    path = whole_run / "args.json"
-    saved = path.read_text()
+    """And finds it finished."""
+    path, checkpoint = whole_run / "args.json", whole_run / f"checkpoints/{LAST:07d}.pt"
+    saved, before = path.read_text(), checkpoint.stat().st_mtime_ns
     assert parsed("train_repae", "--config", path) == json.loads(saved)
-    code, stderr = call("train_repae.py", "--config", path)
-    assert code == 0, stderr
-    assert path.read_text() == saved
+    run("train_repae.py", "--config", path)
+    assert (path.read_text(), checkpoint.stat().st_mtime_ns) == (saved, before)
     assert len(records(whole_run / "metrics.jsonl")) == LAST

@@ -97,20 +97,6 @@ def test_the_index_holds_the_vaes_fingerprint_and_statistics(data, vae):
     assert torch.equal(open_latents(data, "indexed")[3][0], torch.empty(0, dtype=torch.uint8))
 
 
-def test_caching_again_makes_only_what_is_missing_or_cut_short(data, vae):
-    cache(data, vae, name="again")
-    folder = data / "again"
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    kept = [torch.stack([open_latents(data, "again")[i][2] for i in range(18)])]
-    (folder / "00001.safetensors").unlink()
-    cut = (folder / "00003.safetensors").read_bytes()
-    (folder / "00003.safetensors").write_bytes(cut[: len(cut) // 2])
-    cache(data, vae, name="again")
-    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert {name for name in after if after[name] != before[name]} == {"00001.safetensors", "00003.safetensors"}
-    assert torch.equal(kept[0], torch.stack([open_latents(data, "again")[i][2] for i in range(18)]))
-
-
 def test_latents_of_other_statistics_are_refused_at_training(data, vae):
     cache(data, vae, name="checked")
     latents, args = open_latents(data, "checked"), Namespace(vae_ckpt="vae.pt")
@@ -128,15 +114,6 @@ def test_fingerprint_sees_every_value_and_no_prefix():
     assert before == fingerprint(shuffled)
     state["decoder.conv_out.bias"][0] += 1e-6
     assert before != fingerprint(state)
-
-
-def test_an_index_without_the_numbers_of_images_is_one_line(data, tmp_path):
-    path = shutil.copytree(data / "images", tmp_path / "images") / "index.json"
-    index = json.loads(path.read_text())
-    del index["class_counts"]
-    path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="index.json: holds no class_counts; run preprocessing.py with --output-path"):
-        open_images(tmp_path)
 
 
 @pytest.fixture(scope="module")

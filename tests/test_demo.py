@@ -12,7 +12,7 @@ import torch
 
 from demo import run as demo
 from demo.pictures import latent_colors
-from demo.report import duration, write_report
+from demo.report import write_report
 from images import make_tree
 from models.autoencoder import build_vae
 from preprocessing import preprocess
@@ -138,10 +138,6 @@ def test_principal_components_become_colours():
     assert (colors.shape, colors.dtype) == ((6, 3, 8, 8), torch.uint8)
     red = colors[:, 0].double().flatten()
     assert abs(float(torch.corrcoef(torch.stack([red, strong.double().flatten()]))[0, 1])) > 0.95
-
-
-def test_durations():
-    assert [duration(seconds) for seconds in (0.4, 59.6, 185)] == ["0 s", "1 min 00 s", "3 min 05 s"]
 
 
 def test_steps_scale_every_run(monkeypatch, capsys):

@@ -15,7 +15,7 @@ import train_repae
 from dataset import open_images
 from errors import UserError
 from hub import Hub, serving, use_hub
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig, build_vae, pixels_to_image
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae, pixels_to_image
 from models.sit import SiT_models
 from scripts import TINY, TINY_SIT, equal, records, run
 from training.build import choose_patch
@@ -23,8 +23,6 @@ from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write
 from weights.diffusers_layout import (
     EARLIER_NAMES,
     from_diffusers_config,
-    from_diffusers_state,
-    to_diffusers_config,
     to_diffusers_state,
 )
 from weights.vae import diffusers_files, find_weights, has_statistics, known_statistics, load_vae, open_vae
@@ -81,20 +79,6 @@ def test_ours_to_diffusers_and_back(name, tmp_path):
     assert equal(load_vae(source).state_dict(), vae.state_dict())
     assert equal(known_statistics(source), (scale, bias))
     assert open_vae(name, str(tmp_path), offline=True).config is config
-
-
-def test_every_kind_of_architecture_survives():
-    """Where diffusers' settings are not those of any row."""
-    widths = {"widths": (24, 48, 24), "attention_levels": (0, 2), "encoder_blocks": 1, "norm_groups": 6}
-    config = VAEConfig(5, **widths, middle_attention=False, quant_conv=False)
-    torch.manual_seed(0)
-    vae, ones = AutoencoderKL(config), torch.ones(1, 5, 1, 1)
-    described = to_diffusers_config(config, ones, ones, 32)
-    assert from_diffusers_config(described, "") == config
-    theirs = diffusers.AutoencoderKL.from_config(described)
-    theirs.load_state_dict(to_diffusers_state(vae.state_dict(), config))
-    assert_same_network(vae, theirs, 32)
-    assert equal(from_diffusers_state(theirs.state_dict(), config), vae.state_dict())
 
 
 def test_earlier_names_of_attention(tmp_path):

@@ -18,12 +18,11 @@ from dataset import open_images
 from forked import run_ranks
 from good import LITE0, cache_flags, good_flags
 from images import photos
-from metrics.features import Features, Inception, dinov2_positions, extract_features
+from metrics.features import Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, equal, records, refusal, run
 from training.checkpoints import CheckpointFolder
-from training.evaluation import Evaluation
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 
@@ -321,25 +320,6 @@ def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     whole = network.encoder.network.forward_features(network.encoder.preprocess(pixels))
     torch.testing.assert_close(extract_features(network, pixels).pool, whole[:, 0])  # the class token
-
-
-@pytest.mark.parametrize(("compiled", "sizes"), [(True, [3, 3]), (False, [3, 2])])
-def test_evaluation_during_training_shows_a_compiled_decoder_one_shape(monkeypatch, compiled, sizes):
-    sampled, seen = [], []
-    network = argparse.Namespace(name="network", module=lambda pixels: Features(seen.append(len(pixels)) or pixels))
-    evaluation = object.__new__(Evaluation)
-    settings = {"count": 5, "batch_size": 3, "rank": 0, "world": 1, "device": torch.device("cpu"), "sampling": None}
-    vars(evaluation).update(settings, compiled=compiled, networks=[network])
-    evaluation.moments = {"network": {"mu": torch.zeros(2), "sigma": torch.eye(2)}}
-
-    def sample(ema, vae, indices, sampling) -> torch.Tensor:
-        sampled.append(len(indices))
-        return torch.tensor(indices)[:, None] * torch.ones(2)
-
-    monkeypatch.setattr("training.evaluation.sample_pixels", sample)
-    values = evaluation(None, None)
-    assert (sampled, seen) == (sizes, [3, 2])
-    assert list(values) == ["eval_fd_network"]
 
 
 @pytest.mark.parametrize(

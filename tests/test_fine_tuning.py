@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import published
-import train_ldm_only
 import train_repae
 from errors import UserError
 from images import make_data
 from models.sit import SiT, SiT_models
 from scripts import TINY, TINY_SIT, call, records
-from training.build import build_transformer_nets
 from weights.checkpoint_io import vae_files
 from weights.trained_run import LABEL_TABLE, resample_positions, start_from_trained
 
@@ -43,24 +40,6 @@ def started(path: Path, sit: SiT, *flags: object) -> tuple[dict, list[str]]:
     said = []
     start_from_trained(sit, args, Path("none"), said.append)
     return sit.state_dict(), said
-
-
-def test_frozen_vae_training_starts_from_it_too(start, tmp_path):
-    flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", start, "--enc-type", "none")
-    args = train_ldm_only.parse_args([*map(str, flags)])
-    run = SimpleNamespace(directory=tmp_path, print=print, prepare=lambda module: module, device=torch.device("cpu"))
-    statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets = build_transformer_nets(args, run, (4, 8, 8), statistics)
-    for sit in (nets.sit, nets.ema):
-        assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
-
-
-def test_the_same_size_starts_from_the_same_bits(start):
-    state, said = started(start, own_sit())
-    trained = published.fresh_sit().state_dict()
-    assert all(torch.equal(state[key], trained[key]) for key in trained if key != "bn.num_batches_tracked")
-    (line,) = said
-    assert line.endswith("0400000.pt: starting from the average of step 400000")
 
 
 @pytest.mark.parametrize("form", [*published.FORMS, "safetensors"])

@@ -20,7 +20,6 @@ from diffusion.sampling import (
     cast_weights,
     decode_pixels,
     generator_for,
-    sample_labels,
     sample_pixels,
     sampling_noise,
 )
@@ -93,23 +92,9 @@ def test_draws_are_functions_of_seed_and_index():
         assert torch.equal(draw[2], torch.randn(SHAPE, generator=generator))
 
 
-def label_of(flags: list[str], index: int, classes: int = 10) -> int:
-    return sample_labels(settings(*flags), classes, [index])[0]
-
-
 def settings(*flags: str) -> Sampling:
     args = generate.parse_args(["--exp-path", "x", *flags])
     return generate.sampling_settings(args, "linear", torch.device("cpu"))
-
-
-def test_labels():
-    assert [label_of(["--labels", "balanced"], i) for i in range(12)] == [*range(10), 0, 1]
-    assert sample_labels(Sampling(classes=(7, 2)), 10, range(4)) == [7, 2, 7, 2]
-    random = [label_of([], i) for i in range(400)]
-    assert set(random) == set(range(10))
-    assert max(random.count(label) for label in range(10)) < 70
-    assert random[:50] == [label_of([], i) for i in range(50)]
-    assert random[:50] != [label_of(["--global-seed", "1"], i) for i in range(50)]
 
 
 @torch.no_grad()
@@ -273,10 +258,6 @@ def test_a_sample_that_is_missing_at_the_end_is_named_and_nothing_is_removed(aga
     with pytest.raises(UserError, match="sample 3 is missing"):
         files.finish()
     assert not npz_of(again).exists()
-    files.manifest.unlink()
-    shutil.rmtree(again)
-    with pytest.raises(UserError, match="000000-000002.raw is there, but no"):
-        files.check()
 
 
 def test_what_a_writing_thread_cannot_do_ends_sampling_in_one_line(runs, tmp_path, monkeypatch):
@@ -342,18 +323,6 @@ def test_weights_cast_once_give_what_autocast_gives(precision):
     casts = Counter(parameter.dtype for parameter in sit.parameters())
     assert casts[AUTOCAST_DTYPES[precision]] > casts[torch.float32] > 0
     assert torch.equal(sample_pixels(sit, vae, [0, 1], sampling)[0], before)
-
-
-def test_grid_shows_a_row_a_class(runs, tmp_path):
-    path = sample(runs / "joint", tmp_path, "--classes", "2,0,1", "--grid", "--no-png", count=12)
-    picture = np.asarray(Image.open(path.with_name(path.name + ".png")))
-    assert picture.shape == (3 * 34 + 2, 4 * 34 + 2, 3)
-    pixels = pixels_of(path)
-    for row in range(3):
-        for column in range(4):
-            tile = picture[2 + 34 * row : 34 * (row + 1), 2 + 34 * column : 34 * (column + 1)]
-            assert np.array_equal(tile, pixels[3 * column + row])
-    assert not path.with_name(path.name + ".parts").exists()
 
 
 def test_flags_that_did_not_exist_mean_what_was_done_then():

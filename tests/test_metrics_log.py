@@ -142,10 +142,14 @@ def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint)
     flags = (*flags, "--num-workers", 0, "--batch-size", 2, "--mixed-precision", "fp16")
     for name, lengths in (("half-whole", (2,)), ("half-parts", (1, 2))):
         for steps in lengths:
-            assert call("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)[0] == 0
+            run("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)
     assert_same_run(output / "half-whole", output / "half-parts", 2)
     checkpoint = read_checkpoint(output / "half-parts/checkpoints/0000002.pt")
     assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 2
+    assert all(value.dtype == torch.float32 for value in checkpoint["model"].values() if value.is_floating_point())
+    first = records(output / "half-parts/metrics.jsonl")[0]
+    assert {f"loss_scale_{optimizer}" for optimizer in ("sit", "vae", "disc")} <= first.keys()
+    assert all(math.isfinite(first[key]) for key in ("vae_loss", "d_loss", "denoising_loss"))
 
 
 @pytest.mark.slow

@@ -19,23 +19,14 @@ SABOTAGES = {
         *("train_repae.py", "sit.bn.by_running_statistics(z)", "sit.bn(z)"),
         "latent_statistics_move_once",
     ),
-    "running statistics in the transformer's pass": (
-        *("train_repae.py", "sit.bn(z.detach())", "sit.bn.by_running_statistics(z.detach())"),
-        "latent_statistics_move_once",
-    ),
     "fresh noise for the transformer": (
         *(DIFFUSION, NOISE, NOISE.replace("draws.noise", "torch.randn_like(z_norm)")),
-        "same_t_and_noise",
-    ),
-    "fresh times for the transformer": (
-        *(DIFFUSION, NOISE, NOISE.replace("draws.t", "torch.rand_like(draws.t)")),
         "same_t_and_noise",
     ),
     "EMA without buffers": (
         *(DIFFUSION, "value.is_floating_point()]", 'value.is_floating_point() and "running" not in key]'),
         "ema_averages",
     ),
-    "EMA left out": (DIFFUSION, "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
     "sign of the alignment loss": ("loss/alignment.py", "return -torch", "return torch", "shuffled_tokens"),
     "clip omitted": ("training/optimizer.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
     "alignment gradient into the transformer": (

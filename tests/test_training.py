@@ -13,17 +13,13 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError
 from joint_golden import golden_nets
 from models.numerics import GlobalBatchNorm2d
-from training.checkpoints import TrainingState
 from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
 from training.resume_checks import FORKABLE, IDENTITY, RESUMABLE, refuse_changed_flags
 from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
-    latest_checkpoint,
-    read_checkpoint,
     training_flags,
-    write_atomically,
 )
 
 CPU = torch.device("cpu")
@@ -116,20 +112,6 @@ def order(**changes) -> list[list[int]]:
     return list(BatchOrder(**{**ORDER, **changes}))
 
 
-def test_draws_of_rows_steps_and_seeds_are_normal_uniform_and_uncorrelated():
-    places = [(seed, step) for seed in (0, 1, 2**32) for step in (1, 2, 2**32 + 1)]
-    draws = [step_draws(seed, step, Rows(0, 40), (4, 8, 8)) for seed, step in places]
-    normal = torch.cat([torch.stack([d.posterior, d.noise], 1).flatten(0, 1).flatten(1) for d in draws]).double()
-    # five standard deviations of each estimate, and of the largest of 259,000 correlations
-    assert normal.mean().abs() < 5 / normal.numel() ** 0.5
-    assert (normal.square().mean() - 1).abs() < 5 * (2 / normal.numel()) ** 0.5
-    correlation = torch.corrcoef(normal) - torch.eye(len(normal))
-    assert correlation.abs().max() < 7 / normal.shape[1] ** 0.5
-    t = torch.cat([step_draws(0, step, Rows(0, 2000), (1, 1, 1)).t for step in range(1, 6)]).double()
-    chi_square = ((torch.histc(t, 50, 0, 1) - 200).square() / 200).sum()
-    assert 49 - 5 * 98**0.5 < chi_square < 49 + 5 * 98**0.5
-
-
 def test_data_order_is_a_permutation_an_epoch_and_drops_the_last_partial_batch():
     first = sum(order(stop=5), [])
     second = sum(order(start=5, stop=10), [])
@@ -205,36 +187,6 @@ def test_flags_come_from_inside_the_checkpoint_or_else_from_args_json(tmp_path):
     beside.write_text('{"model": ')
     whole = {"model": "SiT-L/2", "vae": "f8d4"}
     assert training_flags({"args": whole}, path) == whole
-
-
-def test_checkpoint_round_trip_and_published_layout(tmp_path):
-    model = linear()
-    optimizer = Optimizer(model.parameters(), CPU, mixed_precision="fp16")
-    optimizer.backward_and_step(model(torch.ones(1, 4)).sum())
-    state = TrainingState({"model": model}, {"opt": optimizer}, {"lecam": torch.tensor([0.1, 0.2])})
-    write_atomically(state.to_dict({"seed": 1}, 7), tmp_path / "0000007.pt")
-    fresh, lecam = nn.Linear(4, 3), torch.zeros(2)
-    again = Optimizer(fresh.parameters(), CPU, mixed_precision="fp16")
-    restored = TrainingState({"model": fresh}, {"opt": again}, {"lecam": lecam})
-    assert restored.restore(read_checkpoint(tmp_path / "0000007.pt"), "file") == 7
-    x = torch.randn(2, 4)
-    for m, o in ((model, optimizer), (fresh, again)):
-        o.backward_and_step(m(x).square().sum())
-    assert torch.equal(model.weight, fresh.weight)
-    assert lecam.tolist() == pytest.approx([0.1, 0.2])
-
-    published = {
-        "model": {"module._orig_mod." + key: value for key, value in linear().state_dict().items()},
-        "opt": optimizer.adamw.state_dict(),
-        "args": argparse.Namespace(model="SiT-XL/2"),
-        "steps": 400000,
-    }
-    torch.save(published, tmp_path / "0400000.pt")
-    assert restored.restore(read_checkpoint(tmp_path / "0400000.pt"), "file") == 400000
-    assert torch.equal(fresh.weight, linear().weight)
-    again.backward_and_step(fresh(torch.full((1, 4), float("nan"))).sum())
-    assert torch.equal(fresh.weight, linear().weight)  # the skip on the device still works after a foreign optimiser
-    assert latest_checkpoint(tmp_path).name == "0400000.pt"
 
 
 def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):

@@ -179,17 +179,6 @@ def test_what_a_trainer_saved_beside_the_weights_is_inert(tmp_path, monkeypatch,
     assert not isinstance(read["when"], datetime.datetime)
 
 
-@pytest.mark.parametrize("name", ["some.kind", "dict"])
-def test_names_that_are_none_end(tmp_path, name):
-    """A class whose name is unlike any, or a file that is no file of PyTorch, ends in one line as well."""
-    content = f"\x80\x02c{'builtins' if name == 'dict' else 'some'}\n{name.split('.')[-1]} was\n.".encode("latin1")
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        for part, text in (("data.pkl", content), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"a/{part}", text)
-    with pytest.raises(UserError, match=r"a.pt: not a readable PyTorch file \(Unsupported global: GLOBAL"):
-        read_checkpoint(tmp_path / "a.pt")
-
-
 def make_folder(path: str) -> None:
     """A function of neither Python nor PyTorch."""
     os.mkdir(path)

@@ -111,14 +111,6 @@ def test_a_late_gan_starts_from_the_initial_loss_scale_with_fresh_moments(monkey
     assert records[-1]["d_loss"] < records[3]["d_loss"]
 
 
-def test_a_discriminator_that_never_starts_does_not_change():
-    nets = small_gan(weight_decay=0.1)
-    weights = [parameter.clone() for parameter in nets.discriminator.parameters()]
-    never = replace(CONFIG, loss=VAELossConfig(discriminator_factor=0.0))
-    update_discriminator(nets, *torch.rand(2, 4, 3, 24, 24), never, 9)
-    assert all(map(torch.equal, weights, nets.discriminator.parameters()))
-
-
 def test_a_loss_scale_that_was_inflated_before_may_fall_to_where_training_goes_on():
     nets = small_gan(mixed_precision="fp16")
     nets.opt_disc.scaler.load_state_dict({**nets.opt_disc.scaler.state_dict(), "scale": 2.0**60})
