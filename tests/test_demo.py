@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from demo import run as demo
-from demo.pictures import latent_colors
 from demo.report import write_report
 from images import make_tree
 from models.autoencoder import build_vae
@@ -62,12 +61,6 @@ def test_an_interrupted_stage_continues_and_its_time_adds_up(root, capfd):
     assert second["seconds"] > first["seconds"]
     demo.run_stage(stage, demo.Record(plan))
     assert demo.Record(plan).content["stages"]["work"] == second
-
-
-def test_a_demo_of_another_length_is_not_mixed_in(root):
-    demo.Record(demo.make_plan(50)).add(demo.Stage("a", "A", "a.py"), 1.0, True)
-    with pytest.raises(SystemExit, match="holds a demo of 50 joint steps .* not of 60"):
-        demo.Record(demo.make_plan(60))
 
 
 def make_demo_folder(root) -> tuple:
@@ -130,19 +123,12 @@ def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
     assert (folder / "overview.png").stat().st_size > 10000
 
 
-def test_principal_components_become_colours():
-    generator = torch.Generator().manual_seed(0)
-    strong = torch.randn(6, 1, 8, 8, generator=generator) * 10
-    latents = torch.cat([strong, torch.randn(6, 3, 8, 8, generator=generator)], dim=1)
-    colors = latent_colors(latents)
-    assert (colors.shape, colors.dtype) == ((6, 3, 8, 8), torch.uint8)
-    red = colors[:, 0].double().flatten()
-    assert abs(float(torch.corrcoef(torch.stack([red, strong.double().flatten()]))[0, 1])) > 0.95
-
-
-def test_steps_scale_every_run(monkeypatch, capsys):
+def test_steps_scale_every_run_and_demos_of_other_lengths_are_not_mixed(root, monkeypatch):
     plan = demo.make_plan(40)
     assert (plan.vae_steps, plan.joint_steps, plan.frozen_steps) == (60, 40, 120)
+    demo.Record(plan).add(demo.Stage("a", "A", "a.py"), 1.0, True)
+    with pytest.raises(SystemExit, match="holds a demo of 40 joint steps .* not of 60"):
+        demo.Record(demo.make_plan(60))
     monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "3"])
     with pytest.raises(SystemExit, match="STEPS=3 is too small"):
         demo.main()

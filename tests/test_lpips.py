@@ -2,21 +2,19 @@
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from torchvision.models import vgg16
 
 from demo.convert_lpips import NumpyUnpickler
 from errors import UserError
-from images import photo
+from images import photos
 from loss.lpips import unit
 from weights.features import load_lpips
 
 
-def photographs(count: int, side: int = 64) -> torch.Tensor:
-    arrays = np.stack([np.asarray(photo(i, side, side)) for i in range(count)])
-    return torch.tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+def photographs(count: int) -> torch.Tensor:
+    return torch.tensor(photos(count, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def test_values_equal_the_lpips_packages(vgg_weights, monkeypatch):

@@ -53,17 +53,6 @@ def test_train_vae_on_two_processes_does_as_one(tmp_path, tiny_vae, tiny_data, v
     assert vae_files(tmp_path / "two/two.pt").statistics.is_file()
 
 
-def test_train_vae_continues_from_weights(tmp_path, tiny_vae, tiny_data, vgg_weights):
-    flags = ("--exp-name", "more", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    files = vae_files(tiny_vae[1])
-    run(
-        "train_vae.py", *TINY, *flags, "--vae-ckpt", files.weights, "--max-train-steps", 1, "--vae-learning-rate", 1e-12
-    )
-    before, after = read_checkpoint(files.weights), read_checkpoint(tmp_path / "more/more.pt")
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, atol=1e-8, rtol=1e-6)
-
-
 def test_a_joint_run_writes_everything(whole_run):
     log = records(whole_run / "metrics.jsonl")
     assert [record["step"] for record in log] == list(range(1, LAST + 1))
@@ -154,11 +143,6 @@ def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae,
     with locked(whole_run):
         failed = run_process("train_repae.py", *flags, "--exp-name", "whole", code=2)
     assert "another process is writing there" in failed.stderr
-
-
-@pytest.mark.parametrize("script", ["preprocessing.py", "save_vae_weights.py", "dataset.py"])
-def test_a_script_that_no_other_test_starts_as_a_process_starts(script):
-    assert run_process(script, "--help").stdout.startswith(f"usage: {script}")
 
 
 @pytest.mark.slow

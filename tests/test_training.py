@@ -17,7 +17,6 @@ from training.log import json_line, truncate_log
 from training.optimizer import Optimizer
 from training.randomness import BatchOrder, Rows, step_draws
 from training.resume_checks import FORKABLE, IDENTITY, RESUMABLE, refuse_changed_flags
-from training.vae_step import latent_statistics
 from weights.checkpoint_io import (
     training_flags,
 )
@@ -130,28 +129,6 @@ def test_data_order_does_not_depend_on_interruption_processes_or_micro_batches()
     assert [a + b for a, b in zip(micro[::2], micro[1::2], strict=True)] == whole
 
 
-class Posterior(nn.Module):
-    """Stands in for a VAE: mean and log-variance are functions of the pixels."""
-
-    class config:
-        z_channels = 2
-
-    def encode(self, image):
-        mean = image[:, :2, ::2, ::2] * torch.tensor([1.0, 3.0])[:, None, None] + 0.5
-        return mean, torch.full_like(mean, -2.0)
-
-
-def test_latent_statistics_are_the_samples_moments():
-    data = [(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), 0) for _ in range(10)]
-    stats = latent_statistics(Posterior(), data, 3, 0, 0, 1, CPU)
-    mean, logvar = Posterior().encode(torch.stack([pixels for pixels, _ in data]).float() / 127.5 - 1)
-    noise = torch.randn(2000, *mean.shape, generator=torch.Generator().manual_seed(0))
-    z = mean + (0.5 * logvar).exp() * noise
-    torch.testing.assert_close(stats["latents_bias"].flatten(), z.mean((0, 1, 3, 4)), atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(stats["latents_scale"].flatten(), 1 / z.std((0, 1, 3, 4)), atol=2e-3, rtol=2e-3)
-    assert stats["latents_scale"].shape == (1, 2, 1, 1)
-
-
 def test_a_reference_optimisers_state_is_restored():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -197,9 +174,6 @@ def test_changed_flags_are_refused_but_for_those_that_may_change(tmp_path):
     with pytest.raises(UserError, match="--learning-rate .* -> 4"):
         refuse_changed_flags(before, {**flags, "learning_rate": 4}, {}, tmp_path)
     refuse_changed_flags(before, {**flags, "learning_rate": 4}, {}, tmp_path, RESUMABLE | FORKABLE)
-
-
-def test_other_data_and_weights_are_refused(tmp_path):
     known = {"identity": {"data": "a", "loss": {"kl_weight": 1e-6}, "latents": "c", "vae": "d"}}
     refuse_changed_flags(known, {}, known["identity"], tmp_path)
     refuse_changed_flags(known, {}, {"data": "a", "encoders": {}}, tmp_path)  # of another kind of training
@@ -223,7 +197,7 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     assert json_line({"a": float("nan"), "b": float("inf"), "c": 1.0}) == '{"a": null, "b": null, "c": 1.0}\n'
 
 
-def test_samples_come_from_the_ema_and_its_statistics(monkeypatch):
+def test_previews_come_from_the_ema_and_its_statistics(monkeypatch):
     assert (previews.SAMPLES, previews.STEPS, previews.GUIDANCE_SCALE) == (64, 50, 4.0)
     monkeypatch.setattr(previews, "STEPS", 4)
     nets = golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2)
@@ -233,12 +207,9 @@ def test_samples_come_from_the_ema_and_its_statistics(monkeypatch):
     assert not torch.equal(before, sample_grid(nets.ema, nets.vae, seed=1))
     nets.ema.bn.running_mean += 1
     assert not torch.equal(before, sample_grid(nets.ema, nets.vae, seed=0))
-
-
-def test_reconstruction_grid_shows_originals_above_reconstructions():
-    vae = golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2).vae
+    # originals above reconstructions
     pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    grid = reconstruction_grid(vae, pixels)
+    grid = reconstruction_grid(nets.vae, pixels)
     assert grid.shape == (3, 4 * 34 + 2, 8 * 34 + 2)
     assert torch.equal(grid[:, 2:34, 2:34], pixels[0])
     assert torch.equal(grid[:, 70:102, 2:34], pixels[8])

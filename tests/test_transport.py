@@ -75,12 +75,9 @@ def test_lognormal_times(path):
     assert abs(logs.std() - 1) < 0.01
 
 
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("heun", [False, True])
-def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path, heun):
-    x, y, noise = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 4, 4, 4)
-    guidance = Guidance(2.0, 10)
-    made = set()
+@pytest.mark.parametrize("path", PATHS)
+def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path):
+    x, y, made = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), set()
 
     def velocity(x, t, y):
         return torch.tanh(x) * t[:, None, None, None] + y[:, None, None, None] / 10
@@ -92,8 +89,8 @@ def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path, heu
             return result
 
     def sample() -> list[torch.Tensor]:
-        ode = sample_ode(velocity, x, y, 7, guidance, heun)
-        return [ode, sample_sde(velocity, x, y, 7, path, lambda i: noise, guidance)]
+        ode = [sample_ode(velocity, x, y, 7, Guidance(2.0, 10), heun) for heun in (False, True)]
+        return [*ode, sample_sde(velocity, x, y, 7, path, lambda i: x, Guidance(2.0, 10))]
 
     expected = sample()
     monkeypatch.setattr("diffusion.samplers.float64_device", lambda device: torch.device("meta"))
