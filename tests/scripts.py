@@ -69,10 +69,8 @@ def run_process(script: str, *flags: object, launcher: tuple[str, ...] = (), cod
     return checked(subprocess.run(command(script, *flags, launcher=launcher), **options), code)
 
 
-def run(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int = 0) -> subprocess.CompletedProcess:
-    """Run a script, in this process if no launcher is given, and check its exit code."""
-    if launcher:
-        return run_process(script, *flags, launcher=launcher, code=code)
+def run(script: str, *flags: object, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script in this process and check its exit code."""
     return checked(run_in_process(script, *flags), code)
 
 
@@ -80,12 +78,6 @@ def checked(done: subprocess.CompletedProcess, code: int) -> subprocess.Complete
     """`done`, which must have ended with exit code `code`."""
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
-
-
-def call(script: str, *flags: object) -> tuple[int, str]:
-    """Run a script in this process; its exit code and what it wrote to stderr."""
-    done = run_in_process(script, *flags)
-    return done.returncode, done.stderr
 
 
 def refusal(script: str, *flags: object) -> str:

@@ -14,7 +14,7 @@ import torch
 from errors import UserError, explain, run_script
 from forked import forkserver
 from good import good_flags
-from scripts import ROOT, call
+from scripts import ROOT, run_in_process
 from training.loop import peak_memory
 
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
@@ -68,8 +68,8 @@ def limited(kind: str, script: str, flags: list, said: Path) -> None:
             return
     else:
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12,) * 2)
-    code, stderr = call(script, *flags)
-    said.write_text(f"{code}\n{stderr}")
+    done = run_in_process(script, *flags)
+    said.write_text(f"{done.returncode}\n{done.stderr}")
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -10,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
@@ -291,29 +291,16 @@ def test_the_best_checkpoint_is_kept_and_only_the_best(tmp_path):
 
 
 def test_dinov2_positions_are_resampled_as_its_own_code_does(tmp_path):
-    # 3x3 -> 2x2 by a scale of 2.1/3: each output sits at (i + 0.5)/0.7 - 0.5 of the input, cubic with a = -0.75
-    table = torch.randn(1, 10, 2, dtype=torch.float64)
-    result = dinov2_positions(table, 2)
-    assert torch.equal(result[:, 0], table[:, 0].float())
-
-    def weights(x: float) -> list[float]:
-        found = [0.0] * 3
-        base = math.floor(x)
-        for k in range(base - 1, base + 3):
-            d = abs(x - k)
-            w = 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
-            found[min(max(k, 0), 2)] += w
-        return found
-
-    rows = torch.tensor([weights((i + 0.5) / 0.7 - 0.5) for i in range(2)], dtype=torch.float64)
-    image = table[0, 1:].reshape(3, 3, 2)
-    expected = torch.einsum("ai,bj,ijd->abd", rows, rows, image).reshape(4, 2)
-    torch.testing.assert_close(result[0, 1:].double(), expected, rtol=1e-4, atol=1e-5)
-    # and evaluate.py uses it
+    """From 3x3 to 2x2 by a scale of 2.1/3, without antialiasing; and evaluate.py does so."""
+    table = torch.randn(1, 10, 2)
+    image = table[:, 1:].reshape(1, 3, 3, 2).permute(0, 3, 1, 2)
+    expected = F.interpolate(image, scale_factor=(2.1 / 3, 2.1 / 3), mode="bicubic").permute(0, 2, 3, 1)
+    result = dinov2_positions(table.double(), 2)
+    assert torch.equal(result[:, 0], table[:, 0])
+    torch.testing.assert_close(result[:, 1:], expected.reshape(1, 4, 2), rtol=1e-4, atol=1e-5)
     path = tmp_path / "dinov2.pth"
-    spec = tiny_spec("dinov2-vit-s")
     torch.save({"state_dict": original("dinov2-vit-s")}, path)  # wrapped, as alignment takes it too
-    with mock.patch("weights.features.encoder_spec", lambda name: spec):
+    with mock.patch("weights.features.encoder_spec", tiny_spec):
         network = load_encoder("dinov2-vit-s", path)
     expected = dinov2_positions(original("dinov2-vit-s")["pos_embed"], 16)
     assert torch.equal(network.encoder.network.pos_embed, expected)

@@ -16,7 +16,7 @@ from good import cache_flags
 from images import make_data
 from models.autoencoder import build_vae
 from models.sit import SiT_models
-from scripts import TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
+from scripts import TINY, TINY_SIT, assert_same_run, interrupt, records, run, run_process, torchrun
 from weights.checkpoint_io import load_weights, read_checkpoint
 from weights.vae import read_latent_statistics
 
@@ -99,9 +99,8 @@ def test_a_frozen_run_continues_on_other_processes_and_micro_batches(world, froz
         flags = ("--max-train-steps", steps, "--gradient-accumulation-steps", micro)
         said = run_ranks(processes, "train_ldm_only.py", *frozen_flags(world, "several"), *flags)
         assert "warning" not in said
-        assert (
-            f"4 images a step = {processes} processes x {micro} accumulation steps x {4 // (processes * micro)}" in said
-        )
+        parts = f"{processes} processes x {micro} accumulation steps x {4 // (processes * micro)}"
+        assert f"4 images a step = {parts}" in said
     log = records(world / "exps/several/metrics.jsonl")
     assert [record["step"] for record in log] == list(range(1, 5))
     for whole, record in zip(records(frozen / "metrics.jsonl"), log, strict=False):
@@ -178,7 +177,7 @@ def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(w
 
 def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
     flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
-    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    done = run_process("generate.py", *flags, launcher=torchrun(2), code=1)
     assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
 
 

@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,7 +16,7 @@ from dataset import ImageDataset
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
-from scripts import ROOT
+from scripts import ROOT, command
 from storage.photographs import center_crop, list_sources, read_image
 from test_files import bomb_png
 
@@ -147,54 +146,28 @@ def test_images_that_announce_more_pixels_than_memory_should_hold_are_listed_bef
     }
 
 
-@pytest.fixture
-def many(tmp_path) -> tuple[list[str], Path]:
-    """A command that preprocesses thousands of images, and the folder that its shards go to."""
+@pytest.mark.slow
+def test_workers_end_with_a_main_process_that_is_killed_and_the_same_command_continues(tmp_path):
     (tmp_path / "tree/only").mkdir(parents=True)
     photo(0, 250, 250).save(tmp_path / "photo.png")
     for i in range(2000):
         (tmp_path / f"tree/only/{i:04d}.png").symlink_to(tmp_path / "photo.png")
     flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)
-    return [sys.executable, "preprocessing.py", *map(str, flags), "--num-workers", "2"], tmp_path / "data/images"
-
-
-def until_a_shard_is_there(process: subprocess.Popen, images: Path) -> None:
+    line, images = command("preprocessing.py", *flags, "--num-workers", 2), tmp_path / "data/images"
+    process = psutil.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(images.glob("*.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(child) for child in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-def test_workers_end_with_a_main_process_that_is_killed_and_the_same_command_continues(many):
-    command, images = many
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    until_a_shard_is_there(process, images)
-    workers = children(process)
+    workers = process.children()
     assert len(workers) == 2
-    assert all(map(is_running, workers))
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(map(is_running, workers)):
-        assert time.monotonic() < deadline, "workers live on"
-        time.sleep(0.1)
+    assert not psutil.wait_procs(workers, timeout=10)[1], "workers live on"
     kept = {path: path.stat().st_mtime_ns for path in images.glob("*.safetensors")}
     (images / ".00003.safetensors.1.tmp").write_bytes(b"half")
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert sorted(path.name for path in images.iterdir()) == [
-        *(".lock", *(f"{i:05d}.safetensors" for i in range(4)), "index.json", "skipped.txt"),
-    ]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    shards = [f"{i:05d}.safetensors" for i in range(4)]
+    assert sorted(path.name for path in images.iterdir()) == [".lock", *shards, "index.json", "skipped.txt"]
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
