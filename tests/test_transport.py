@@ -66,8 +66,9 @@ def test_guidance_acts_on_its_interval_only_in_one_batch():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_lognormal_times(path):
+def test_times(path):
     u = torch.rand(200000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample_time("uniform", path, u), u.float())
     t = sample_time("lognormal", path, u)
     c = coefficients(path, t)
     logs = torch.log(c.sigma / c.alpha)
