@@ -117,6 +117,7 @@ def test_a_published_run_goes_on_with_its_classes(capsys, world, flags, stated, 
     assert classes_of(started) == (3, 4)
 
 
+@pytest.mark.slow
 def test_labels_that_are_not_in_the_data_are_not_drawn(capsys, world, monkeypatch):
     """dataset.json has the labels 0 and 5 only."""
     flags, drawn = cached(world, world / "gap", "gap-data"), []

@@ -25,7 +25,7 @@ SHARED_MEMORY = (
     RuntimeError(IN_A_WORKER.format("RuntimeError", FULL)),
     RuntimeError("unable to open shared memory object </torch_9_1> in read-write mode: Permission denied (13)"),
     RuntimeError("unable to mmap 160 bytes from file </torch_9_1>: Cannot allocate memory (12)"),
-    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Its workers are out of shared memory."),
     RuntimeError("NCCL error in: x.cpp:3\nLast error:\nError while creating shared memory segment /dev/shm/nccl-aBc"),
     OSError(errno.ENOSPC, "No space left on device", "/dev/shm/pym-7"),
     OSError(errno.ENOSPC, "No space left on device"),  # of a semaphore
@@ -75,6 +75,7 @@ def limited(kind: str, script: str, flags: list, said: Path) -> None:
     said.write_text(f"{done.returncode}\n{done.stderr}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("script", ["cache_latents.py", "train_vae.py", "evaluate.py"])
 def test_a_script_that_lacks_them_ends_with_one_line(kind, script, good, tmp_path):

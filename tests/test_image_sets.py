@@ -39,6 +39,7 @@ def test_a_folder_holds_every_kind_of_picture_as_preprocessing_converts_it(tmp_p
         np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), picture, err_msg=path.name)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_of_a_folder_is_counted_on_one_line(tmp_path):
     for i in range(4):
         photo(i).save(tmp_path / f"{i}.png")
@@ -89,6 +90,7 @@ def test_data_sets_are_sent_to_workers_without_their_pixels(sets):
 
 
 @pytest.mark.parametrize("kind", ["spawn", "forkserver"])
+@pytest.mark.slow
 def test_workers_that_are_not_forked_read_the_same(sets, kind):
     data = ConcatDataset(sets.values())
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=kind)
@@ -98,14 +100,13 @@ def test_workers_that_are_not_forked_read_the_same(sets, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["spawn", "forkserver"])
-def test_training_and_evaluation_work_with_workers_that_are_not_forked(sets, kind, tmp_path):
+def test_training_and_evaluation_work_with_workers_that_are_not_forked(sets, tmp_path):
     root = sets["folder"].path.parent
     latents = ("--data-dir", root / "data", "--vae-ckpt", root / "vae/sdvae.pt", "--vae-latents-name", "latents")
     training = (*TINY, *TINY_SIT, *latents, "--exp-name", "spawned", "--output-dir", tmp_path, "--max-train-steps", 2)
     images = ("--samples", root / "stored.npz", "--reference", root / "compressed.npz", *FID, "--num-workers", 1)
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(kind, force=True)
+    multiprocessing.set_start_method("spawn", force=True)
     try:
         run("train_ldm_only.py", *training)
         run("evaluate.py", *images, "--output", tmp_path / "result.json")
