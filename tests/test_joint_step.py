@@ -68,6 +68,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 # float64: the third step amplifies rounding of the first two, which differs between processors in float32
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerances"), [(torch.float64, (1e-4,) * 3), (torch.float32, (1e-4, 1e-3, 1e-2))])
 def test_golden_joint_steps(dtype, tolerances):
     g = golden("joint_step")
