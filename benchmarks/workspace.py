@@ -99,6 +99,7 @@ def training_flags(folder: Path, setting: Setting, name: str) -> list[str]:
         "vae-ckpt": folder / "vae.pt",
         "lpips-vgg-ckpt": folder / "vgg16.pt",
         "model": setting.model,
+        "num-classes": CLASSES,
         "enc-type": setting.encoder,
         "enc-ckpt": f"{setting.encoder}={folder / 'encoder.pth'}",
         "encoder-depth": setting.encoder_depth,
