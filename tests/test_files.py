@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -23,7 +21,7 @@ from dataset import open_images
 from errors import UserError
 from good import cache_flags, good_flags, write_good_files
 from images import make_tree
-from scripts import ROOT, TINY, TINY_SIT, files_limited_to, records, refusal, run
+from scripts import TINY, TINY_SIT, files_limited_to, records, refusal, run
 from storage.files import locked
 from storage.image_sets import map_member
 from weights.checkpoint_io import vae_files
@@ -133,28 +131,16 @@ def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(work, out):
-    folders = {
-        "preprocessing.py": out / "images",
-        "cache_latents.py": out / "latents",
-        "generate.py": out / "joint_0400000_cfg1.5-0.0-1.0.parts",
-    }
-    holder = (
-        "import sys; from contextlib import ExitStack; from pathlib import Path; from storage.files import locked\n"
-        "with ExitStack() as stack:\n"
-        "    for folder in sys.argv[1:]: stack.enter_context(locked(Path(folder)))\n"
-        "    print('locked', flush=True); sys.stdin.read()"
-    )
-    line = [sys.executable, "-c", holder, *map(str, folders.values())]
-    with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
-        for script, folder in folders.items():
-            left = folder / ".half.1.tmp"
+    folders = {"preprocessing.py": "images", "cache_latents.py": "latents"}
+    folders["generate.py"] = "joint_0400000_cfg1.5-0.0-1.0.parts"
+    for script, name in folders.items():
+        left = out / name / ".half.1.tmp"
+        with locked(out / name):
             left.write_bytes(b"the other process's")
             assert "another process is writing there; wait for it" in refusal(script, *flags_of(script, work))
             assert left.exists()
-    for script, folder in folders.items():
         run(script, *flags_of(script, work))
-        assert not (folder / ".half.1.tmp").exists()
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -14,7 +14,18 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, assert_same_beginning, assert_same_run, interrupt, records, run, run_process
+from scripts import (
+    ACCELERATE,
+    LAST,
+    TINY,
+    assert_same_beginning,
+    assert_same_run,
+    interrupt,
+    records,
+    refusal,
+    run,
+    run_process,
+)
 from storage.files import locked
 from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 
@@ -136,11 +147,10 @@ def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae,
     moved = shutil.copytree(tiny_vae[1].parent, tmp_path / "moved")  # the same files elsewhere are no other run
     run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--vae-ckpt", moved / "vae.pt")
     other = make_data(tmp_path, per_class=5)
-    failed = run("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other, code=2)
-    assert "made with other images than --data-dir holds" in failed.stderr
+    line = refusal("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other)
+    assert "made with other images than --data-dir holds" in line
     with locked(whole_run):
-        failed = run_process("train_repae.py", *flags, "--exp-name", "whole", code=2)
-    assert "another process is writing there" in failed.stderr
+        assert "another process is writing there" in refusal("train_repae.py", *flags, "--exp-name", "whole")
 
 
 @pytest.mark.slow
