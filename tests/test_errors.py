@@ -28,7 +28,6 @@ SHARED_MEMORY = (
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. Its workers are out of shared memory."),
     RuntimeError("NCCL error in: x.cpp:3\nLast error:\nError while creating shared memory segment /dev/shm/nccl-aBc"),
     OSError(errno.ENOSPC, "No space left on device", "/dev/shm/pym-7"),
-    OSError(errno.ENOSPC, "No space left on device"),  # of a semaphore
 )
 OPEN_FILES = (
     RuntimeError("Too many open files. Communication with the workers is no longer possible. Please ..."),
@@ -50,6 +49,7 @@ def test_want_of_shared_memory_and_of_open_files_is_named_with_its_remedies_and_
         assert explain(error) == f"too many open files; {remedies}"
     assert "--gradient-checkpointing" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB"))
     assert "another process is gone" in explain(DistBackendError("NCCL error in: x.cpp, remote process exited or"))
+    assert "--shm-size" in explain(OSError(errno.ENOSPC, "No space left on device"))  # of a semaphore
     full = explain(OSError(errno.ENOSPC, "No space left on device", "exps/1.pt"))
     assert full.endswith("No space left on device: 'exps/1.pt'; free some space and run the same again")
     assert explain(OSError(errno.ENOENT, "No such file or directory", "/dev/shm/x")).endswith("'/dev/shm/x'")
