@@ -129,8 +129,8 @@ def test_the_peak_of_memory_is_many_times_lower(make_loss, times):
 
 @pytest.mark.parametrize("on", [False, True])
 def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
-    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none --num-classes 3
-        --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
+    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
+        --num-classes 3 --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
     joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
     nets = train_repae.build(joint, RUN, open_vae(joint.vae, joint.vae_ckpt, offline=True))
     networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
