@@ -36,14 +36,22 @@ class Accelerator:
 
 
 def wandb_records(folder: Path) -> list:
-    """The protocol buffers in the .wandb file of an offline run."""
+    """The protocol buffers in the .wandb file of an offline run, which is a LevelDB log of 32 KiB blocks."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     (path,) = folder.glob("*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
-    return [Record.FromString(data) for data in iter(store.scan_data, None)]
+    data, position, part, found = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        part += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(part))
+            part = b""
+    return found
 
 
 def wandb_values(found: list) -> tuple[dict, dict[int, dict]]:
