@@ -46,6 +46,14 @@ def vgg_weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def good(tmp_path_factory, vgg_weights) -> dict[str, Path]:
+    """Good files for every script, by name, which no test changes."""
+    from good import write_good_files
+
+    return {**write_good_files(tmp_path_factory.mktemp("good")), "vgg": vgg_weights}
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data directory of 18 images of three classes at 32 px."""
     from images import make_data

@@ -82,3 +82,10 @@ def serving(files: dict[str, bytes]) -> Iterator[Hub]:
         yield Hub(f"http://127.0.0.1:{server.server_port}", files, requests)
     finally:
         server.shutdown()
+
+
+def use_hub(hub: Hub, monkeypatch) -> None:
+    """Let the hub's library ask this one."""
+    address = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from preprocessing import preprocess
+from preprocessing import SHARD_IMAGES, preprocess
 
 CLASSES = ("ape", "bee", "cat")
 
@@ -14,6 +15,11 @@ def photo(seed: int, width: int = 48, height: int = 40) -> Image.Image:
     """A smooth random picture."""
     small = np.random.RandomState(seed).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def photos(count: int, side: int = 32, first: int = 0) -> np.ndarray:
+    """(count,side,side,3) uint8: smooth random pictures."""
+    return np.stack([np.asarray(photo(first + i, side, side)) for i in range(count)])
 
 
 def make_tree(root: Path, per_class: int) -> Path:
@@ -25,7 +31,9 @@ def make_tree(root: Path, per_class: int) -> Path:
     return root
 
 
-def make_data(directory: Path, per_class: int, resolution: int = 32) -> Path:
+def make_data(directory: Path, per_class: int, resolution: int = 32, shard_images: int = SHARD_IMAGES) -> Path:
     """A preprocessed data directory of 3·per_class images."""
-    preprocess(make_tree(directory / "tree", per_class), directory / "data", resolution, 1, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preprocessing.SHARD_IMAGES", shard_images)
+        preprocess(make_tree(directory / "tree", per_class), directory / "data", resolution, 1, None)
     return directory / "data"

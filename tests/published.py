@@ -111,6 +111,14 @@ def transformer_in(form: str, sit: SiT) -> dict:
     return state if form == "bare" else {form: prefixed(state, "module.")}
 
 
+def write_foreign_run(folder: Path, form: str, flags: dict) -> Path:
+    """A run's folder whose one checkpoint is of that form, and its args.json."""
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(transformer_in(form, fresh_sit()), folder / f"checkpoints/{STEP:07d}.pt")
+    (folder / "args.json").write_text(json.dumps(flags))
+    return folder
+
+
 def write_hdf5_images(path: Path, images: list[Tensor], labels: list[int]) -> None:
     """images.h5: a data set of PNG bytes an image, and their labels."""
     import h5py

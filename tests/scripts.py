@@ -6,10 +6,12 @@ import importlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,8 @@ def run_process(script: str, *flags: object, launcher: tuple[str, ...] = (), cod
     return checked(subprocess.run(command(script, *flags, launcher=launcher), **options), code)
 
 
-def run(script: str, *flags: object, launcher: tuple[str, ...] = (), code: int = 0) -> subprocess.CompletedProcess:
-    """Run a script, in this process if no launcher is given, and check its exit code."""
-    if launcher:
-        return run_process(script, *flags, launcher=launcher, code=code)
+def run(script: str, *flags: object, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script in this process and check its exit code."""
     return checked(run_in_process(script, *flags), code)
 
 
@@ -80,10 +80,24 @@ def checked(done: subprocess.CompletedProcess, code: int) -> subprocess.Complete
     return done
 
 
-def call(script: str, *flags: object) -> tuple[int, str]:
-    """Run a script in this process; its exit code and what it wrote to stderr."""
-    done = run_in_process(script, *flags)
-    return done.returncode, done.stderr
+def refusal(script: str, *flags: object) -> str:
+    """The one line `error: ...`, the last on stderr, by which a script refuses in this process."""
+    stderr = run(script, *flags, code=2).stderr
+    assert stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
+    line = stderr[stderr.index("error: ") :].rstrip("\n")
+    assert "\n" not in line
+    return line
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Within, no file of this process and its children can grow beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for_log(log: Path, lines: int, process: subprocess.Popen) -> None:
@@ -129,3 +143,10 @@ def assert_same_run(a: Path, b: Path, last: int = LAST) -> None:
         assert equal(one[part], two[part]), f"{part} differs"
     assert [record["step"] for record in records(b / "metrics.jsonl")] == list(range(1, last + 1))
     assert records(a / "metrics.jsonl") == records(b / "metrics.jsonl")
+
+
+def assert_same_beginning(a: Path, b: Path, steps: int, rel: float = 2e-3, abs: float = 2e-4, names=()) -> None:
+    """The first steps of two runs' logs agree, up to rounding that training amplifies; all metrics or those named."""
+    for one, other in list(zip(records(a / "metrics.jsonl"), records(b / "metrics.jsonl"), strict=False))[:steps]:
+        for name in names or one.keys() - {"psnr"}:  # a logarithm of a mean is no mean of logarithms
+            assert other[name] == pytest.approx(one[name], rel=rel, abs=abs), f"step {other['step']}: {name}"

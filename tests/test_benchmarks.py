@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks import flops
-from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, check, restart_difference
-from benchmarks.measure import counted_flops, measure, profile
+from benchmarks.gpu_check import CHECKPOINT, FALLING, LAST, check
+from benchmarks.measure import measure, profile
 from benchmarks.watched_training import READS, Watched
 from benchmarks.workspace import TINY, make_workspace
 from models.sit import SiT_models
-from scripts import ROOT, call, run
+from scripts import ROOT, refusal, run
 from train_ldm_only import ldm_step
 from train_repae import repae_step
 
@@ -33,14 +33,6 @@ def test_measuring_counts_calls_time_and_products():
     assert 0 < found.fastest <= found.median <= found.slowest
     assert found.memory > 10**7
     assert profile(work, CPU)[0]["operation"] == "aten::mm"
-
-
-def test_compiled_networks_are_counted_too():
-    layer = torch.nn.Linear(8, 16, bias=False)
-    layer.compile(backend="eager")
-    x = torch.randn(2, 8)
-    layer(x)
-    assert counted_flops(lambda: layer(x)) == 2 * 2 * 8 * 16
 
 
 def test_operations_of_a_transformer_are_those_of_its_matrices_and_its_attention():
@@ -93,35 +85,13 @@ def watched_steps(step, tmp_path, monkeypatch, warm_up: int = 1, last: int = 5) 
 
 
 def test_the_watch_sees_a_host_that_waits_after_the_warm_up(tmp_path, monkeypatch):
-    def good(*_) -> dict:
-        return {"loss": torch.ones(2).sum()}
-
     def waits(*_) -> dict:
         return {"loss": torch.ones(2).sum().item()}
 
-    assert watched_steps(good, tmp_path, monkeypatch)["waits"] == []
+    assert watched_steps(lambda *_: {"loss": torch.ones(2).sum()}, tmp_path, monkeypatch)["waits"] == []
     (place,) = watched_steps(waits, tmp_path, monkeypatch)["waits"]
     assert place.startswith(__file__)
     assert watched_steps(waits, tmp_path, monkeypatch, warm_up=6)["waits"] == []
-
-
-def test_the_watch_sees_recompiled_graphs(tmp_path, monkeypatch):
-    torch._dynamo.reset()
-    layer = torch.nn.Linear(4, 4)
-    layer.compile(backend="eager")
-    sizes = iter([2, 2, 3, 5, 5, 5])
-    facts = watched_steps(lambda *_: {"loss": layer(torch.ones(next(sizes), 4)).sum()}, tmp_path, monkeypatch)
-    assert facts["recompiled"] > 0
-    assert facts["graph_breaks"] == 0
-
-
-def test_restart_difference_is_relative_and_sees_missing_steps():
-    log = [{"step": i + 1, "vae_loss": 2.0, "denoising_loss": 1.0, "proj_loss": -0.5} for i in range(LAST)]
-    other = [dict(record) for record in log]
-    other[CHECKPOINT + 2]["proj_loss"] = -0.55
-    assert restart_difference(log, log) == 0
-    assert restart_difference(log, other) == pytest.approx(0.1)
-    assert restart_difference(log, log[:-1]) == float("inf")
 
 
 def test_every_failure_is_named(tmp_path, monkeypatch):
@@ -181,6 +151,4 @@ def test_the_benchmarks_write_a_table_and_json(tmp_path):
 @pytest.mark.parametrize("module", ["benchmarks.__main__", "benchmarks.gpu_check"])
 def test_a_missing_gpu_is_one_line(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, stderr = call(module, "--device", "cuda")
-    assert code == 2
-    assert "PyTorch sees no GPU" in stderr
+    assert "PyTorch sees no GPU" in refusal(module, "--device", "cuda")

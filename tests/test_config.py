@@ -12,7 +12,7 @@ import dataset
 from errors import UserError
 from generate import set_name
 from published import FLAGS
-from scripts import LAST, ROOT, call, records
+from scripts import LAST, ROOT, records, run
 from test_flags import PUBLISHED
 from weights.trained_run import Experiment
 
@@ -63,22 +63,16 @@ def from_file(tmp_path, text: str, *flags: object) -> dict:
     return parsed("train_repae", "--config", path, *flags)
 
 
-@pytest.mark.parametrize(
-    ("vae", "arch", "patch"), [("sdvae", "f8d4", 2), ("invae", "f16d32", 1), ("vavae", "f16d32", 1)]
-)
-def test_joint_presets_are_the_published_command_line(vae, arch, patch):
-    line = f"{PUBLISHED['train_repae.py'][0]} {JOINT_LINE.format(vae=vae, arch=arch, patch=patch)}"
-    assert preset(f"repae-{vae}-xl{patch}", "train_repae") == parsed("train_repae", *line.split())
-
-
-@pytest.mark.parametrize("name", FROZEN_LINES)
-def test_frozen_presets_are_the_published_command_line(name):
-    line = PUBLISHED["train_ldm_only.py"][0].split()
-    flags = preset(name, "train_ldm_only")
-    assert flags == parsed("train_ldm_only", *line, *FROZEN_LINES[name].split())
-    cached = preset(name, "cache_latents")
-    assert (cached["vae_arch"], cached["vae_ckpt_path"]) == (flags["vae"], flags["vae_ckpt"])
-    assert (cached["vae_latents_name"], cached["output_dir"]) == (flags["vae_latents_name"], flags["data_dir"])
+def test_presets_are_the_published_command_lines():
+    for vae, arch, patch in (("sdvae", "f8d4", 2), ("invae", "f16d32", 1), ("vavae", "f16d32", 1)):
+        line = f"{PUBLISHED['train_repae.py'][0]} {JOINT_LINE.format(vae=vae, arch=arch, patch=patch)}"
+        assert preset(f"repae-{vae}-xl{patch}", "train_repae") == parsed("train_repae", *line.split())
+    for name, line in FROZEN_LINES.items():
+        flags = preset(name, "train_ldm_only")
+        assert flags == parsed("train_ldm_only", *PUBLISHED["train_ldm_only.py"][0].split(), *line.split())
+        cached = preset(name, "cache_latents")
+        assert (cached["vae_arch"], cached["vae_ckpt_path"]) == (flags["vae"], flags["vae_ckpt"])
+        assert (cached["vae_latents_name"], cached["output_dir"]) == (flags["vae_latents_name"], flags["data_dir"])
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
@@ -168,10 +162,8 @@ def test_home_and_environment_are_expanded_in_every_path(tmp_path, monkeypatch, 
         line = [f"--{name.replace('_', '-')}={text}" for name in given]
         for flags in (line, ["--config=~/flags.yaml"], ["--config", "$HOME/flags.yaml"]):
             found = parsed(script, *flags, *others.split())
-            values = {name: found[name] for name in given}
-            assert {name: str(v[0] if name == "metrics" else v) for name, v in values.items()} == dict.fromkeys(
-                given, expected
-            )
+            values = {name: found[name][0] if name == "metrics" else found[name] for name in given}
+            assert set(map(str, values.values())) == {expected}, values
 
 
 def test_home_and_environment_inside_values(tmp_path, monkeypatch):
@@ -224,10 +216,10 @@ def test_the_command_line_overrides_the_section_which_overrides_the_flags_outsid
 
 @pytest.mark.slow
 def test_args_json_of_a_run_repeats_it(whole_run):
-    path = whole_run / "args.json"
-    saved = path.read_text()
+    """And finds it finished."""
+    path, checkpoint = whole_run / "args.json", whole_run / f"checkpoints/{LAST:07d}.pt"
+    saved, before = path.read_text(), checkpoint.stat().st_mtime_ns
     assert parsed("train_repae", "--config", path) == json.loads(saved)
-    code, stderr = call("train_repae.py", "--config", path)
-    assert code == 0, stderr
-    assert path.read_text() == saved
+    run("train_repae.py", "--config", path)
+    assert (path.read_text(), checkpoint.stat().st_mtime_ns) == (saved, before)
     assert len(records(whole_run / "metrics.jsonl")) == LAST

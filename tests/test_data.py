@@ -19,32 +19,27 @@ import preprocessing
 import published
 from dataset import open_images, open_latents
 from errors import UserError
-from images import make_data, make_tree
+from good import cache_flags
+from images import make_data
 from models.autoencoder import pixels_to_image
-from scripts import run
+from scripts import refusal, run
 from storage.shards import Shards, shard_name, write_shard
 from train_ldm_only import check_vae
 from weights.checkpoint_io import fingerprint
 
 
-def cache(data, vae, *flags, name="latents", code=0) -> str:
-    """Run cache_latents.py in this process, check its exit code and give back what it said on stderr."""
-    paths = ("--data-dir", data, "--output-dir", data, "--vae-ckpt-path", vae, "--vae-latents-name", name)
-    options = ("--vae-arch", published.VAE, "--num-workers", "0", "--pproc-batch-size", "3")
-    return run("cache_latents.py", *options, *paths, *flags, code=code).stderr
+def cache(data, *flags, name="latents") -> None:
+    """Cache the latents of five shards beside the images, by threes."""
+    vae = data.parent / "vae/sdvae.pt"
+    run("cache_latents.py", *cache_flags(data, vae, name=name), "--pproc-batch-size", "3", *flags)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eighteen images in five shards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
-        return make_data(tmp_path_factory.mktemp("sharded"), per_class=6)
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return published.write_vae(tmp_path_factory.mktemp("vae"))
+    """Eighteen images in five shards, and a VAE."""
+    root = tmp_path_factory.mktemp("sharded")
+    published.write_vae(root / "vae")
+    return make_data(root, per_class=6, shard_images=4)
 
 
 def shard_digest(path) -> str:
@@ -62,8 +57,8 @@ def moments_of(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, vae, dtype):
-    cache(data, vae, "--dtype", dtype, "--mirrored", name=dtype)
+def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, dtype):
+    cache(data, "--dtype", dtype, "--mirrored", name=dtype)
     images = open_images(data)
     latents = open_latents(data, dtype, images)
     assert (len(latents), latents.shape) == (36, (4, 8, 8))
@@ -85,58 +80,22 @@ def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, vae, dtype
     assert rows < stored < rows + 1500
 
 
-def test_the_index_holds_the_vaes_fingerprint_and_statistics(data, vae):
-    cache(data, vae, name="indexed")
+def test_the_index_holds_the_vaes_fingerprint_and_statistics_which_training_checks(data):
+    cache(data, name="indexed")
     index = json.loads((data / "indexed/index.json").read_text())
-    assert index["vae_fingerprint"] == fingerprint(published.fresh_vae().state_dict())
+    good = fingerprint(published.fresh_vae().state_dict())
+    assert index["vae_fingerprint"] == good
     for key, value in published.STATISTICS.items():
         assert index["statistics"][key] == pytest.approx(value.tolist())
     assert [shard["images"] for shard in index["shards"]] == [4, 4, 4, 4, 2]
     digests = [shard_digest(data / f"indexed/{i:05d}.safetensors") for i in range(5)]
     assert [shard["digest"] for shard in index["shards"]] == digests
-    assert torch.equal(open_latents(data, "indexed")[3][0], torch.empty(0, dtype=torch.uint8))
-
-
-def test_caching_again_makes_only_what_is_missing_or_cut_short(data, vae):
-    cache(data, vae, name="again")
-    folder = data / "again"
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    kept = [torch.stack([open_latents(data, "again")[i][2] for i in range(18)])]
-    (folder / "00001.safetensors").unlink()
-    cut = (folder / "00003.safetensors").read_bytes()
-    (folder / "00003.safetensors").write_bytes(cut[: len(cut) // 2])
-    cache(data, vae, name="again")
-    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert {name for name in after if after[name] != before[name]} == {"00001.safetensors", "00003.safetensors"}
-    assert torch.equal(kept[0], torch.stack([open_latents(data, "again")[i][2] for i in range(18)]))
-
-
-def test_latents_of_other_statistics_are_refused_at_training(data, vae):
-    cache(data, vae, name="checked")
-    latents, args = open_latents(data, "checked"), Namespace(vae_ckpt="vae.pt")
-    good = fingerprint(published.fresh_vae().state_dict())
+    latents, args = open_latents(data, "indexed"), Namespace(vae_ckpt="vae.pt")
+    assert torch.equal(latents[3][0], torch.empty(0, dtype=torch.uint8))
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
     check_vae(latents, good, statistics, args)
     with pytest.raises(UserError, match=r"other statistics \(latents_bias\)"):
         check_vae(latents, good, (statistics[0], statistics[1] + 1e-3), args)
-
-
-def test_fingerprint_sees_every_value_and_no_prefix():
-    state = published.fresh_vae().state_dict()
-    shuffled = dict(reversed(published.prefixed(state, "module._orig_mod.").items()))
-    before = fingerprint(state)
-    assert before == fingerprint(shuffled)
-    state["decoder.conv_out.bias"][0] += 1e-6
-    assert before != fingerprint(state)
-
-
-def test_an_index_without_the_numbers_of_images_is_one_line(data, tmp_path):
-    path = shutil.copytree(data / "images", tmp_path / "images") / "index.json"
-    index = json.loads(path.read_text())
-    del index["class_counts"]
-    path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="index.json: holds no class_counts; run preprocessing.py with --output-path"):
-        open_images(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -161,28 +120,26 @@ def test_the_references_hdf5_images_are_imported(data, hdf5, tmp_path):
 
 
 def test_unusable_hdf5_is_one_clear_line(hdf5, tmp_path, monkeypatch):
-    def refused(words: str) -> None:
-        with pytest.raises(UserError, match=f"^(--imagenet-path )?{path}: {words}"):
-            preprocessing.preprocess(path, tmp_path / "data", 32, 1, None)
-
     path = shutil.copyfile(hdf5, tmp_path / "images.h5")
     os.truncate(path, path.stat().st_size // 2)
-    refused("not a readable HDF5 file")
+    with pytest.raises(UserError, match=f"^(--imagenet-path )?{path}: not a readable HDF5 file"):
+        preprocessing.preprocess(path, tmp_path / "data", 32, 1, None)
     monkeypatch.setitem(sys.modules, "h5py", None)
-    refused("reading HDF5 needs h5py; pip install -r requirements-hdf5.txt")
+    with pytest.raises(UserError, match="reading HDF5 needs h5py; pip install -r requirements-hdf5.txt"):
+        preprocessing.preprocess(path, tmp_path / "data", 32, 1, None)
 
 
-def test_latents_that_are_not_finite_are_not_written(tmp_path, vae, monkeypatch):
-    preprocessing.preprocess(make_tree(tmp_path / "tree", per_class=1), tmp_path / "data", 32, 1, None)
+def test_latents_that_are_not_finite_are_not_written(data, tmp_path, monkeypatch):
     encode = cache_latents.encode
     monkeypatch.setattr(cache_latents, "encode", lambda *args: encode(*args) * 1e9)
-    said = cache(tmp_path / "data", vae, "--dtype", "float16", code=2)
-    assert "00000.safetensors: moments are not finite in float16; use --dtype float32" in said
-    assert not list((tmp_path / "data" / "latents").glob("*.safetensors"))
+    flags = cache_flags(data, data.parent / "vae/sdvae.pt", tmp_path)
+    line = refusal("cache_latents.py", *flags, "--dtype", "float16")
+    assert "00000.safetensors: moments are not finite in float16; use --dtype float32" in line
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("batch", [3, 64])
-def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_rows(data, vae, monkeypatch, batch):
+def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_rows(data, monkeypatch, batch):
     """Shards of 4, 4, 4, 4 and 2 images, by threes or whole."""
     counters, shapes = torch._dynamo.utils.counters, set()
 
@@ -192,11 +149,12 @@ def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_rows(data, vae, mo
         encoder.compile(backend="eager", dynamic=False)
         return wanted
 
-    cache(data, vae, "--mirrored", "--pproc-batch-size", batch, name=f"plain-{batch}")
+    flags = ("--mirrored", "--pproc-batch-size", batch)
+    cache(data, *flags, name=f"plain-{batch}")
     monkeypatch.setattr(cache_latents, "compile_in_place", compile_on_cpus)
     torch._dynamo.reset()
     counters.clear()
-    cache(data, vae, "--mirrored", "--pproc-batch-size", batch, name=f"compiled-{batch}")
+    cache(data, *flags, name=f"compiled-{batch}")
     assert [shape[0] for shape in shapes] == [min(batch, 4)]
     assert counters["stats"]["unique_graphs"] == 1
     plain, compiled = (open_latents(data, f"{how}-{batch}") for how in ("plain", "compiled"))

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from demo import run as demo
-from demo.pictures import latent_colors
-from demo.report import duration, write_report
+from demo.report import write_report
 from images import make_tree
 from models.autoencoder import build_vae
 from preprocessing import preprocess
@@ -64,12 +63,6 @@ def test_an_interrupted_stage_continues_and_its_time_adds_up(root, capfd):
     assert demo.Record(plan).content["stages"]["work"] == second
 
 
-def test_a_demo_of_another_length_is_not_mixed_in(root):
-    demo.Record(demo.make_plan(50)).add(demo.Stage("a", "A", "a.py"), 1.0, True)
-    with pytest.raises(SystemExit, match="holds a demo of 50 joint steps .* not of 60"):
-        demo.Record(demo.make_plan(60))
-
-
 def make_demo_folder(root) -> tuple:
     """A folder with made-up results of the demo's stages."""
     folder = root / demo.FOLDER
@@ -77,15 +70,9 @@ def make_demo_folder(root) -> tuple:
     for seed, name in enumerate(("vae", "e2e-vae")):
         torch.manual_seed(seed)
         write_atomically(build_vae("f4d4-small").state_dict(), folder / name / f"{name}.pt")
-    metrics = {
-        "vae": ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"),
-        "joint": (
-            *("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"),
-            *("denoising_loss", "vae_align_loss", "proj_loss"),
-        ),
-        "frozen": ("denoising_loss", "proj_loss"),
-    }
-    for run, names in metrics.items():
+    of_vae, frozen = ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"), ("denoising_loss", "proj_loss")
+    joint = (*of_vae, *frozen, "vae_align_loss")
+    for run, names in {"vae": of_vae, "joint": joint, "frozen": frozen}.items():
         (folder / run).mkdir(exist_ok=True)
         records = [{"step": step, **dict.fromkeys(names, 1 / step)} for step in range(1, 31)]
         (folder / run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -121,32 +108,17 @@ def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
     for text in ("before", "after", *CLASSES, "no guidance", "guidance 2.5", "1 min 05 s", "train_repae.py"):
         assert text in page
     rows = re.findall(r"<tr><td>([^<]*)<div class=.bar. style=.width: ([0-9.]*)%.></div></td>[^>]*>([0-9.]*)<", page)
-    assert rows[:4] == [
-        ("Photographs that no network has seen", "10.0", "10.0"),
-        ("Samples of the joint run, without guidance", "40.0", "100.0"),
-        ("Samples on the frozen tuned VAE, without guidance", "70.0", "1000.0"),
-        ("Noise", "100.0", "10000.0"),
-    ]
+    assert rows[0] == ("Photographs that no network has seen", "10.0", "10.0")
+    assert rows[3] == ("Noise", "100.0", "10000.0")
     assert (folder / "overview.png").stat().st_size > 10000
 
 
-def test_principal_components_become_colours():
-    generator = torch.Generator().manual_seed(0)
-    strong = torch.randn(6, 1, 8, 8, generator=generator) * 10
-    latents = torch.cat([strong, torch.randn(6, 3, 8, 8, generator=generator)], dim=1)
-    colors = latent_colors(latents)
-    assert (colors.shape, colors.dtype) == ((6, 3, 8, 8), torch.uint8)
-    red = colors[:, 0].double().flatten()
-    assert abs(float(torch.corrcoef(torch.stack([red, strong.double().flatten()]))[0, 1])) > 0.95
-
-
-def test_durations():
-    assert [duration(seconds) for seconds in (0.4, 59.6, 185)] == ["0 s", "1 min 00 s", "3 min 05 s"]
-
-
-def test_steps_scale_every_run(monkeypatch, capsys):
+def test_steps_scale_every_run_and_demos_of_other_lengths_are_not_mixed(root, monkeypatch):
     plan = demo.make_plan(40)
     assert (plan.vae_steps, plan.joint_steps, plan.frozen_steps) == (60, 40, 120)
+    demo.Record(plan).add(demo.Stage("a", "A", "a.py"), 1.0, True)
+    with pytest.raises(SystemExit, match="holds a demo of 40 joint steps .* not of 60"):
+        demo.Record(demo.make_plan(60))
     monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "3"])
     with pytest.raises(SystemExit, match="STEPS=3 is too small"):
         demo.main()

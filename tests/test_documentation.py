@@ -32,18 +32,16 @@ OTHERS_FLAGS = {
 COMMAND_LINES = {"README.md": 14, "own-data.md": 10, "many-machines.md": 3, "networks.md": 3, "metrics.md": 2}
 
 
-def test_every_test_that_the_reliability_page_names_is_there():
-    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", (ROOT / "docs/reliability.md").read_text(encoding="utf8"))
+def test_every_promise_has_a_test_and_every_test_that_the_reliability_page_names_is_there():
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf8")
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.endswith("| shown by |"):
+            assert re.search(r"\| `test_\w+\.py::test_\w+`[^|]*\|$", line), line
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", text)
     assert len(named) > 50
     for file, test in named:
         source = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf8")
         assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{file}.py has no {test}"
-
-
-def test_every_promise_has_a_test():
-    for line in (ROOT / "docs/reliability.md").read_text(encoding="utf8").splitlines():
-        if line.startswith("| ") and not line.endswith("| shown by |"):
-            assert re.search(r"\| `test_\w+\.py::test_\w+`[^|]*\|$", line), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -69,17 +67,13 @@ def test_the_map_of_the_code_has_a_line_for_each_file():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_the_pages_mention_exist(page):
-    for file in re.findall(r"`([\w/]+\.(?:py|yaml|sbatch))`", page.read_text(encoding="utf8")):
+def test_files_and_flags_that_the_pages_mention_exist(page):
+    text, known = page.read_text(encoding="utf8"), set(OTHERS_FLAGS)
+    for file in re.findall(r"`([\w/]+\.(?:py|yaml|sbatch))`", text):
         assert (ROOT / file).exists(), f"{page.name} mentions {file}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_that_the_pages_mention_exist(page):
-    known = set(OTHERS_FLAGS)
     for source in (*ROOT.glob("*.py"), *ROOT.glob("flags/*.py")):
         known |= set(re.findall(r'"--([a-z0-9-]+)"', source.read_text(encoding="utf8")))
-    for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", page.read_text(encoding="utf8")):
+    for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", text):
         assert flag in known or flag.removeprefix("no-") in known, f"{page.name} mentions --{flag}"
 
 

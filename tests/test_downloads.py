@@ -75,7 +75,7 @@ def test_offline_every_row_names_the_file_to_put_where(elsewhere, no_network):
         assert weights_file(name, spec, None, offline=True) == Path("ckpts") / spec.file
 
 
-def test_order_of_sources(elsewhere, no_network):
+def test_order_of_sources(elsewhere, no_network, monkeypatch):
     spec = encoder_spec(TIMM)
     cached = fill_cache(elsewhere / "cache", REPOSITORY, timm_weights())
     assert weights_file(TIMM, spec, None, offline=False) == cached
@@ -86,6 +86,9 @@ def test_order_of_sources(elsewhere, no_network):
     assert weights_file(TIMM, spec, "mine.pth", offline=False) == Path("mine.pth")
     with pytest.raises(UserError, match="timm/other@abc is not on this machine, and offline"):
         weights_file(TIMM, spec, "hf-hub:timm/other@abc", offline=True)
+    assert not is_offline(flags()) and is_offline(flags(offline=True))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert is_offline(flags())
 
 
 def test_grids_that_differ_stop_unless_tokens_are_resampled(elsewhere, no_network):
@@ -101,22 +104,10 @@ def test_grids_that_differ_stop_unless_tokens_are_resampled(elsewhere, no_networ
         load_encoders(flags(enc_ckpt=["mae-vit-l=x"]), 16, CPU)
 
 
-def test_environment_keeps_everything_offline(elsewhere, no_network, monkeypatch):
-    assert not is_offline(flags()) and is_offline(flags(offline=True))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert is_offline(flags())
-    with pytest.raises(UserError, match="not on this machine, and offline"):
-        load_encoders(flags(), 16, CPU)
-
-
 def test_a_download_from_the_hub_of_a_pinned_revision(elsewhere, monkeypatch):
     content = safetensors.torch.save(timm_weights())
     with hub.serving({"/me/mirror/resolve/v1/model.safetensors": content}) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        hub.use_hub(server, monkeypatch)
         given = "hf-hub:me/mirror@v1"
         path = weights_file(TIMM, encoder_spec(TIMM), given, offline=False)
         assert path.read_bytes() == content

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 import published
-from scripts import LAST, TINY, TINY_SIT, call
+from good import cache_flags
+from scripts import LAST, TINY, TINY_SIT, refusal, run
 
 TITLE = "dry run: nothing was written, and no step was taken"
 
@@ -20,8 +21,7 @@ def listing(*folders) -> dict:
 def dry(capsys, script: str, *flags) -> dict[str, str]:
     """The lines of a dry run's report by their names, and what else it printed."""
     capsys.readouterr()
-    code, stderr = call(script, *flags, "--dry-run")
-    assert code == 0, stderr
+    run(script, *flags, "--dry-run")
     before, report = "".join(capsys.readouterr()).split(TITLE)
     return {**dict(re.findall(r"^    (\w+) +(.+)$", report, re.MULTILINE)), "warnings": before + report}
 
@@ -50,9 +50,8 @@ def test_a_run_that_continues_says_what_is_left_and_refuses_other_flags(capsys, 
     before = listing(output)
     found = dry(capsys, "train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST + 8)
     assert found["steps"].endswith("; 8 to do")
-    code, stderr = call("train_repae.py", *flags, "--exp-name", "whole", "--proj-coeff", "2", "--dry-run")
-    assert code == 2
-    assert "was made with other flags (--proj-coeff 0.5 -> 2.0)" in stderr
+    line = refusal("train_repae.py", *flags, "--exp-name", "whole", "--proj-coeff", "2", "--dry-run")
+    assert "was made with other flags (--proj-coeff 0.5 -> 2.0)" in line
     assert listing(output) == before
 
 
@@ -71,9 +70,7 @@ def test_a_vae_alone_and_a_frozen_vae(capsys, tiny_data, tmp_path, vgg_weights):
     assert list(tmp_path.iterdir()) == []
 
     vae = published.write_vae(tmp_path / "vae")
-    data = ("--data-dir", tiny_data, "--output-dir", tmp_path / "data", "--num-workers", 0)
-    latents = ("--vae-arch", published.VAE, "--vae-ckpt-path", vae, "--vae-latents-name", "latents")
-    assert call("cache_latents.py", *data, *latents)[0] == 0
+    run("cache_latents.py", *cache_flags(tiny_data, vae, tmp_path / "data"))
     (tmp_path / "data/images").symlink_to(tiny_data / "images")
     paths = ("--output-dir", tmp_path / "exps", "--data-dir", tmp_path / "data")
     flags = (*TINY, *TINY_SIT, *paths, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents")

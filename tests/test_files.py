@@ -3,12 +3,9 @@
 import contextlib
 import io
 import os
-import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -22,8 +19,9 @@ import preprocessing
 import published
 from dataset import open_images
 from errors import UserError
-from images import make_data, make_tree
-from scripts import ROOT, TINY, TINY_SIT, records, run
+from good import cache_flags, good_flags, write_good_files
+from images import make_tree
+from scripts import TINY, TINY_SIT, files_limited_to, records, refusal, run
 from storage.files import locked
 from storage.image_sets import map_member
 from weights.checkpoint_io import vae_files
@@ -42,14 +40,6 @@ def bomb_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def error_line(stderr: str) -> str:
-    """The one line that begins with `error: `, which is the last."""
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert line == stderr.splitlines()[-1]
-    assert "Traceback" not in stderr
-    return line
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, but locks."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
@@ -57,44 +47,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def work() -> Iterator[Path]:
-    """A tree of images, data in five shards, a VAE and a joint run, where any user can read them."""
+def work() -> Iterator[dict[str, Path]]:
+    """Good files, by name, where any user can read them."""
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
-        make_data(root, per_class=6)
-    published.write_vae(root / "vae")
-    published.write_run(root / "joint", joint=True)
-    images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
-    np.savez(root / "images.npz", arr_0=images)
-    yield root
+    yield write_good_files(root)
     shutil.rmtree(root)
 
 
-def flags_of(script: str, work: Path) -> tuple:
+def flags_of(script: str, work: dict[str, Path]) -> list:
     """Flags with which a script writes to the folder OUT."""
-    return {
-        "preprocessing.py": (
-            *("--imagenet-path", work / "tree", "--output-path", work / OUT),
-            *("--resolution", 32, "--num-workers", 2),
-        ),
-        "cache_latents.py": (
-            *("--vae-arch", published.VAE, "--vae-ckpt-path", work / "vae/sdvae.pt", "--vae-latents-name", "latents"),
-            *("--data-dir", work / "data", "--output-dir", work / OUT, "--num-workers", 0),
-        ),
-        "generate.py": (
-            *("--exp-path", work / "joint", "--sample-dir", work / OUT),
-            *("--num-fid-samples", 4, "--num-steps", 1, "--pproc-batch-size", 4),
-        ),
-        "evaluate.py": (
-            *("--samples", work / "images.npz", "--reference", work / "images.npz", "--num-workers", 0),
-            *("--features", "efficientnet-lite0", "--output", work / OUT / "result.json"),
-        ),
-        "save_vae_weights.py": (
-            *("--repae-ckpt", work / "joint/checkpoints/0400000.pt", "--save-dir", work / OUT, "--vae-name", "e2e"),
-        ),
-    }[script]
+    more = {"preprocessing.py": ["--resolution", 32], "generate.py": ["--num-fid-samples", 4]}
+    return good_flags(script, work, work["root"] / OUT) + more.get(script, [])
 
 
 # script -> the file of its output that is large, and what it removes before it writes
@@ -111,20 +75,10 @@ OUTPUTS = {
 def out(work, monkeypatch) -> Iterator[Path]:
     """The folder that scripts write to, empty."""
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
-    (work / OUT).mkdir()
-    yield work / OUT
-    shutil.rmtree(work / OUT)
-
-
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Within, no file of this process and its children can grow beyond so many bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    folder = work["root"] / OUT
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("script", OUTPUTS)
@@ -135,9 +89,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes(work, out, scrip
     (out / large).unlink()
     before = contents(out)
     with files_limited_to(len(whole[large]) // 2):
-        line = error_line(run(script, *flags, code=2).stderr)
+        line = refusal(script, *flags)
     assert line.startswith("error: [Errno 27] File too large")
-    assert line.endswith("; free some space and run the same again")
+    assert line.endswith("; free some space and run the same again (REPAE_DEBUG=1 shows where)")
     after = contents(out)
     assert after.keys() >= before.keys() - removed
     assert all(whole[name] == content for name, content in after.items()), "half a file, or another one"
@@ -167,7 +121,7 @@ def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out
     (out / large).parent.chmod(0o555)
     left = contents(out)
     with another_user():
-        line = error_line(run(script, *flags, code=2).stderr)
+        line = refusal(script, *flags)
     assert str(out) in line
     assert any(words in line for words in ("cannot be written to", "not to be written to", "Permission denied"))
     assert contents(out) == left
@@ -177,29 +131,16 @@ def test_a_read_only_folder_is_one_line_and_the_same_command_completes(work, out
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(work, out):
-    folders = {
-        "preprocessing.py": out / "images",
-        "cache_latents.py": out / "latents",
-        "generate.py": out / "joint_0400000_cfg1.5-0.0-1.0.parts",
-    }
-    holder = (
-        "import sys; from contextlib import ExitStack; from pathlib import Path; from storage.files import locked\n"
-        "with ExitStack() as stack:\n"
-        "    for folder in sys.argv[1:]: stack.enter_context(locked(Path(folder)))\n"
-        "    print('locked', flush=True); sys.stdin.read()"
-    )
-    line = [sys.executable, "-c", holder, *map(str, folders.values())]
-    with subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
-        for script, folder in folders.items():
-            left = folder / ".half.1.tmp"
+    folders = {"preprocessing.py": "images", "cache_latents.py": "latents"}
+    folders["generate.py"] = "joint_0400000_cfg1.5-0.0-1.0.parts"
+    for script, name in folders.items():
+        left = out / name / ".half.1.tmp"
+        with locked(out / name):
             left.write_bytes(b"the other process's")
-            done = run(script, *flags_of(script, work), code=2)
-            assert "another process is writing there; wait for it" in error_line(done.stderr)
+            assert "another process is writing there; wait for it" in refusal(script, *flags_of(script, work))
             assert left.exists()
-    for script, folder in folders.items():
         run(script, *flags_of(script, work))
-        assert not (folder / ".half.1.tmp").exists()
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -225,7 +166,7 @@ def test_everything_works_behind_links_and_under_names_with_spaces_and_other_let
     make_tree(root / "Bilder ß", per_class=6)
     train = (*TINY, *TINY_SIT, "--data-dir", data, "--output-dir", exps, "--max-train-steps", 1)
     disc = vae_files(vae).discriminator
-    tuned, latents = exps / "Ä ö/Ä ö.pt", ("--vae-latents-name", "Maße 四")
+    tuned, latents = exps / "Ä ö/Ä ö.pt", "Maße 四"
     checkpoint = exps / "Übung 一/checkpoints/0000001.pt"
     for script, *flags in (
         ("preprocessing.py", "--imagenet-path", root / "Bilder ß", "--resolution", 32, "--output-path", data),
@@ -234,11 +175,8 @@ def test_everything_works_behind_links_and_under_names_with_spaces_and_other_let
             *("--disc-pretrained-ckpt", disc, "--exp-name", "Übung 一"),
         ),
         ("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "Ä ö", "--save-dir", exps),
-        (
-            *("cache_latents.py", "--vae-arch", published.VAE, "--vae-ckpt-path", tuned, "--num-workers", 0),
-            *("--data-dir", data, "--output-dir", data, *latents),
-        ),
-        ("train_ldm_only.py", *train, *latents, "--vae-ckpt", tuned, "--exp-name", "Eis é"),
+        ("cache_latents.py", *cache_flags(data, tuned, name=latents)),
+        ("train_ldm_only.py", *train, "--vae-latents-name", latents, "--vae-ckpt", tuned, "--exp-name", "Eis é"),
     ):
         run(script, *flags)
     few = ("--num-fid-samples", 2, "--num-steps", 1)

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,21 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import published
-import train_ldm_only
 import train_repae
 from errors import UserError
 from images import make_data
 from models.sit import SiT, SiT_models
-from scripts import TINY, TINY_SIT, call, records
-from training.build import build_transformer_nets
+from scripts import TINY, TINY_SIT, records, run
 from weights.checkpoint_io import vae_files
 from weights.trained_run import LABEL_TABLE, resample_positions, start_from_trained
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    """The checkpoint of a published joint run."""
-    return published.write_run(tmp_path_factory.mktemp("published") / "joint", joint=True)
 
 
 def own_sit(**options) -> SiT:
@@ -43,24 +34,6 @@ def started(path: Path, sit: SiT, *flags: object) -> tuple[dict, list[str]]:
     said = []
     start_from_trained(sit, args, Path("none"), said.append)
     return sit.state_dict(), said
-
-
-def test_frozen_vae_training_starts_from_it_too(start, tmp_path):
-    flags = (*TINY, *TINY_SIT, "--exp-name", "x", "--sit-ckpt", start, "--enc-type", "none")
-    args = train_ldm_only.parse_args([*map(str, flags)])
-    run = SimpleNamespace(directory=tmp_path, print=print, prepare=lambda module: module, device=torch.device("cpu"))
-    statistics = tuple(value.reshape(1, -1, 1, 1) for value in published.STATISTICS.values())
-    nets = build_transformer_nets(args, run, (4, 8, 8), statistics)
-    for sit in (nets.sit, nets.ema):
-        assert torch.equal(sit.final_layer.linear.weight, published.fresh_sit().final_layer.linear.weight)
-
-
-def test_the_same_size_starts_from_the_same_bits(start):
-    state, said = started(start, own_sit())
-    trained = published.fresh_sit().state_dict()
-    assert all(torch.equal(state[key], trained[key]) for key in trained if key != "bn.num_batches_tracked")
-    (line,) = said
-    assert line.endswith("0400000.pt: starting from the average of step 400000")
 
 
 @pytest.mark.parametrize("form", [*published.FORMS, "safetensors"])
@@ -124,8 +97,8 @@ def test_weights_of_other_networks_are_named(content, tmp_path):
         started(tmp_path / "sit.pt", own_sit(model="SiT-XS/2"), "--model", "SiT-XS/2")
 
 
-def test_positions_are_resampled_to_another_grid(start):
-    state, said = started(start, own_sit(input_size=16))
+def test_positions_are_resampled_to_another_grid(good):
+    state, said = started(good["joint_ckpt"], own_sit(input_size=16))
     trained = published.fresh_sit().pos_embed
     image = trained.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
     expected = F.interpolate(image, size=(8, 8), mode="bicubic", align_corners=False, antialias=True)
@@ -135,33 +108,33 @@ def test_positions_are_resampled_to_another_grid(start):
     assert resample_positions(trained, 4) is trained
 
 
-def test_labels_that_do_not_fit_start_fresh(start):
+def test_labels_that_do_not_fit_start_fresh(good):
     trained = published.fresh_sit().y_embedder.embedding_table.weight
     fresh = own_sit(num_classes=5).state_dict()[LABEL_TABLE].clone()
-    state, said = started(start, own_sit(num_classes=5), "--num-classes", 5)
+    state, said = started(good["joint_ckpt"], own_sit(num_classes=5), "--num-classes", 5)
     assert torch.equal(state[LABEL_TABLE], torch.cat([fresh[:5], trained[3:]]))
     assert said[0].endswith("; fresh: 5 classes instead of 3")
-    state, _ = started(start, own_sit(class_dropout_prob=0.0), "--cfg-prob", 0)
+    state, _ = started(good["joint_ckpt"], own_sit(class_dropout_prob=0.0), "--cfg-prob", 0)
     assert torch.equal(state[LABEL_TABLE], trained[:3])
 
 
-def test_a_projector_goes_with_its_encoder(start):
+def test_a_projector_goes_with_its_encoder(good):
     encoders = "dinov2-vit-s,efficientnet-lite0"
-    state, said = started(start, own_sit(z_dims=(384, 112)), "--enc-type", encoders)
+    state, said = started(good["joint_ckpt"], own_sit(z_dims=(384, 112)), "--enc-type", encoders)
     fresh, trained = own_sit(z_dims=(384, 112)), published.fresh_sit()
     assert torch.equal(state["projectors.0.4.weight"], fresh.projectors[0][4].weight)
     assert torch.equal(state["projectors.1.4.weight"], trained.projectors[0][4].weight)
     assert said[0].endswith("; fresh: projector of dinov2-vit-s")
-    state, said = started(start, own_sit(projector="conv"), "--projector", "conv")
+    state, said = started(good["joint_ckpt"], own_sit(projector="conv"), "--projector", "conv")
     assert torch.equal(state["projectors.0.weight"], own_sit(projector="conv").projectors[0].weight)
     assert said[0].endswith("; fresh: projector of efficientnet-lite0")
 
 
-def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stays(start):
+def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stays(good):
     sit = own_sit()
     sit.set_latent_statistics(torch.full((1, 4, 1, 1), 3.0), torch.zeros(1, 4, 1, 1))
     before = sit.bn.running_var.clone()
-    state, said = started(start, sit, "--path-type", "cosine")
+    state, said = started(good["joint_ckpt"], sit, "--path-type", "cosine")
     assert torch.equal(state["bn.running_var"], before)
     assert len(said) == 3
     assert "warning" in said[1] and "trained on latents of another VAE, or by other statistics" in said[1]
@@ -169,20 +142,20 @@ def test_other_statistics_and_another_path_are_warned_of_and_the_normaliser_stay
 
 
 @pytest.mark.slow
-def test_a_published_run_is_tuned_to_another_size_and_sampled(start, tmp_path, vgg_weights, capsys):
+def test_a_published_run_is_tuned_to_another_size_and_sampled(good, tmp_path, vgg_weights, capsys):
     vae = published.write_vae(tmp_path / "vae")
     flags = (*TINY, *TINY_SIT, "--num-workers", 0, "--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", vae)
     flags += ("--disc-pretrained-ckpt", vae_files(vae).discriminator, "--output-dir", tmp_path, "--no-fused-attn")
     data = make_data(tmp_path / "data", per_class=2, resolution=64)
-    run = (*flags, "--resolution", 64, "--data-dir", data, "--exp-name", "64", "--sit-ckpt", start)
-    assert call("train_repae.py", *run, "--max-train-steps", 1)[0] == 0
+    tuning = (*flags, "--resolution", 64, "--data-dir", data, "--exp-name", "64", "--sit-ckpt", good["joint_ckpt"])
+    run("train_repae.py", *tuning, "--max-train-steps", 1)
     gone = tmp_path / "gone.pt"  # a run that continues ignores the file
-    assert call("train_repae.py", *run[:-1], gone, "--max-train-steps", 2)[0] == 0
+    run("train_repae.py", *tuning[:-1], gone, "--max-train-steps", 2)
     log = records(tmp_path / "64/metrics.jsonl")
     assert [record["step"] for record in log] == [1, 2]
     assert all(math.isfinite(value) for record in log for value in record.values())
     samples = ("--num-fid-samples", 2, "--num-steps", 2, "--sample-dir", tmp_path / "samples", "--no-png")
-    assert call("generate.py", "--exp-path", tmp_path / "64", *samples)[0] == 0
+    run("generate.py", "--exp-path", tmp_path / "64", *samples)
     (path,) = (tmp_path / "samples").glob("64_*.npz")
     assert np.load(path)["arr_0"].shape == (2, 64, 64, 3)
     said = "".join(capsys.readouterr())

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import published
 import train_repae
 from errors import UserError
 from flags import config
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import build_vae
 from training.build import transformer_draws, warn_of_untrained_discriminator
 from training.randomness import Rows, step_draws
-from weights.checkpoint_io import vae_files, write_atomically
 from weights.vae import open_vae
 
 # the reference's flags and defaults, and the defaults of our flags that change results
@@ -111,7 +110,6 @@ def under_accelerate(monkeypatch, *flags: str, script: str = "train_vae", **sett
     [
         ("no", "", "fp16", "exp_name=x"),  # what accelerate sends if nothing was set
         ("bf16", "", "bf16", "flags from accelerate launch: mixed_precision=bf16"),
-        ("fp16", "", "fp16", "flags from accelerate launch: mixed_precision=fp16"),
         ("bf16", "--mixed-precision bf16", "bf16", "exp_name=x mixed_precision=bf16"),
         ("bf16", "--mixed-precision=fp16", "fp16", "mixed_precision=fp16 takes precedence over accelerate's bf16"),
         ("fp8", "--mixed-precision no", "no", "mixed_precision=no takes precedence over accelerate's fp8"),
@@ -171,45 +169,45 @@ class OneProcess:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, vgg_weights):
-    """Joint nets built from unusual flags, with those flags and the VAE's statistics."""
-    weights = tmp_path_factory.mktemp("vae") / "vae.pt"
-    write_atomically(build_vae("f4d4-tiny").state_dict(), weights)
-    stats = {"latents_scale": torch.rand(1, 4, 1, 1) + 0.5, "latents_bias": torch.randn(1, 4, 1, 1)}
-    write_atomically(stats, vae_files(weights).statistics)
-    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --vae-ckpt {weights} --model SiT-XXS/2 --encoder-depth 3
-        --num-classes 7 --enc-type efficientnet-lite0 --bn-momentum 0.3 --cfg-prob 0.2 --path-type cosine
-        --weighting lognormal --proj-coeff 0.7 --vae-align-proj-coeff 2.5 --ema-decay 0.5 --learning-rate 1e-3
-        --vae-learning-rate 2e-3 --disc-learning-rate 3e-3 --adam-beta1 0.8 --adam-beta2 0.95 --adam-weight-decay 0.1
-        --adam-epsilon 1e-6 --max-grad-norm 2 --mixed-precision fp16 --gradient-accumulation-steps 3
-        --disc-warmup-steps 5 --lpips-vgg-ckpt {vgg_weights}"""
+def built(good):
+    """Joint nets built from unusual flags, with those flags."""
+    flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --vae-ckpt {good["vae"]} --model SiT-XXS/2
+        --encoder-depth 3 --num-classes 7 --enc-type efficientnet-lite0 --bn-momentum 0.3 --cfg-prob 0.2
+        --path-type cosine --weighting lognormal --proj-coeff 0.7 --vae-align-proj-coeff 2.5 --ema-decay 0.5
+        --learning-rate 1e-3 --vae-learning-rate 2e-3 --disc-learning-rate 3e-3 --adam-beta1 0.8 --adam-beta2 0.95
+        --adam-weight-decay 0.1 --adam-epsilon 1e-6 --max-grad-norm 2 --mixed-precision fp16
+        --gradient-accumulation-steps 3 --disc-warmup-steps 5 --lpips-vgg-ckpt {good["vgg"]}"""
     args = train_repae.parse_args(flags.split())
-    source = open_vae(args.vae, args.vae_ckpt, offline=True)
-    return args, stats, train_repae.build(args, OneProcess(), source)
+    return args, train_repae.build(args, OneProcess(), open_vae(args.vae, args.vae_ckpt, offline=True))
 
 
 def test_flags_reach_the_networks_and_the_optimisers(built):
-    args, stats, nets = built
-    torch.testing.assert_close(nets.sit.latent_statistics(), (stats["latents_scale"], stats["latents_bias"]))
-    torch.testing.assert_close(nets.ema.latent_statistics(), nets.sit.latent_statistics())
+    args, nets = built
+    for network in (nets.sit, nets.ema):
+        for found, expected in zip(network.latent_statistics(), published.STATISTICS.values(), strict=True):
+            torch.testing.assert_close(found.flatten(), expected)
     assert (nets.sit.encoder_depth, nets.sit.null_label, nets.sit.bn.momentum) == (3, 7, 0.3)
     for optimizer, rate in ((nets.opt_sit, 1e-3), (nets.opt_vae, 2e-3), (nets.opt_disc, 3e-3)):
         group = optimizer.adamw.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (rate, (0.8, 0.95), 0.1, 1e-6)
         assert (optimizer.max_grad_norm, optimizer.accumulation_steps) == (2, 3)
         assert optimizer.scaler.is_enabled()
-    assert sum(p.numel() for p in nets.opt_sit.parameters) == sum(
-        p.numel() for name, p in nets.sit.named_parameters() if name != "pos_embed"
-    )
+    trained = sum(p.numel() for name, p in nets.sit.named_parameters() if name != "pos_embed")
+    assert sum(p.numel() for p in nets.opt_sit.parameters) == trained
 
 
-def test_flags_reach_the_step(built):
-    args, _, _ = built
+def test_flags_reach_the_step_and_the_draws(built):
+    args, _ = built
     cfg = train_repae.step_config(args, torch.device("cpu"))
     numbers = (cfg.path_type, cfg.proj_coeff, cfg.vae_align_proj_coeff, cfg.ema_decay, cfg.loss.kl_weight)
     assert (*numbers, cfg.disc_warmup_steps) == ("cosine", 0.7, 2.5, 0.5, 1e-6, 5)
     with cfg.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.float16
+    rows = Rows(1, args.batch_size)
+    draws = transformer_draws(args, (4, 8, 8), 4, rows)
+    expected = step_draws(args.seed, 4, rows, (4, 8, 8), "lognormal", "cosine", 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(draws, expected, strict=True))
+    assert not torch.equal(draws.noise, transformer_draws(args, (4, 8, 8), 5, rows).noise)
 
 
 @pytest.mark.parametrize(
@@ -222,15 +220,6 @@ def test_an_untrained_discriminator_is_warned_of(flags, step, factor, warned):
     warn_of_untrained_discriminator(args, run, VAELossConfig(discriminator_factor=factor))
     assert bool(said) == warned
     assert all(line.startswith("warning: ") and "--disc-warmup-steps" in line for line in said)
-
-
-def test_flags_reach_the_draws(built):
-    args, _, _ = built
-    rows = Rows(1, args.batch_size)
-    draws = transformer_draws(args, (4, 8, 8), 4, rows)
-    expected = step_draws(args.seed, 4, rows, (4, 8, 8), "lognormal", "cosine", 0.2)
-    assert all(torch.equal(a, b) for a, b in zip(draws, expected, strict=True))
-    assert not torch.equal(draws.noise, transformer_draws(args, (4, 8, 8), 5, rows).noise)
 
 
 @pytest.mark.parametrize(

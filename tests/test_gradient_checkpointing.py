@@ -18,7 +18,7 @@ from loss.lpips import LPIPS, VGG16Features
 from models.autoencoder import Decoder, Encoder, build_vae
 from models.sit import SiT
 from published import STATISTICS, write_vae
-from scripts import assert_same_run, call, equal
+from scripts import assert_same_run, equal, run
 from test_joint_step import small_nets, step_once, with_cfg
 from training.build import build_transformer_nets
 from training.distributed import frozen_call
@@ -130,7 +130,7 @@ def test_the_peak_of_memory_is_many_times_lower(make_loss, times):
 @pytest.mark.parametrize("on", [False, True])
 def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
     flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
-        --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
+        --num-classes 3 --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
     joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
     nets = train_repae.build(joint, RUN, open_vae(joint.vae, joint.vae_ckpt, offline=True))
     networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
@@ -144,7 +144,7 @@ def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
 def test_joint_runs_are_the_same(joint):
     output, flags = joint
     for name, more in (("kept", ()), ("recomputed", ("--gradient-checkpointing",))):
-        assert call("train_repae.py", *flags, *more, "--exp-name", name, "--max-train-steps", 2)[0] == 0
+        run("train_repae.py", *flags, *more, "--exp-name", name, "--max-train-steps", 2)
     assert_same_run(output / "kept", output / "recomputed", last=2)
     args = read_checkpoint(output / "recomputed/checkpoints/0000002.pt")["args"]
     assert args["gradient_checkpointing"]

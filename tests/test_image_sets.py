@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 import published
 from dataset import open_images, open_latents
+from good import LITE0, cache_flags
 from images import make_data, make_tree, photo
 from scripts import TINY, TINY_SIT, run
 from storage.image_sets import FolderImages, NpzImages
@@ -18,7 +19,7 @@ from storage.photographs import list_sources
 from test_photographs import write_oddities
 from test_preprocessing import save_kinds
 
-LITE0 = ("--features", "efficientnet-lite0", "--num-workers", 0, "--metrics", "fid")
+FID = (*LITE0, "--metrics", "fid")
 
 
 def test_a_folder_holds_every_kind_of_picture_as_preprocessing_converts_it(tmp_path):
@@ -38,10 +39,11 @@ def test_a_folder_holds_every_kind_of_picture_as_preprocessing_converts_it(tmp_p
         np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), picture, err_msg=path.name)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_of_a_folder_is_counted_on_one_line(tmp_path):
     for i in range(4):
         photo(i).save(tmp_path / f"{i}.png")
-    flags = ("--samples", tmp_path, "--reference", tmp_path, *LITE0, "--output", tmp_path / "result.json")
+    flags = ("--samples", tmp_path, "--reference", tmp_path, *FID, "--output", tmp_path / "result.json")
     assert "left out" not in run("evaluate.py", *flags).stderr
     (tmp_path / "ape").mkdir()
     for path in (tmp_path / "._0.png", tmp_path / "ape/Thumbs.db", tmp_path / "log.txt", tmp_path / "LICENSE"):
@@ -68,8 +70,7 @@ def sets(tmp_path_factory) -> dict:
     """Data sets of every kind that loaders get, by name."""
     root = tmp_path_factory.mktemp("sets")
     data, vae = make_data(root, per_class=2), published.write_vae(root / "vae")
-    flags = ("--vae-arch", published.VAE, "--vae-ckpt-path", vae, "--num-workers", 0, "--vae-latents-name", "latents")
-    run("cache_latents.py", *flags, "--data-dir", data, "--output-dir", data)
+    run("cache_latents.py", *cache_flags(data, vae))
     pixels = np.random.RandomState(0).randint(0, 256, (100, 32, 32, 3)).astype(np.uint8)
     np.savez(root / "stored.npz", arr_0=pixels)
     np.savez_compressed(root / "compressed.npz", arr_0=pixels)
@@ -89,6 +90,7 @@ def test_data_sets_are_sent_to_workers_without_their_pixels(sets):
 
 
 @pytest.mark.parametrize("kind", ["spawn", "forkserver"])
+@pytest.mark.slow
 def test_workers_that_are_not_forked_read_the_same(sets, kind):
     data = ConcatDataset(sets.values())
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=kind)
@@ -98,16 +100,15 @@ def test_workers_that_are_not_forked_read_the_same(sets, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["spawn", "forkserver"])
-def test_training_and_evaluation_work_with_workers_that_are_not_forked(sets, kind, tmp_path):
+def test_training_and_evaluation_work_with_workers_that_are_not_forked(sets, tmp_path):
     root = sets["folder"].path.parent
+    latents = ("--data-dir", root / "data", "--vae-ckpt", root / "vae/sdvae.pt", "--vae-latents-name", "latents")
+    training = (*TINY, *TINY_SIT, *latents, "--exp-name", "spawned", "--output-dir", tmp_path, "--max-train-steps", 2)
+    images = ("--samples", root / "stored.npz", "--reference", root / "compressed.npz", *FID, "--num-workers", 1)
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method(kind, force=True)
+    multiprocessing.set_start_method("spawn", force=True)
     try:
-        flags = ("--data-dir", root / "data", "--vae-ckpt", root / "vae/sdvae.pt", "--vae-latents-name", "latents")
-        options = ("--exp-name", "spawned", "--output-dir", tmp_path, "--max-train-steps", 2)
-        run("train_ldm_only.py", *TINY, *TINY_SIT, *flags, *options)
-        flags = ("--samples", root / "stored.npz", "--reference", root / "compressed.npz", *LITE0, "--num-workers", 1)
-        run("evaluate.py", *flags, "--output", tmp_path / "result.json")
+        run("train_ldm_only.py", *training)
+        run("evaluate.py", *images, "--output", tmp_path / "result.json")
     finally:
         multiprocessing.set_start_method(before, force=True)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import published
 import scripts
-from images import make_data
+from good import cache_flags, good_flags
 from killer import Killer
 from scripts import LAST, TINY, TINY_SIT, assert_same_run
 from weights.checkpoint_io import numbered_checkpoints
@@ -98,8 +97,7 @@ def test_joint_training_killed_at_a_sample_of_its_operations(killer, joint, tmp_
 def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae, tiny_data, tmp_path):
     folder, data = tmp_path / "exps", tmp_path / "data"
     shutil.copytree(tiny_data, data)
-    cached = ("--data-dir", data, "--output-dir", data, "--num-workers", 0, "--vae-latents-name", "latents")
-    scripts.run("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", tiny_vae[1], *cached)
+    scripts.run("cache_latents.py", *cache_flags(data, tiny_vae[1]))
     flags = ("--data-dir", data, "--vae-latents-name", "latents", "--vae-ckpt", tiny_vae[1], "--output-dir", folder)
     command = ["train_ldm_only.py", *TINY, *TINY_SIT, *flags, *SHORT, "--enc-type", "none", "--exp-name", "killed"]
     assert killer.run([*command, "--max-train-steps", 2], folder) == 0
@@ -107,31 +105,26 @@ def test_frozen_training_killed_at_every_write_fsync_and_rename(killer, tiny_vae
     assert kinds(operations) == {"write", "fsync", "replace", "unlink"}
 
 
-def test_preprocessing_killed_at_a_sample_of_its_operations(killer, tmp_path):
-    make_data(tmp_path / "other", per_class=6)
-    tree, folder = tmp_path / "other/tree", tmp_path / "data"
-    command = ["preprocessing.py", "--imagenet-path", tree, "--output-path", folder, "--resolution", 32]
-    command += ["--num-workers", 2]
+def test_preprocessing_killed_at_a_sample_of_its_operations(killer, good, tmp_path):
+    folder = tmp_path / "data"
+    command = ["preprocessing.py", *good_flags("preprocessing.py", good, folder), "--resolution", 32]
     operations = assert_killed_is_continued(killer, folder, command, constants={"preprocessing.SHARD_IMAGES": 4})
     assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
 
 
-def test_caching_killed_at_a_sample_of_its_operations(killer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.SHARD_IMAGES", 4)
-    data, folder = make_data(tmp_path / "images", per_class=6), tmp_path / "cache"
-    weights = published.write_vae(tmp_path / "vae")
-    command = ["cache_latents.py", "--vae-arch", published.VAE, "--vae-ckpt-path", weights, "--data-dir", data]
-    command += ["--output-dir", folder, "--vae-latents-name", "latents", "--num-workers", 1, "--pproc-batch-size", 3]
+def test_caching_killed_at_a_sample_of_its_operations(killer, good, tmp_path):
+    folder = tmp_path / "cache"
+    command = ["cache_latents.py", *cache_flags(good["data"], good["vae"], folder)]
+    command += ["--num-workers", 1, "--pproc-batch-size", 3]
     operations = assert_killed_is_continued(killer, folder, command)
     assert sum(".safetensors" in operation and operation.startswith("replace") for operation in operations) == 5
 
 
 @pytest.mark.parametrize("form", [(), ("--no-png",)])
-def test_generation_killed_at_a_sample_of_its_operations(killer, tmp_path, form):
-    published.write_run(tmp_path / "run", joint=True)
+def test_generation_killed_at_a_sample_of_its_operations(killer, good, tmp_path, form):
     folder = tmp_path / "samples"
-    command = ["generate.py", "--exp-path", tmp_path / "run", "--sample-dir", folder, "--num-fid-samples", 3]
-    command += ["--num-steps", 2, "--pproc-batch-size", 2, *form]
+    command = ["generate.py", *good_flags("generate.py", good, folder), "--num-fid-samples", 3]
+    command += ["--pproc-batch-size", 2, *form]
     operations = assert_killed_is_continued(killer, folder, command)
     pngs = 0 if form else 3
     assert sum(operation.startswith("replace") for operation in operations) == pngs + 2 + 2  # parts; manifest and npz

@@ -7,7 +7,6 @@ import torch
 
 import published
 from diffusion.transport import interpolate
-from scripts import TINY, TINY_SIT, call, records
 from train_ldm_only import ldm_step
 from training.loop import Batch
 from training.optimizer import Optimizer
@@ -69,17 +68,3 @@ def test_latent_statistics_stay_and_everything_else_moves():
         assert torch.equal(value, before[key]) == fixed, key
         average = mine.ema.state_dict()[key]
         torch.testing.assert_close(average, (before[key] + value) / 2 if value.is_floating_point() else value)
-
-
-def test_a_run_continues_with_other_micro_batches_but_no_other_flags(tmp_path, tiny_data):
-    vae_path = published.write_vae(tmp_path / "vae")
-    cached = ("--vae-latents-name", "cache", "--num-workers", 0)
-    where = ("--data-dir", tiny_data, "--output-dir", tmp_path)
-    assert call("cache_latents.py", *where, *cached, "--vae-arch", published.VAE, "--vae-ckpt-path", vae_path)[0] == 0
-    where = ("--data-dir", tmp_path, "--output-dir", tmp_path, "--exp-name", "run", "--vae-ckpt", vae_path)
-    flags = (*TINY, *TINY_SIT, *cached, *where, "--enc-type", "none", "--sampling-steps", 9)
-    assert call("train_ldm_only.py", *flags, "--max-train-steps", 1)[0] == 0
-    assert call("train_ldm_only.py", *flags, "--max-train-steps", 2, "--gradient-accumulation-steps", 2)[0] == 0
-    assert [record["step"] for record in records(tmp_path / "run/metrics.jsonl")] == [1, 2]
-    code, said = call("train_ldm_only.py", *flags, "--max-train-steps", 3, "--learning-rate", 1)
-    assert (code, "made with other flags (--learning-rate 0.0001 -> 1.0)" in said) == (2, True)

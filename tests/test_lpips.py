@@ -2,21 +2,20 @@
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from torchvision.models import vgg16
 
 from demo.convert_lpips import NumpyUnpickler
 from errors import UserError
-from images import photo
+from images import photos
 from loss.lpips import unit
+from test_trust import Executed
 from weights.features import load_lpips
 
 
-def photographs(count: int, side: int = 64) -> torch.Tensor:
-    arrays = np.stack([np.asarray(photo(i, side, side)) for i in range(count)])
-    return torch.tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+def photographs(count: int) -> torch.Tensor:
+    return torch.tensor(photos(count, 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def test_values_equal_the_lpips_packages(vgg_weights, monkeypatch):
@@ -42,19 +41,12 @@ def test_values_equal_the_lpips_packages(vgg_weights, monkeypatch):
     assert float(value.min()) > 0.05
 
 
-class Exploit:
-    """Pickles to a call."""
-
-    def __reduce__(self):
-        return (print, ("code ran",))
-
-
-def test_the_converter_unpickles_nothing_but_numpy(tmp_path, capsys):
+def test_the_converter_unpickles_nothing_but_numpy(tmp_path):
     path = tmp_path / "evil.ckpt"
-    path.write_bytes(pickle.dumps({"VGG16_0": Exploit()}))
-    with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match="refused.*builtins.print"):
+    path.write_bytes(pickle.dumps({"VGG16_0": Executed(tmp_path / "canary")}))
+    with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError, match="refused.*mkdir"):
         NumpyUnpickler(file).load()
-    assert "code ran" not in capsys.readouterr().out
+    assert not (tmp_path / "canary").exists()
 
 
 def test_gradient_is_finite_where_all_features_are_zero():

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from forked import free_port
-from scripts import ENVIRONMENT, ROOT, records, run, wait_for_log
+from scripts import ENVIRONMENT, ROOT, assert_same_beginning, records, run, wait_for_log
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -49,13 +49,6 @@ def started(*lines: list[str], environment: dict[str, str], log: Path):
                 process.wait()
 
 
-def assert_like_one_process(log: list[dict], whole_run: Path) -> None:
-    """The first steps of a log are those of one process, up to rounding, which training amplifies."""
-    for expected, found in zip(records(whole_run / "metrics.jsonl"), log[:3], strict=False):
-        for name in expected.keys() - {"psnr"}:  # a logarithm of a mean is no mean of logarithms
-            assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=2e-4), f"step {found['step']}: {name}"
-
-
 def two_launches(*training: object, options: tuple[str, ...] = ()) -> list[list[str]]:
     """The command lines of two machines, each with one process, as docs/many-machines.md gives them."""
     launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=joint", *options)
@@ -81,7 +74,7 @@ def test_two_machines_do_as_one_process(joint, whole_run, tmp_path):
     assert "another process is gone" in said.read_text()
     assert "continuing after step" in said.read_text()
     assert [record["step"] for record in records(log)] == list(range(1, STEPS + 1))
-    assert_like_one_process(records(log), whole_run)
+    assert_same_beginning(whole_run, log.parent, steps=3)
 
 
 @pytest.fixture
@@ -119,6 +112,6 @@ def test_a_slurm_job_near_its_limit_saves_and_queues_itself_again(slurm_job, joi
     assert 3 <= saved < STEPS
     assert (tmp_path / f"job/checkpoints/{saved:07d}.pt").is_file()
     assert f"stopped by signal {signal.SIGTERM.value} after step {saved}" in said.read_text()
-    assert_like_one_process(records(log), whole_run)
+    assert_same_beginning(whole_run, log.parent, steps=3)
     more = ("--exp-name", "job", "--output-dir", tmp_path, "--max-train-steps", saved + 1)
     assert f"continuing after step {saved}" in run("train_repae.py", *joint[1], *more).stdout

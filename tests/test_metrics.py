@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from golden_weights import assert_close, golden
-from images import photo
+from images import photos
 from metrics.features import Features, resize_as_pillow
 from metrics.frechet import Moments, frechet_distance
 from metrics.images import batch_psnr, psnr, ssim
@@ -85,14 +85,8 @@ def test_kernel_distance_against_numpy():
     assert kernel_distance(torch.tensor(x), torch.tensor(x)) < 0.05 < expected
 
 
-def pictures(count: int, size: int = 40) -> torch.Tensor:
-    """(count,3,size,size) uint8."""
-    arrays = [np.asarray(photo(i, size, size)) for i in range(count)]
-    return torch.tensor(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
 def test_psnr_and_ssim_against_numpy():
-    a = pictures(3)
+    a = torch.tensor(photos(3, 40)).permute(0, 3, 1, 2)
     noise = torch.randint(-20, 21, a.shape, generator=torch.Generator().manual_seed(0))
     b = (a.int() + noise).clamp(0, 255).to(torch.uint8)
     for i in range(3):
@@ -119,7 +113,7 @@ def test_psnr_and_ssim_against_numpy():
 
 @pytest.mark.parametrize("size", [24, 56])
 def test_images_are_resized_as_pillow_does(size):
-    a = pictures(2)
+    a = torch.tensor(photos(2, 40)).permute(0, 3, 1, 2)
     ours = resize_as_pillow(a, size)
     for i in range(2):
         image = Image.fromarray(a[i].permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)

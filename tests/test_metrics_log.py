@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.numerics import GlobalBatchNorm2d
-from scripts import assert_same_run, call, records
+from scripts import assert_same_run, records, run
 from training.log import MetricsLog, normaliser_drift
 from weights.checkpoint_io import read_checkpoint
 
@@ -105,9 +105,9 @@ def test_tensorboard_shows_each_step_once_after_a_crash(joint):
     output, flags = joint
     flags = (*flags, "--exp-name", "board", "--report-to", "tensorboard", "--checkpointing-steps", 2)
     flags = (*flags, "--sampling-steps", 3)
-    assert call("train_repae.py", *flags, "--max-train-steps", 5)[0] == 0
+    run("train_repae.py", *flags, "--max-train-steps", 5)
     (output / "board/checkpoints/0000005.pt").unlink()  # as if it had crashed after logging step 5
-    assert call("train_repae.py", *flags, "--max-train-steps", 7)[0] == 0
+    run("train_repae.py", *flags, "--max-train-steps", 7)
     events = output / "board/logs/repa-e"
     board = EventAccumulator(str(events)).Reload()
     log = records(output / "board/metrics.jsonl")
@@ -130,7 +130,7 @@ def test_a_tracker_that_fails_later_does_not_stop_the_run(joint, monkeypatch, ca
     monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", fail)
     output, flags = joint
     flags = (*flags, "--exp-name", "failing", "--report-to", "tensorboard", "--num-workers", 0)
-    assert call("train_repae.py", *flags, "--max-train-steps", 2)[0] == 0
+    run("train_repae.py", *flags, "--max-train-steps", 2)
     assert "warning: tensorboard is not available (no space for the tracker)" in "".join(capsys.readouterr())
     assert (output / "failing/checkpoints/0000002.pt").is_file()
     assert len(records(output / "failing/metrics.jsonl")) == 2
@@ -142,10 +142,14 @@ def test_an_interrupted_run_in_half_precision_equals_an_uninterrupted_one(joint)
     flags = (*flags, "--num-workers", 0, "--batch-size", 2, "--mixed-precision", "fp16")
     for name, lengths in (("half-whole", (2,)), ("half-parts", (1, 2))):
         for steps in lengths:
-            assert call("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)[0] == 0
+            run("train_repae.py", *flags, "--exp-name", name, "--max-train-steps", steps)
     assert_same_run(output / "half-whole", output / "half-parts", 2)
     checkpoint = read_checkpoint(output / "half-parts/checkpoints/0000002.pt")
     assert checkpoint["optimizer_extras"]["opt"]["scaler"]["_growth_tracker"] == 2
+    assert all(value.dtype == torch.float32 for value in checkpoint["model"].values() if value.is_floating_point())
+    first = records(output / "half-parts/metrics.jsonl")[0]
+    assert {f"loss_scale_{optimizer}" for optimizer in ("sit", "vae", "disc")} <= first.keys()
+    assert all(math.isfinite(first[key]) for key in ("vae_loss", "d_loss", "denoising_loss"))
 
 
 @pytest.mark.slow
@@ -153,7 +157,7 @@ def test_wandb_goes_on_with_the_same_run(joint, whole_run):
     output, flags = joint
     flags = (*flags, "--exp-name", "wandb", "--report-to", "wandb", "--offline", "--sampling-steps", 2)
     for steps in (2, 4):
-        assert call("train_repae.py", *flags, "--max-train-steps", steps)[0] == 0
+        run("train_repae.py", *flags, "--max-train-steps", steps)
     identity = (output / "wandb/wandb-id.txt").read_text()
     runs = sorted((output / "wandb/wandb").glob("offline-run-*"))
     assert [path.name.rsplit("-", 1)[1] for path in runs] == [identity, identity]
@@ -174,14 +178,14 @@ def test_wandb_goes_on_with_the_same_run(joint, whole_run):
 def test_a_checkpoint_that_is_damaged_costs_no_more_than_the_steps_since_the_one_before(joint, capsys):
     output, flags = joint
     flags = (*flags, "--num-workers", 0, "--checkpointing-steps", 2, "--max-train-steps", 6)
-    assert call("train_repae.py", *flags, "--exp-name", "sound")[0] == 0
+    run("train_repae.py", *flags, "--exp-name", "sound")
     shutil.copytree(output / "sound", output / "damaged")
     path = output / "damaged/checkpoints/0000006.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     capsys.readouterr()
-    assert call("train_repae.py", *flags, "--exp-name", "damaged")[0] == 0
+    run("train_repae.py", *flags, "--exp-name", "damaged")
     said = "".join(capsys.readouterr())
     assert "0000006.pt: damaged (checksum of" in said
     assert f"continuing after step 4 from {path.with_name('0000004.pt')}" in said

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from demo.cifar10 import SHEETS
-from scripts import call
+from good import cache_flags
+from scripts import run
 
 IMAGES = 32
 
@@ -17,11 +18,6 @@ def photographs(split: str) -> np.ndarray:
     """CIFAR photographs of a split, (IMAGES,32,32,3) uint8: the first ones of eight classes."""
     sheets = [np.asarray(Image.open(path))[:32, : 4 * 32] for path in sorted((SHEETS / split).glob("*.png"))[:8]]
     return np.concatenate([sheet.reshape(32, 4, 32, 3).transpose(1, 0, 2, 3) for sheet in sheets])
-
-
-def script(name: str, *flags: object) -> None:
-    code, said = call(name, *flags)
-    assert code == 0, said
 
 
 @pytest.mark.slow
@@ -33,26 +29,33 @@ def test_a_generator_trained_on_32_images_gives_those_images(tmp_path, vgg_weigh
     labels = [[f"all/{i:03d}.png", i] for i in range(IMAGES)]  # a class an image
     (tmp_path / "tree/dataset.json").write_text(json.dumps({"labels": labels}))
     data = ("--data-dir", tmp_path / "data")
-    script(
+    run(
         "preprocessing.py", "--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32
     )
-    run = ("--output-dir", tmp_path, "--report-to", "none", "--mixed-precision", "no", "--num-workers", 0, *data)
-    run = (*run, "--resolution", 32, "--vae", "f4d4-tiny", "--sampling-steps", 10**6, "--checkpointing-steps", 10**6)
+    training = ("--output-dir", tmp_path, "--report-to", "none", "--mixed-precision", "no", "--num-workers", 0, *data)
+    training = (
+        *training,
+        "--resolution",
+        32,
+        "--vae",
+        "f4d4-tiny",
+        "--sampling-steps",
+        10**6,
+        "--checkpointing-steps",
+        10**6,
+    )
     vae = tmp_path / "vae/vae.pt"
-    script(
-        *("train_vae.py", *run, "--exp-name", "vae", "--batch-size", 8, "--max-train-steps", 300),
+    run(
+        *("train_vae.py", *training, "--exp-name", "vae", "--batch-size", 8, "--max-train-steps", 300),
         *("--lpips-vgg-ckpt", vgg_weights, "--loss-cfg-path", "demo/loss.yaml", "--vae-learning-rate", 2e-3),
     )
-    script(
-        *("cache_latents.py", "--vae-arch", "f4d4-tiny", "--vae-ckpt-path", vae, "--vae-latents-name", "latents"),
-        *(*data, "--output-dir", tmp_path / "data", "--num-workers", 0),
-    )
-    script(
-        *("train_ldm_only.py", *run, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
+    run("cache_latents.py", *cache_flags(tmp_path / "data", vae))
+    run(
+        *("train_ldm_only.py", *training, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
         *("--model", "SiT-XXS/2", "--num-classes", IMAGES, "--encoder-depth", 2, "--enc-type", "none", "--cfg-prob", 0),
         *("--batch-size", 32, "--max-train-steps", 500, "--learning-rate", 4e-3, "--ema-decay", 0.98),
     )
-    script(
+    run(
         *("generate.py", "--exp-path", tmp_path / "ldm", "--num-fid-samples", IMAGES, "--cfg-scale", 1.0),
         *("--num-steps", 50, "--labels", "balanced", "--sample-dir", tmp_path / "samples", "--no-png"),
     )
@@ -69,6 +72,6 @@ def test_a_generator_trained_on_32_images_gives_those_images(tmp_path, vgg_weigh
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
         compared = ("--samples", samples_path, "--reference", tmp_path / f"{name}.npz", "--metrics", "fid")
         output = tmp_path / f"to-{name}.json"
-        script("evaluate.py", *compared, "--features", "efficientnet-lite0", "--num-workers", 0, "--output", output)
+        run("evaluate.py", *compared, "--features", "efficientnet-lite0", "--num-workers", 0, "--output", output)
         distances.append(json.loads(output.read_text())["metrics"]["fd_efficientnet_lite0"])
     assert distances[0] < distances[1]

@@ -2,17 +2,15 @@
 
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-import preprocessing
 from dataset import ImageDataset
 from errors import UserError
 from images import CLASSES, make_tree, photo
 from preprocessing import preprocess
-from scripts import run
+from scripts import refusal, run
 from storage.photographs import list_sources
 
 NO_FOLDER = "a file, but no images.h5; unpack archives, and name the folder"
@@ -28,18 +26,16 @@ def test_unusable_dataset_json_is_one_clear_error(tmp_path, content):
 
 # a path in the tree -> how other tools and systems write it
 FORMS = {
-    "plain": str,
     "backslashes": lambda path: path.replace("/", "\\"),
-    "dots": lambda path: f"./{path}",
     "dots and backslashes": lambda path: f".\\x\\..\\{path}",
-    "doubled": lambda path: path.replace("/", "//"),
+    "doubled": lambda path: "./" + path.replace("/", "//"),
     "absolute": lambda path: os.path.join("TREE", path),
     "absolute, behind a link": lambda path: os.path.join("REAL", path),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("encoding", ["utf8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_paths_in_dataset_json_are_found_as_other_systems_write_them(tmp_path, form, encoding):
     (tmp_path / "tree").symlink_to(make_tree(tmp_path / "real", 1))
     tree = tmp_path / "tree"
@@ -53,13 +49,11 @@ def test_paths_in_dataset_json_are_found_as_other_systems_write_them(tmp_path, f
     assert dict(skipped)["ape/._0.png"] == "hidden or system file"
 
 
-@pytest.mark.parametrize("name", ["tree/ape/0.png", "/elsewhere/ape/0.png", "C:\\tree\\ape\\0.png", "APE/0.PNG"])
+@pytest.mark.parametrize("name", ["tree/ape/0.png", "/elsewhere/ape/0.png", "C:\\tree\\ape\\0.png"])
 def test_a_dataset_json_of_other_files_is_told_apart_from_no_images(tmp_path, name):
     tree = make_tree(tmp_path / "tree", 1)
     (tree / "dataset.json").write_text(json.dumps({"labels": [[name, 0]]}))
-    with pytest.raises(
-        UserError, match="dataset.json: none of the 1 files that it names, such as .*expected paths rel"
-    ):
+    with pytest.raises(UserError, match="none of the 1 files that it names, such as .*expected paths rel"):
         list_sources(tree)
 
 
@@ -109,21 +103,6 @@ def test_a_class_is_a_folder_with_an_image_and_what_is_hidden_is_no_image(tmp_pa
     assert "sorted as text" not in said
 
 
-@pytest.mark.parametrize("refused", ["lost+found", "tree", "bee"])
-def test_only_hidden_folders_may_be_unreadable(tmp_path, monkeypatch, refused):
-    tree, scandir = make_tree(tmp_path / "tree", 1), os.scandir
-    (tree / "lost+found").mkdir()
-
-    def refuse(path):
-        if Path(path).name == refused:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with nullcontext() if refused == "lost+found" else pytest.raises(PermissionError):
-        assert list_sources(tree)[2] == list(CLASSES)
-
-
 @pytest.mark.parametrize("names", [("1", "10", "2"), ("c 9", "c10", "c9"), ("n002", "n01")])
 def test_numbered_folders_are_announced_with_their_labels(tmp_path, names):
     for i, name in enumerate(names):
@@ -132,18 +111,7 @@ def test_numbered_folders_are_announced_with_their_labels(tmp_path, names):
     flags = ("--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32)
     said = run("preprocessing.py", *flags, "--num-workers", 1).stdout
     labels = ", ".join(f"{label} = {name} (1)" for label, name in enumerate(names))
-    assert (
-        f"numbered folders are sorted as text, as ImageFolder does; labels and their images, 1 to 1: {labels}" in said
-    )
-
-
-def test_many_classes_are_shortened():
-    line = preprocessing.describe_classes([f"n{i:04d}" for i in range(1000)], [7] * 999 + [2])
-    assert line.startswith("labels and their images, 2 to 7: 0 = n0000 (7), 1 = n0001 (7), ")
-    assert line.endswith(
-        "(7), ..., 995 = n0995 (7), 996 = n0996 (7), 997 = n0997 (7), 998 = n0998 (7), 999 = n0999 (2)"
-    )
-    assert len(line) < 300
+    assert f"sorted as text, as ImageFolder does; labels and their images, 1 to 1: {labels}" in said
 
 
 @pytest.mark.parametrize("output", ["tree/data", "tree", "tree/deep/link/data"])
@@ -158,10 +126,10 @@ def test_the_output_folder_inside_the_tree_is_no_part_of_it(tmp_path, output):
         photo(9).save(tmp_path / output / "images/preview.png")
 
 
-@pytest.mark.parametrize("name", ["birds.zip", "birds.tar", "birds.TAR.GZ", "birds.7z", "birds.parquet"])
+@pytest.mark.parametrize("name", ["birds.zip", "birds.TAR.GZ", "birds.parquet"])
 def test_archives_have_to_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04 anything")
-    said = run("preprocessing.py", "--imagenet-path", tmp_path / name, code=2).stderr
-    assert said == f"error: --imagenet-path {tmp_path / name}: {NO_FOLDER}\n"
+    line = refusal("preprocessing.py", "--imagenet-path", tmp_path / name)
+    assert line == f"error: --imagenet-path {tmp_path / name}: {NO_FOLDER}"
     with pytest.raises(UserError, match=r"no images; expected one folder .*; found: 1 not an image \(\.\w+\); unpack"):
         preprocess(tmp_path, tmp_path / "data", 32, 1, None)

@@ -9,16 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-import preprocessing
 import published
 from dataset import open_latents
 from forked import run_ranks
+from good import cache_flags
 from images import make_data
 from models.autoencoder import build_vae
-from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import TINY, TINY_SIT, assert_same_run, interrupt, records, run, torchrun
-from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
+from scripts import (
+    TINY,
+    TINY_SIT,
+    assert_same_beginning,
+    assert_same_run,
+    interrupt,
+    records,
+    run,
+    run_process,
+    torchrun,
+)
+from weights.checkpoint_io import load_weights, read_checkpoint
 from weights.vae import read_latent_statistics
 
 pytestmark = pytest.mark.slow
@@ -29,25 +38,22 @@ STEPS = 16  # of the frozen run that others are compared to
 def world(tmp_path_factory) -> Path:
     """A published joint run, its VAE extracted by the script, and images in five shards with its latents."""
     root = tmp_path_factory.mktemp("pipeline")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
-        make_data(root, per_class=6)
+    data = make_data(root, per_class=6, shard_images=4)
     checkpoint = published.write_run(root / "published", joint=True)
     run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "e2e", "--save-dir", root / "vaes")
-    run("cache_latents.py", *cache_flags(root), "--vae-latents-name", "one")
+    run("cache_latents.py", *cache_flags(data, root / "vaes/e2e/e2e.pt", name="one"), "--pproc-batch-size", 3)
     return root
 
 
-def cache_flags(root: Path) -> tuple:
-    """Flags of cache_latents.py but for the name."""
-    paths = ("--data-dir", root / "data", "--output-dir", root / "data", "--vae-ckpt-path", root / "vaes/e2e/e2e.pt")
-    return (*paths, "--vae-arch", published.VAE, "--num-workers", 1, "--pproc-batch-size", 3)
+def joint_flags(root: Path, name: str) -> tuple:
+    """Flags of a tiny run with the extracted VAE but for its length."""
+    paths = ("--data-dir", root / "data", "--output-dir", root / "exps", "--vae-ckpt", root / "vaes/e2e/e2e.pt")
+    return (*TINY, *TINY_SIT, *paths, "--exp-name", name)
 
 
 def frozen_flags(root: Path, name: str) -> tuple:
-    """Flags of a tiny run on the cached latents but for its length."""
-    paths = ("--data-dir", root / "data", "--output-dir", root / "exps", "--vae-ckpt", root / "vaes/e2e/e2e.pt")
-    return (*TINY, *TINY_SIT, *paths, "--vae-latents-name", "one", "--exp-name", name)
+    """The same on the cached latents."""
+    return (*joint_flags(root, name), "--vae-latents-name", "one")
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +63,8 @@ def frozen(world) -> Path:
     return world / "exps/whole"
 
 
-def test_the_extracted_vae_is_the_published_runs(world):
-    files = vae_files(world / "vaes/e2e/e2e.pt")
-    vae, discriminator = build_vae(published.VAE), PatchDiscriminator()
-    vae.load_state_dict(torch.load(files.weights, weights_only=True))
-    for key, value in published.fresh_vae().state_dict().items():
-        assert torch.equal(vae.state_dict()[key], value)
-    discriminator.load_state_dict(torch.load(files.discriminator, weights_only=True))
-    scale, bias = read_latent_statistics(files.weights, 4)
-    torch.testing.assert_close(scale.flatten(), published.STATISTICS["latents_scale"])
-    torch.testing.assert_close(bias.flatten(), published.STATISTICS["latents_bias"])
-
-
 def test_caching_gives_the_same_rows_on_any_number_of_processes(world):
-    flags = (*cache_flags(world), "--vae-latents-name", "several")
+    flags = (*cache_flags(world / "data", world / "vaes/e2e/e2e.pt", name="several"), "--pproc-batch-size", 3)
     assert "by 3 processes" in run_ranks(3, "cache_latents.py", *flags)
     for shard in ("00001", "00004"):  # what three processes miss, another number of them makes
         (world / f"data/several/{shard}.safetensors").unlink()
@@ -109,27 +103,17 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
     assert_same_run(frozen, world / "exps/interrupted", STEPS)
 
 
-def test_two_processes_train_on_the_frozen_vae_as_one_does(world, frozen):
-    flags = (*frozen_flags(world, "two"), "--max-train-steps", 3)
-    assert "4 images a step = 2 processes x" in run_ranks(2, "train_ldm_only.py", *flags)
-    log = records(world / "exps/two/metrics.jsonl")
-    assert len(log) == 3
-    for one, two in zip(records(frozen / "metrics.jsonl"), log, strict=False):
-        for name in ("denoising_loss", "proj_loss", "grad_norm_sit"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3), f"step {two['step']}: {name}"
-
-
 def test_a_frozen_run_continues_on_other_processes_and_micro_batches(world, frozen):
+    """And does on two processes what one does."""
     for steps, processes, micro in ((2, 2, 1), (4, 1, 4)):
         flags = ("--max-train-steps", steps, "--gradient-accumulation-steps", micro)
         said = run_ranks(processes, "train_ldm_only.py", *frozen_flags(world, "several"), *flags)
         assert "warning" not in said
-        assert f"{processes} processes x {micro} accumulation steps x {4 // (processes * micro)}" in said
+        parts = f"{processes} processes x {micro} accumulation steps x {4 // (processes * micro)}"
+        assert f"4 images a step = {parts}" in said
     log = records(world / "exps/several/metrics.jsonl")
     assert [record["step"] for record in log] == list(range(1, 5))
-    for whole, record in zip(records(frozen / "metrics.jsonl"), log, strict=False):
-        for name in ("denoising_loss", "proj_loss", "grad_norm_sit"):
-            assert record[name] == pytest.approx(whole[name], rel=2e-3), f"step {record['step']}: {name}"
+    assert_same_beginning(frozen, world / "exps/several", steps=4, abs=0)
 
 
 def test_without_an_encoder_no_images_are_needed(world, tmp_path):
@@ -158,29 +142,20 @@ def test_two_processes_sample_as_one_does(world, frozen, tmp_path):
 
 def test_training_goes_on_from_published_checkpoints(world, vgg_weights):
     """Joint and frozen-VAE runs of the reference: Namespace inside, prefixes, flags that did not exist."""
-    joint = ("--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", world / "vaes/e2e/e2e.pt")
     published.write_run(world / "published-frozen", joint=False, vae_ckpt=world / "vaes/e2e/e2e.pt")
+    joint = (*joint_flags(world, "published"), "--lpips-vgg-ckpt", vgg_weights)
+    frozen = frozen_flags(world, "published-frozen")
     for script, name, flags in (
         ("train_repae.py", "published", joint),
-        ("train_ldm_only.py", "published-frozen", ()),
+        ("train_ldm_only.py", "published-frozen", frozen),
     ):
         length = ("--max-train-steps", published.STEP + 1, "--epochs", 10**6)
-        source = ("--continue-train-exp-dir", world / name)
-        done = run(script, *frozen_or_joint(world, script, name), *flags, *source, *length)
+        done = run(script, *flags, "--continue-train-exp-dir", world / name, *length)
         assert f"continuing after step {published.STEP} from {world / name}" in done.stdout + done.stderr
         saved = read_checkpoint(world / f"exps/{name}/checkpoints/{published.STEP + 1:07d}.pt")
         before = published.fresh_sit().state_dict()
         moved = saved["model"]["final_layer.linear.weight"] - before["final_layer.linear.weight"]
         assert 0 < float(moved.abs().max()) < 3e-4  # one step of AdamW at 1e-4 from the published weights
-
-
-def frozen_or_joint(root: Path, script: str, name: str) -> tuple:
-    """Flags of a tiny run of either script, without latents for the joint one."""
-    flags = frozen_flags(root, name)
-    if script == "train_repae.py":
-        at = flags.index("--vae-latents-name")
-        flags = (*flags[:at], *flags[at + 2 :])
-    return flags
 
 
 def test_a_checkpoint_of_another_vae_is_not_continued(world, frozen):
@@ -210,7 +185,7 @@ def test_a_frozen_run_may_start_from_a_joint_one_and_takes_the_vaes_statistics(w
 
 def test_of_an_error_that_all_processes_find_one_speaks(world, frozen, tmp_path):
     flags = ("--exp-path", frozen, "--sample-dir", tmp_path, "--classes", 99)
-    done = run("generate.py", *flags, launcher=torchrun(2), code=1)
+    done = run_process("generate.py", *flags, launcher=torchrun(2), code=1)
     assert done.stderr.count("error: --classes 99: the run has classes 0 to 2") == 1
 
 

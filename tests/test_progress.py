@@ -6,64 +6,38 @@ from itertools import count
 import pytest
 
 import preprocessing
-import published
+from good import good_flags
 from images import make_data
-from scripts import TINY, call
+from progress import progress_bar
+from scripts import run
 
 IMAGES, SECONDS_AN_ITEM = 60, 1
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of 60 images in shards of one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "SHARD_IMAGES", 1)
-        return make_data(tmp_path_factory.mktemp("progress"), IMAGES // 3, resolution=32)
+def images(tmp_path_factory, good):
+    """Good files, but of 60 images in shards of one."""
+    root = tmp_path_factory.mktemp("progress")
+    return {**good, "data": make_data(root, IMAGES // 3, shard_images=1), "tree": root / "tree"}
 
 
-def command(script: str, data, root) -> list:
-    """A command line of the script that handles the images one by one."""
-    vae = published.write_vae(root / "vae")
-    run = published.write_run(root / "run", joint=True).parents[1]
-    return {
-        "preprocessing.py": [
-            "--imagenet-path",
-            data.parent / "tree",
-            "--output-path",
-            root / "again",
-            "--num-workers",
-            2,
-        ],
-        "dataset.py": ["--verify", data],
-        "train_vae.py": [
-            *("--stats-only", *TINY, "--batch-size", 1, "--num-workers", 0, "--vae-ckpt", vae, "--data-dir", data),
-            *("--output-dir", root / "exps", "--exp-name", "measured"),
-        ],
-        "cache_latents.py": [
-            *("--vae-arch", published.VAE, "--vae-ckpt-path", vae, "--vae-latents-name", "one-by-one"),
-            *("--pproc-batch-size", 1, "--num-workers", 0, "--data-dir", data, "--output-dir", root),
-        ],
-        "generate.py": [
-            *("--exp-path", run, "--num-fid-samples", IMAGES, "--num-steps", 1, "--cfg-scale", 1, "--no-png"),
-            *("--pproc-batch-size", 1, "--sample-dir", root / "samples"),
-        ],
-        "evaluate.py": [
-            *("--samples", data.parent / "tree", "--reference", data.parent / "tree", "--metrics", "fid"),
-            *("--features", "efficientnet-lite0", "--batch-size", 1, "--num-workers", 0, "--output", root / "m.json"),
-        ],
-    }[script]
-
-
-SCRIPTS = ("preprocessing.py", "dataset.py", "train_vae.py", "cache_latents.py", "generate.py", "evaluate.py")
+# script -> flags with which it handles the images one by one
+SCRIPTS = {
+    "preprocessing.py": "--resolution 32",
+    "dataset.py": "",
+    "train_vae.py": "--stats-only --batch-size 1 --num-workers 0 --vae-ckpt {vae}",
+    "cache_latents.py": "--pproc-batch-size 1",
+    "generate.py": f"--num-fid-samples {IMAGES} --cfg-scale 1 --no-png --pproc-batch-size 1",
+    "evaluate.py": "--samples {tree} --reference {tree} --metrics fid --batch-size 1",
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_bar_in_a_log_file_is_a_line_each_half_minute(data, tmp_path, monkeypatch, script):
+def test_a_bar_in_a_log_file_is_a_line_each_half_minute(images, tmp_path, monkeypatch, script):
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 1)
     seconds = count(step=SECONDS_AN_ITEM)
     monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))
-    code, stderr = call(script, *command(script, data, tmp_path))
-    assert code == 0, stderr
+    stderr = run(script, *good_flags(script, images, tmp_path), *SCRIPTS[script].format(**images).split()).stderr
     drawn = [line for line in re.split("[\r\n]+", stderr) if f"/{IMAGES} " in line]
     bars = 2 if script == "evaluate.py" else 1
     # its beginning, its end, and each half minute of a clock that goes on by a second whenever it is looked at
@@ -72,7 +46,6 @@ def test_a_bar_in_a_log_file_is_a_line_each_half_minute(data, tmp_path, monkeypa
 
 
 def test_a_terminal_shows_more(monkeypatch, capsys):
-    from progress import progress_bar
 
     seconds = count(step=SECONDS_AN_ITEM)
     monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))

@@ -14,9 +14,20 @@ from images import make_data
 from models.autoencoder import build_vae
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
-from scripts import ACCELERATE, LAST, TINY, assert_same_run, interrupt, records, run, run_process
+from scripts import (
+    ACCELERATE,
+    LAST,
+    TINY,
+    assert_same_beginning,
+    assert_same_run,
+    interrupt,
+    records,
+    refusal,
+    run,
+    run_process,
+)
 from storage.files import locked
-from weights.checkpoint_io import load_weights, read_checkpoint, vae_files, write_atomically
+from weights.checkpoint_io import load_weights, read_checkpoint, vae_files
 
 pytestmark = pytest.mark.slow
 JOINT_METRICS = (
@@ -43,25 +54,12 @@ def test_train_vae_writes_the_three_files(tiny_vae):
 def test_train_vae_on_two_processes_does_as_one(tmp_path, tiny_vae, tiny_data, vgg_weights):
     flags = ("--exp-name", "two", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
     run_ranks(2, "train_vae.py", *TINY, *flags, "--max-train-steps", 2)
-    log = records(tmp_path / "two/metrics.jsonl")
-    assert len(log) == 2
-    for one, two in zip(records(tiny_vae[0] / "vae/metrics.jsonl"), log, strict=False):
-        for name in ("reconstruction_loss", "perceptual_loss", "kl_loss", "grad_norm_vae", "d_loss", "grad_norm_disc"):
-            # a fresh discriminator on smooth images has steep gradients, in which rounding shows after an update
-            rel = 2e-2 if name.startswith("grad_norm") else 2e-3
-            assert two[name] == pytest.approx(one[name], rel=rel, abs=2e-4), f"step {two['step']}: {name}"
+    assert len(records(tmp_path / "two/metrics.jsonl")) == 2
+    one, two = tiny_vae[0] / "vae", tmp_path / "two"
+    assert_same_beginning(one, two, steps=2, names=("reconstruction_loss", "perceptual_loss", "kl_loss", "d_loss"))
+    # a fresh discriminator on smooth images has steep gradients, in which rounding shows after an update
+    assert_same_beginning(one, two, steps=2, rel=2e-2, names=("grad_norm_vae", "grad_norm_disc"))
     assert vae_files(tmp_path / "two/two.pt").statistics.is_file()
-
-
-def test_train_vae_continues_from_weights(tmp_path, tiny_vae, tiny_data, vgg_weights):
-    flags = ("--exp-name", "more", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    files = vae_files(tiny_vae[1])
-    run(
-        "train_vae.py", *TINY, *flags, "--vae-ckpt", files.weights, "--max-train-steps", 1, "--vae-learning-rate", 1e-12
-    )
-    before, after = read_checkpoint(files.weights), read_checkpoint(tmp_path / "more/more.pt")
-    for key, value in before.items():
-        torch.testing.assert_close(after[key], value, atol=1e-8, rtol=1e-6)
 
 
 def test_a_joint_run_writes_everything(whole_run):
@@ -100,14 +98,6 @@ def test_interrupted_equals_uninterrupted(joint, whole_run):
     assert_same_run(whole_run, output / "interrupted")
 
 
-def test_a_finished_run_stays_finished(joint, whole_run):
-    _, flags = joint
-    before = (whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_mtime_ns
-    run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST)
-    assert (whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_mtime_ns == before
-    assert len(records(whole_run / "metrics.jsonl")) == LAST
-
-
 def test_resume_step_and_another_runs_folder(joint, whole_run):
     output, flags = joint
     arguments = ("--exp-name", "branch", "--checkpointing-steps", 1, "--continue-train-exp-dir", whole_run)
@@ -122,19 +112,6 @@ def test_resume_step_and_another_runs_folder(joint, whole_run):
     done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST + 1, "--max-train-steps", LAST + 2)
     assert f"continuing after step {LAST + 1} from {output / 'branch'}" in done.stdout + done.stderr
     assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision(joint, precision):
-    output, flags = joint
-    name = f"half-{precision}"
-    run("train_repae.py", *flags, "--mixed-precision", precision, "--exp-name", name, "--max-train-steps", 3)
-    log = records(output / name / "metrics.jsonl")
-    assert all(np.isfinite(record[key]) for record in log for key in ("vae_loss", "d_loss", "denoising_loss"))
-    for optimizer in ("sit", "vae", "disc"):
-        assert (f"loss_scale_{optimizer}" in log[0]) == (precision == "fp16")
-    model = read_checkpoint(output / name / "checkpoints/0000003.pt")["model"]
-    assert all(value.dtype == torch.float32 for value in model.values() if value.is_floating_point())
 
 
 def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):
@@ -165,41 +142,15 @@ def test_a_joint_run_continues_with_other_micro_batches_and_says_what_changes(jo
     assert int(model["bn.num_batches_tracked"]) == 3
 
 
-def test_the_discriminator_reaches_the_vae_after_the_warmup(tiny_data, vgg_weights, tmp_path):
-    flags = ("--exp-name", "warm", "--output-dir", tmp_path, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights)
-    run("train_vae.py", *TINY, *flags, "--num-workers", 0, "--max-train-steps", 2, "--disc-warmup-steps", 1)
-    first, second = records(tmp_path / "warm/metrics.jsonl")
-    assert (first["weighted_gan_loss"], second["weighted_gan_loss"]) == (0, pytest.approx(0.1 * second["gan_loss"]))
-    assert min(first["d_loss"], first["grad_norm_disc"], abs(second["gan_loss"])) > 0
-
-
 def test_other_data_and_a_second_process_are_refused(joint, whole_run, tiny_vae, tmp_path):
     _, flags = joint
     moved = shutil.copytree(tiny_vae[1].parent, tmp_path / "moved")  # the same files elsewhere are no other run
     run("train_repae.py", *flags, "--exp-name", "whole", "--max-train-steps", LAST, "--vae-ckpt", moved / "vae.pt")
     other = make_data(tmp_path, per_class=5)
-    failed = run("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other, code=2)
-    assert "made with other images than --data-dir holds" in failed.stderr
+    line = refusal("train_repae.py", *flags, "--exp-name", "whole", "--data-dir", other)
+    assert "made with other images than --data-dir holds" in line
     with locked(whole_run):
-        failed = run_process("train_repae.py", *flags, "--exp-name", "whole", code=2)
-    assert "another process is writing there" in failed.stderr
-
-
-@pytest.mark.parametrize("script", ["preprocessing.py", "save_vae_weights.py", "dataset.py"])
-def test_a_script_that_no_other_test_starts_as_a_process_starts(script):
-    assert run_process(script, "--help").stdout.startswith(f"usage: {script}")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(joint, tiny_vae, tmp_path):
-    output, flags = joint
-    broken = read_checkpoint(tiny_vae[1])
-    broken["encoder.conv_in.weight"].fill_(float("nan"))
-    write_atomically(broken, tmp_path / "broken.pt")
-    write_atomically(read_checkpoint(vae_files(tiny_vae[1]).statistics), tmp_path / "broken-latents-stats.pt")
-    names = ("--exp-name", "broken", "--vae-ckpt", tmp_path / "broken.pt", "--max-train-steps", 2)
-    failed = run("train_repae.py", *flags, *names, code=2)
-    assert "step 1: reconstruction_loss is nan; training stopped. Last good checkpoint: none. Start" in failed.stderr
-    assert not list((output / "broken").glob("checkpoints/*.pt"))
+        assert "another process is writing there" in refusal("train_repae.py", *flags, "--exp-name", "whole")
 
 
 @pytest.mark.slow

@@ -11,13 +11,6 @@ PATHS = ("linear", "cosine")
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_zero_is_data_and_one_is_noise(path):
-    z, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(interpolate(path, z, noise, torch.zeros(2))[0], z)
-    torch.testing.assert_close(interpolate(path, z, noise, torch.ones(2))[0], noise, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("path", PATHS)
 def test_target_is_the_paths_derivative(path):
     z, noise = torch.randn(3, 1, 2, 2).double(), torch.randn(3, 1, 2, 2).double()
     t, h = torch.tensor([0.2, 0.5, 0.9]).double(), 1e-6
@@ -73,8 +66,9 @@ def test_guidance_acts_on_its_interval_only_in_one_batch():
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_lognormal_times(path):
+def test_times(path):
     u = torch.rand(200000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sample_time("uniform", path, u), u.float())
     t = sample_time("lognormal", path, u)
     c = coefficients(path, t)
     logs = torch.log(c.sigma / c.alpha)
@@ -82,17 +76,9 @@ def test_lognormal_times(path):
     assert abs(logs.std() - 1) < 0.01
 
 
-def test_uniform_times():
-    u = torch.rand(10, dtype=torch.float64)
-    torch.testing.assert_close(sample_time("uniform", "linear", u), u.float())
-
-
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("heun", [False, True])
-def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path, heun):
-    x, y, noise = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.randn(2, 4, 4, 4)
-    guidance = Guidance(2.0, 10)
-    made = set()
+@pytest.mark.parametrize("path", PATHS)
+def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path):
+    x, y, made = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), set()
 
     def velocity(x, t, y):
         return torch.tanh(x) * t[:, None, None, None] + y[:, None, None, None] / 10
@@ -104,8 +90,8 @@ def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path, heu
             return result
 
     def sample() -> list[torch.Tensor]:
-        ode = sample_ode(velocity, x, y, 7, guidance, heun)
-        return [ode, sample_sde(velocity, x, y, 7, path, lambda i: noise, guidance)]
+        ode = [sample_ode(velocity, x, y, 7, Guidance(2.0, 10), heun) for heun in (False, True)]
+        return [*ode, sample_sde(velocity, x, y, 7, path, lambda i: x, Guidance(2.0, 10))]
 
     expected = sample()
     monkeypatch.setattr("diffusion.samplers.float64_device", lambda device: torch.device("meta"))

@@ -22,8 +22,8 @@ from torch import nn
 
 import published
 from errors import UserError
-from images import make_data
-from scripts import ROOT, TINY, TINY_SIT, call, equal
+from good import good_flags, write_good_files
+from scripts import ROOT, equal, refusal, run
 from weights.checkpoint_io import read_checkpoint, vae_files
 from weights.vae import load_vae, open_vae
 
@@ -40,48 +40,10 @@ class Executed:
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, vgg_weights) -> dict[str, Path]:
-    """Good files, by name."""
-    root = tmp_path_factory.mktemp("trust")
-    found = {"root": root, "data": make_data(root, per_class=6), "vae": published.write_vae(root / "vae")}
-    found["vgg"] = vgg_weights
-    found["joint"] = published.write_run(root / "joint", joint=True)
-    found["frozen"] = published.write_run(root / "frozen", joint=False, vae_ckpt=found["vae"])
-    images = np.random.RandomState(0).randint(0, 256, (5, 32, 32, 3)).astype(np.uint8)
-    np.savez(root / "images.npz", arr_0=images)
-    code, stderr = call("cache_latents.py", *good_flags("cache_latents.py", found, found["data"]))
-    assert code == 0, stderr
-    return found
-
-
-def good_flags(script: str, places: dict[str, Path], out: Path) -> list:
-    """Flags with which a script would do its work."""
-    folders = ("--data-dir", places["data"], "--output-dir", out / "exps", "--exp-name", "run", "--offline")
-    train = (*TINY, *TINY_SIT, *folders)
-    images = places["root"] / "images.npz"
-    return {
-        "train_vae.py": [*TINY, *folders, "--lpips-vgg-ckpt", places["vgg"]],
-        "train_repae.py": [*train, "--vae-ckpt", places["vae"], "--lpips-vgg-ckpt", places["vgg"]],
-        "train_ldm_only.py": [*train, "--vae-ckpt", places["vae"], "--vae-latents-name", "latents"],
-        "generate.py": [
-            *("--exp-path", places["frozen"].parent.parent, "--sample-dir", out / "samples"),
-            *("--num-fid-samples", 1, "--num-steps", 1),
-        ],
-        "save_vae_weights.py": ["--repae-ckpt", places["joint"], "--save-dir", out, "--vae-name", "e2e"],
-        "cache_latents.py": [
-            *("--vae-arch", published.VAE, "--vae-ckpt-path", places["vae"], "--vae-latents-name", "latents"),
-            *("--data-dir", places["data"], "--output-dir", out, "--num-workers", 0),
-        ],
-        "evaluate.py": [
-            *("--samples", images, "--reference", images, "--num-workers", 0, "--output", out / "result.json"),
-            *("--features", "efficientnet-lite0", "--offline"),
-        ],
-        "reconstruction": [
-            *("--vae", places["vae"], "--vae-arch", published.VAE, "--data-dir", places["data"], "--num-workers", 0),
-            *("--features", "efficientnet-lite0", "--offline", "--output", out / "result.json"),
-            *("--lpips-vgg-ckpt", places["vgg"]),
-        ],
-        "dataset.py": ["--verify", out / "data"],
-    }[script]
+    """Good files, by name, and the latents of their images."""
+    good = {**write_good_files(tmp_path_factory.mktemp("trust")), "vgg": vgg_weights}
+    run("cache_latents.py", *good_flags("cache_latents.py", good, good["data"]))
+    return good
 
 
 # script, and what makes it read a crafted file: flags after good ones, with the places of `crafted`
@@ -96,7 +58,7 @@ READERS = [
     ("train_vae.py", "--vae-ckpt {bad}"),
     ("train_ldm_only.py", "--vae-ckpt {bad}"),
     ("generate.py", "--exp-path {resumed}/run"),
-    ("generate.py", "--vae-ckpt {bad}"),
+    ("generate.py", "--exp-path {frozen} --vae-ckpt {bad}"),
     ("save_vae_weights.py", "--repae-ckpt {bad}"),
     ("save_vae_weights.py", "--save-dir {taken}"),
     ("cache_latents.py", "--vae-ckpt-path {bad}"),
@@ -122,28 +84,22 @@ def craft(path: Path, form: str, canary: Path) -> None:
 
 def crafted(places: dict[str, Path], root: Path, form: str) -> dict[str, Path]:
     """Crafted files wherever one is read without being named: beside a VAE, in a run, where a VAE is to go."""
-    found = {"bad": root / "bad.pt", "canary": root / "canary", "out": root / "out"}
+    found = {**places, "bad": root / "bad.pt", "canary": root / "canary", "out": root / "out"}
     craft(found["bad"], form, found["canary"])
     found["beside"] = shutil.copytree(places["vae"].parent, root / "beside")
     craft(vae_files(found["beside"] / "sdvae.pt").statistics, form, found["canary"])
-    found["resumed"], checkpoints = root / "resumed", root / "resumed/run/checkpoints"
-    checkpoints.mkdir(parents=True)
-    shutil.copyfile(found["bad"], checkpoints / "0000005.pt")
-    found["taken"] = root / "taken"
-    (found["taken"] / "e2e").mkdir(parents=True)
-    shutil.copyfile(found["bad"], found["taken"] / "e2e/e2e.pt")
+    found["resumed"], found["taken"] = root / "resumed", root / "taken"
+    for path in (found["resumed"] / "run/checkpoints/0000005.pt", found["taken"] / "e2e/e2e.pt"):
+        path.parent.mkdir(parents=True)
+        shutil.copyfile(found["bad"], path)
     found["out"].mkdir()
     return found
 
 
 def refused(script: str, flags: list, canary: Path) -> str:
     """The one line that a script ends with, without having executed anything."""
-    code, stderr = call("evaluate.py" if script == "reconstruction" else script, *flags)
+    line = refusal("evaluate.py" if script == "reconstruction" else script, *flags)
     assert not canary.exists(), "executed"
-    assert code == 2, stderr
-    assert "Traceback" not in stderr
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert line == stderr.splitlines()[-1]
     return line
 
 
@@ -163,17 +119,17 @@ def test_a_file_that_would_execute_is_refused_wherever_it_is_read(places, tmp_pa
     assert str(tmp_path) in line
 
 
-FUNCTIONS = [eval, exec, open, getattr, subprocess.Popen, functools.partial, torch.hub.load, torch.load]
+FUNCTIONS = [eval, subprocess.Popen, functools.partial, torch.load]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_function_is_named_on_one_line(tmp_path, function, zipped):
+def test_a_function_is_named_on_one_line(tmp_path, function):
     path = tmp_path / "bad.pt"
-    torch.save({"w": torch.ones(1), "x": Executed("x", function)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=rf"bad.pt: holds '[\w.]*{function.__name__}', which could run code") as error:
-        read_checkpoint(path)
-    assert str(error.value).isprintable()
+    for zipped in (True, False):
+        torch.save({"w": torch.ones(1), "x": Executed("x", function)}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=rf"holds '[\w.]*{function.__name__}', which could run code") as error:
+            read_checkpoint(path)
+        assert str(error.value).isprintable()
 
 
 class ModelCheckpoint:
@@ -190,10 +146,6 @@ class AttributeDict(dict):
     """A dict of settings with attributes."""
 
 
-class Records(list):
-    """A list of its own class."""
-
-
 class Size(typing.NamedTuple):
     """A tuple of its own class."""
 
@@ -206,16 +158,14 @@ def test_what_a_trainer_saved_beside_the_weights_is_inert(tmp_path, monkeypatch,
     """As in CompVis's kl-f8.ckpt, whose callbacks are of Lightning, installed or not."""
     module = types.ModuleType("pytorch_lightning")
     monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
-    for kind in (ModelCheckpoint, AttributeDict, Records, Size):
+    for kind in (ModelCheckpoint, AttributeDict, Size):
         monkeypatch.setattr(kind, "__module__", "pytorch_lightning")
         setattr(module, kind.__name__, kind)
-    cache = collections.defaultdict(dict, {"a": {"b": 1}})
     numbers = {"best": np.float64(0.5), "rng": np.random.get_state(), "kinds": [int, dict, typing.Any]}
-    settings = AttributeDict(lr=1e-4, when=datetime.datetime(2022, 1, 1), cache=cache, size=Size(), **numbers)
+    cache = collections.defaultdict(dict, {"a": {"b": 1}})
     content = {
-        "callbacks": {ModelCheckpoint: {"best_model_score": np.float32(1)}, "all": Records([ModelCheckpoint()])},
-        "hyper_parameters": settings,
-        "pytorch-lightning_version": torch.__version__,
+        "callbacks": {ModelCheckpoint: {"best_model_score": np.float32(1)}, "all": [ModelCheckpoint()]},
+        "hyper_parameters": AttributeDict(when=datetime.datetime(2022, 1, 1), cache=cache, size=Size(), **numbers),
         "state_dict": published.fresh_vae().state_dict(),
     }
     path = tmp_path / "kl.ckpt"
@@ -225,19 +175,8 @@ def test_what_a_trainer_saved_beside_the_weights_is_inert(tmp_path, monkeypatch,
     vae = load_vae(open_vae(published.VAE, str(path), offline=True))
     assert equal(dict(vae.state_dict()), dict(published.fresh_vae().state_dict()))
     read = read_checkpoint(path)["hyper_parameters"]
-    assert read["lr"] == 1e-4
+    assert read["cache"] == {"a": {"b": 1}}
     assert not isinstance(read["when"], datetime.datetime)
-
-
-@pytest.mark.parametrize("name", ["some.kind", "dict"])
-def test_names_that_are_none_end(tmp_path, name):
-    """A class whose name is unlike any, or a file that is no file of PyTorch, ends in one line as well."""
-    content = f"\x80\x02c{'builtins' if name == 'dict' else 'some'}\n{name.split('.')[-1]} was\n.".encode("latin1")
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        for part, text in (("data.pkl", content), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"a/{part}", text)
-    with pytest.raises(UserError, match=r"a.pt: not a readable PyTorch file \(Unsupported global: GLOBAL"):
-        read_checkpoint(tmp_path / "a.pt")
 
 
 def make_folder(path: str) -> None:
@@ -317,10 +256,7 @@ FORBIDDEN_CALLS = {
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"),
     "importlib.import_module",
 }
-TRUSTED = (
-    "[argparse.Namespace]",
-    "[argparse.Namespace, *stubs]",
-)  # a stub does nothing: see the tests of inert objects
+TRUSTED = ("[argparse.Namespace]", "[argparse.Namespace, *stubs]")  # a stub does nothing, see what is inert above
 ALLOWED = {
     "demo/convert_lpips.py": {"import pickle"},  # for an Unpickler that knows numpy's arrays alone
     "weights/checkpoint_io.py": {"torch.jit.load"},

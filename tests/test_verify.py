@@ -8,39 +8,27 @@ import pytest
 
 import dataset
 import preprocessing
-import published
 from errors import UserError
+from good import cache_flags
 from images import make_data
 from scripts import run
 from storage.shards import read_header
 from test_bad_input import flip_a_bit
 
 
-def make(root: Path) -> None:
-    """Complete the images and latents of ROOT/data."""
-    preprocessing.preprocess(root / "tree", root / "data", 32, 1, None)
-    vae = ("--vae-arch", published.VAE, "--vae-ckpt-path", root / "vae/sdvae.pt", "--vae-latents-name", "latents")
-    paths = ("--data-dir", root / "data", "--output-dir", root / "data")
-    run("cache_latents.py", *vae, *paths, "--num-workers", 0, "--mirrored")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A tree of images, a VAE, and data in five shards with their latents."""
-    root = tmp_path_factory.mktemp("made")
-    published.write_vae(root / "vae")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "SHARD_IMAGES", 4)
-        make_data(root, per_class=6)
-        make(root)
-    return root
+def make(good: dict[str, Path], data: Path) -> None:
+    """Complete images and latents."""
+    preprocessing.preprocess(good["tree"], data, 32, 1, None)
+    run("cache_latents.py", *cache_flags(data, good["vae"]), "--mirrored")
 
 
 @pytest.fixture
-def copied(made, tmp_path, monkeypatch) -> Path:
-    """The data of a copy."""
+def copied(good, tmp_path, monkeypatch) -> Path:
+    """Data in five shards with their latents."""
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
-    return shutil.copytree(made, tmp_path / "made") / "data"
+    data = shutil.copytree(good["data"], tmp_path / "data")
+    make(good, data)
+    return data
 
 
 def verified(directory: Path, code: int = 0) -> tuple[list[str], str]:
@@ -57,7 +45,7 @@ def test_verify_says_what_it_checked(copied):
     assert "no shards below it" in verified(copied.parent / "nothing", code=2)[1]
 
 
-def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(copied):
+def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(good, copied):
     before = {name: json.loads((copied / name / "index.json").read_text()) for name in ("images", "latents")}
     images, latents = copied / "images", copied / "latents"
     flip_a_bit(images / "00000.safetensors")
@@ -81,7 +69,7 @@ def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(co
     assert last == f"error: {copied}: 5 damaged or missing files; what to do is said above"
     for path in expected:
         path.unlink(missing_ok=True)
-    make(copied.parent)
+    make(good, copied)
     assert len(verified(copied)[0]) == 2
     assert before == {name: json.loads((copied / name / "index.json").read_text()) for name in before}
 
@@ -94,7 +82,7 @@ def test_verify_names_all_that_is_damaged_and_what_it_names_can_be_made_again(co
         ("latents", {"format": "other"}, "not an index of repae-latents/2"),
     ],
 )
-def test_verify_names_an_index_that_is_not_its_shards(copied, name, edit, words):
+def test_verify_names_an_index_that_is_not_its_shards(good, copied, name, edit, words):
     path = copied / name / "index.json"
     whole = path.read_bytes()
     path.write_text(json.dumps({**json.loads(whole), **edit}))
@@ -102,7 +90,7 @@ def test_verify_names_an_index_that_is_not_its_shards(copied, name, edit, words)
     assert sum(line.startswith(f"{path}: {words}") for line in lines) == 1
     assert "1 damaged or missing files" in last
     path.unlink()
-    make(copied.parent)
+    make(good, copied)
     assert json.loads(path.read_text()) == json.loads(whole)
     verified(copied)
 
