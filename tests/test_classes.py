@@ -183,6 +183,7 @@ def test_words_of_classes_are_labels_or_names():
     names = ("ape", "bee", "cat")
     assert [meant(word, names) for word in ("cat", "0", "1")] == [(2, []), (0, []), (1, [])]
     assert meant("2", ()) == (2, [])
+    assert meant("e\u0301clair", ("cat", "\u00e9clair")) == (1, [])  # as macOS decomposes accents
     # names of digits: those of labels win if both are the same class, if there is no such label, or by their zeros
     digits = ("1", "10", "2")
     assert (meant("1", ("0", "1", "2")), meant("10", digits), meant("+1", digits)) == ((1, []),) * 3
@@ -198,7 +199,7 @@ def test_words_of_classes_are_labels_or_names():
 @pytest.mark.parametrize(
     ("word", "names", "more"),
     [
-        ("dgo", ("cat", "dog"), "; did you mean 'dog'?"),
+        ("dgo", ("cat", "dog"), "; did you mean 'dog', which is label 1?"),
         ("dog", (), "; its checkpoint does not know their names"),
         ("3", ("cat", "dog"), ""),
         ("-1", (), ""),

@@ -169,6 +169,7 @@ def test_home_and_environment_are_expanded_in_every_path(tmp_path, monkeypatch, 
 def test_home_and_environment_inside_values(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COUNT", "7")
+    monkeypatch.setenv("scratch", "/s")
     (tmp_path / "w.pt").touch()
     flags = ("--exp-name", "x", "--enc-ckpt=mae-vit-l=~/w.pt", "--enc-ckpt", "dinov2-vit-b=$HOME/w.pt")
     found = parsed("train_repae", *flags, "--vae=diffusers:~/vae")
@@ -177,6 +178,7 @@ def test_home_and_environment_inside_values(tmp_path, monkeypatch):
     found = from_file(tmp_path, "exp_name: run-$COUNT-${seed}\nseed: $COUNT\nenc_ckpt: ['mae-vit-l=~/w.pt']")
     assert (found["exp_name"], found["seed"]) == ("run-7-7", 7)
     assert found["enc_ckpt"] == [f"mae-vit-l={tmp_path}/w.pt"]
+    assert from_file(tmp_path, "exp_name: x\noutput_dir: ${scratch}/$scratch")["output_dir"] == "/s//s"
     monkeypatch.setattr("sys.argv", ["dataset.py", "--verify=~/nothing"])
     with pytest.raises(UserError, match=f"{tmp_path}/nothing: no shards"):
         dataset.main()

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import cache_latents
 import preprocessing
 import published
-from dataset import open_images, open_latents
+from dataset import LATENT_FORMAT, fingerprint_of, open_images, open_latents
 from errors import UserError
 from good import cache_flags
 from images import make_data
@@ -96,6 +96,16 @@ def test_the_index_holds_the_vaes_fingerprint_and_statistics_which_training_chec
     check_vae(latents, good, statistics, args)
     with pytest.raises(UserError, match=r"other statistics \(latents_bias\)"):
         check_vae(latents, good, (statistics[0], statistics[1] + 1e-3), args)
+
+
+def test_an_index_without_the_numbers_of_images_is_read(data, tmp_path):
+    """They are no part of the latents' fingerprint, by which caching and training know them again."""
+    path = shutil.copytree(data / "images", tmp_path / "images") / "index.json"
+    index = json.loads(path.read_text())
+    del index["class_counts"]
+    path.write_text(json.dumps(index))
+    assert open_images(tmp_path).class_counts == []
+    assert len({fingerprint_of({"format": LATENT_FORMAT, **part}) for part in ({}, {"class_counts": [1]})}) == 1
 
 
 @pytest.fixture(scope="module")

@@ -190,8 +190,10 @@ def test_a_config_beside_a_file_of_another_name_may_be_of_something_else(flux, t
     state = {key: value.contiguous() for key, value in vae.state_dict().items()}
     save_file(state, tmp_path / "vae.safetensors")
     write_atomically(state, tmp_path / "vae.pt")
+    write_atomically(state, tmp_path / "v.index.3.ckpt")
     of_flux = Path(flux, "config.json").read_text()
-    for config in ('{"model_type": "vit", "hidden_size": 8}', '{"_class_name": "SiT"}', of_flux):
+    others = ('{"model_type": "vit"}', '{"_class_name": "SiT"}', '{"_class_name": "AutoencoderTiny"}', "[1]", "{")
+    for config in (*others, of_flux):
         (tmp_path / "config.json").write_text(config)
         source = open_vae("f4d4-tiny", str(tmp_path / "vae.safetensors"), offline=True)
         assert source.published is None
@@ -199,6 +201,7 @@ def test_a_config_beside_a_file_of_another_name_may_be_of_something_else(flux, t
     with pytest.raises(UserError, match="weights are missing, first encoder"):
         load_vae(open_vae(f"diffusers:{tmp_path}", str(tmp_path), offline=True))
     assert find_weights(str(tmp_path / "vae.pt"), offline=True)[1] is None
+    load_vae(open_vae("f4d4-tiny", str(tmp_path / "v.index.3.ckpt"), offline=True))
     save_file(state, tmp_path / "second.safetensors")
     with pytest.raises(UserError, match="2 files of weights beside config.json; name one"):
         find_weights(str(tmp_path), offline=True)

@@ -18,11 +18,12 @@ from dataset import open_images
 from forked import run_ranks
 from good import LITE0, cache_flags, good_flags
 from images import photos
-from metrics.features import Inception, dinov2_positions, extract_features
+from metrics.features import Features, Inception, dinov2_positions, extract_features
 from models.autoencoder import image_to_pixels, pixels_to_image
 from originals import original, tiny_spec
 from scripts import TINY, TINY_SIT, equal, records, refusal, run
 from training.checkpoints import CheckpointFolder
+from training.evaluation import Evaluation
 from weights.checkpoint_io import read_checkpoint
 from weights.features import load_encoder, load_inception, load_lpips
 
@@ -322,3 +323,25 @@ def test_the_warning_of_few_images_names_the_networks_that_need_more(count, name
     evaluate.warn_of_few("--samples", count, names.split(","), said.append)
     expected = f"warning: --samples holds {count} images, no more than features ({few}): Fréchet distances are biased"
     assert said == ([expected] if few else [])
+
+
+@pytest.mark.parametrize(("compiled", "sizes"), [(True, [3, 3]), (False, [3, 2])])
+def test_evaluation_shows_compiled_networks_one_shape_and_measures_no_sample_that_is_not_finite(
+    monkeypatch, compiled, sizes
+):
+    sampled, seen, finite = [], [], torch.ones(2, 3, dtype=torch.bool)
+    network = argparse.Namespace(name="network", module=lambda pixels: Features(seen.append(len(pixels)) or pixels))
+    evaluation = object.__new__(Evaluation)
+    settings = {"count": 5, "batch_size": 3, "rank": 0, "world": 1, "device": torch.device("cpu"), "sampling": None}
+    vars(evaluation).update(settings, compiled=compiled, networks=[network], hosts=None)
+    evaluation.moments = {"network": {"mu": torch.zeros(2), "sigma": torch.eye(2)}}
+
+    def sample(ema, vae, indices, sampling) -> tuple[torch.Tensor, torch.Tensor]:
+        sampled.append(len(indices))
+        return torch.tensor(indices)[:, None] * torch.ones(2), finite
+
+    monkeypatch.setattr("training.evaluation.sample_pixels", sample)
+    assert evaluation(None, None)["eval_fd_network"] > 0
+    assert (sampled, seen) == (sizes, [3, 2])
+    finite[1, 2] = False
+    assert np.isnan(evaluation(None, None)["eval_fd_network"])

@@ -20,6 +20,12 @@ SABOTAGES = {
     "drop the detach of z": (REPAE, "sit.bn(z.detach())", "sit.bn(z)", "statistics_move_once"),
     "alignment by batch statistics": (REPAE, "sit.bn.by_running_statistics(z)", "sit.bn(z)", "statistics_move_once"),
     "fresh noise": (DIFFUSION, NOISE, NOISE.replace("draws.noise", "torch.randn_like(z_norm)"), "same_t_and_noise"),
+    "fresh times": (DIFFUSION, NOISE, NOISE.replace("draws.t", "torch.rand_like(draws.t)"), "same_t_and_noise"),
+    "latents by running statistics": (
+        *(REPAE, "sit.bn(z.detach())", "sit.bn.by_running_statistics(z.detach())"),
+        "statistics_move_once",
+    ),
+    "EMA left out": (DIFFUSION, "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
     "EMA lacks buffers": (
         DIFFUSION,
         "floating_point()]",

@@ -167,3 +167,8 @@ def test_settings_of_accelerate_launch_are_taken_or_said_to_be_unused(joint):
     assert "precision bf16" in done.stdout + done.stderr
     assert json.loads((output / "settings/args.json").read_text())["mixed_precision"] == "bf16"
     assert len(records(output / "settings/metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("script", ["preprocessing.py", "save_vae_weights.py", "dataset.py"])
+def test_a_script_that_no_other_test_starts_as_a_process_starts(script):
+    assert run_process(script, "--help").stdout.startswith(f"usage: {script}")

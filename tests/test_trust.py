@@ -142,7 +142,7 @@ class ModelCheckpoint:
         raise AssertionError("executed")
 
 
-class AttributeDict(dict):
+class Munch(dict):
     """A dict of settings with attributes."""
 
 
@@ -158,14 +158,14 @@ def test_what_a_trainer_saved_beside_the_weights_is_inert(tmp_path, monkeypatch,
     """As in CompVis's kl-f8.ckpt, whose callbacks are of Lightning, installed or not."""
     module = types.ModuleType("pytorch_lightning")
     monkeypatch.setitem(sys.modules, "pytorch_lightning", module)
-    for kind in (ModelCheckpoint, AttributeDict, Size):
+    for kind in (ModelCheckpoint, Munch, Size):
         monkeypatch.setattr(kind, "__module__", "pytorch_lightning")
         setattr(module, kind.__name__, kind)
     numbers = {"best": np.float64(0.5), "rng": np.random.get_state(), "kinds": [int, dict, typing.Any]}
     cache = collections.defaultdict(dict, {"a": {"b": 1}})
     content = {
         "callbacks": {ModelCheckpoint: {"best_model_score": np.float32(1)}, "all": [ModelCheckpoint()]},
-        "hyper_parameters": AttributeDict(when=datetime.datetime(2022, 1, 1), cache=cache, size=Size(), **numbers),
+        "hyper_parameters": Munch(when=datetime.datetime(2022, 1, 1), cache=cache, size=Size(), **numbers),
         "state_dict": published.fresh_vae().state_dict(),
     }
     path = tmp_path / "kl.ckpt"
