@@ -11,9 +11,10 @@ STAMP := $(VENV)/installed
 demo: $(STAMP)
 	$(BIN)/python demo/run.py $(if $(STEPS),--steps $(STEPS))
 
-# worksteal gives each process neighbouring tests, so that few fixtures of a file are made twice
+# three processes for two cores, because tests also wait; worksteal gives each neighbouring tests, so that few fixtures
+# of a file are made twice
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 # on CPUs accelerate launches a single process, whatever number it is given
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
-LAST = 32  # steps of the joint run that others are compared to
+LAST = 24  # steps of the joint run that others are compared to
 TINY = (
     *("--report-to", "none", "--mixed-precision", "no", "--num-workers", "1", "--resolution", "32"),
     *("--batch-size", "4", "--vae", "f4d4-tiny"),

@@ -1,4 +1,4 @@
-"""Six hundred steps: memory and open files stay as they are."""
+"""Four hundred steps: memory and open files stay as they are."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from scripts import ENVIRONMENT, ROOT, TINY, TINY_SIT, command, records
 from weights.checkpoint_io import vae_files
 
 pytestmark = pytest.mark.slow
-STEPS, WARM = 600, 150
+STEPS, WARM = 400, 100
 MEGABYTES, FILES = 12, 2  # that may come and go
 
 
@@ -23,7 +23,7 @@ def look(process: psutil.Process) -> tuple[float, int, int]:
     return memory, sum(one.num_fds() for one in family), len(family)
 
 
-def test_six_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(joint, tiny_vae, vgg_weights, tmp_path):
+def test_four_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(joint, tiny_vae, vgg_weights, tmp_path):
     """With pictures, logging to tensorboard, and a checkpoint every 100 steps, of which some are deleted again."""
     data = make_data(tmp_path, per_class=6, resolution=24)
     flags = (*TINY, *TINY_SIT, "--resolution", 24, "--batch-size", 2, "--enc-type", "none")
