@@ -123,6 +123,8 @@ class LatentDataset:
     def __getitem__(self, i: int) -> tuple:
         import torch
 
+        if i >= len(self):
+            raise IndexError(f"row {i} of {len(self)}")  # it also ends a plain iteration
         row, mirror = i % len(self.shards), i >= len(self.shards)
         moments, label = self.shards.row(row, "mirrored" if mirror else "moments")
         pixels = torch.empty(0, dtype=torch.uint8) if self.images is None else self.images[row][0]

@@ -16,7 +16,6 @@ import unicodedata
 from argparse import BooleanOptionalAction
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -198,13 +197,14 @@ def compiles(args: argparse.Namespace, state) -> bool:
     return args.compile and pays and state.device.type == "cuda"
 
 
-def sampling_settings(args: argparse.Namespace, path_type: str, device: torch.device) -> Sampling:
+def sampling_settings(args: argparse.Namespace, run: Experiment, device: torch.device) -> Sampling:
     """The settings of the sampler that the flags give."""
     same = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "labels")
     return Sampling(
         **{name: getattr(args, name) for name in same},
         seed=args.global_seed,
-        path_type=path_type,
+        path_type=run.flags["path_type"],
+        class_counts=run.class_counts,
         classes=tuple(args.classes or ()),
         autocast=autocast_factory(device, args.mixed_precision),
     )
@@ -217,8 +217,7 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
     previous ones are copied to the host and written.
     """
     missing = files.missing()
-    sampling = sampling_settings(args, run.flags["path_type"], state.device)
-    sampling = replace(sampling, class_counts=run.class_counts)
+    sampling = sampling_settings(args, run, state.device)
     state.wait_for_everyone()  # all processes see the same samples missing before the first one is written
     size, world = args.pproc_batch_size, state.num_processes
     batches = [range(first, min(first + size, files.count)) for first in range(0, files.count, size)]

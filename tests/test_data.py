@@ -62,6 +62,7 @@ def test_rows_are_the_images_moments_and_then_the_mirrored_ones(data, dtype):
     images = open_images(data)
     latents = open_latents(data, dtype, images)
     assert (len(latents), latents.shape) == (36, (4, 8, 8))
+    assert len(list(latents)) == 36  # it ends
     assert (images.class_counts, images.classes) == ([6, 6, 6], ["ape", "bee", "cat"])
     assert (latents.class_counts, latents.classes) == (images.class_counts, images.classes)
     tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == "float16" else {"atol": 1e-5, "rtol": 1e-5}

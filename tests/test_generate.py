@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_draws_are_functions_of_seed_and_index():
 
 def settings(*flags: str) -> Sampling:
     args = generate.parse_args(["--exp-path", "x", *flags])
-    return generate.sampling_settings(args, "linear", torch.device("cpu"))
+    run = SimpleNamespace(flags={"path_type": "linear"}, class_counts=())
+    return generate.sampling_settings(args, run, torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Sets of images for metrics, and how data sets reach the processes that read them."""
 
+import json
 import multiprocessing
 import pickle
 
@@ -13,7 +14,7 @@ import published
 from dataset import open_images, open_latents
 from good import LITE0, cache_flags
 from images import make_data, make_tree, photo
-from scripts import TINY, TINY_SIT, run
+from scripts import TINY, TINY_SIT, records, run
 from storage.image_sets import FolderImages, NpzImages
 from storage.photographs import list_sources
 from test_photographs import write_oddities
@@ -112,3 +113,5 @@ def test_training_and_evaluation_work_with_workers_that_are_not_forked(sets, tmp
         run("evaluate.py", *images, "--output", tmp_path / "result.json")
     finally:
         multiprocessing.set_start_method(before, force=True)
+    assert len(records(tmp_path / "spawned/metrics.jsonl")) == 2
+    assert json.loads((tmp_path / "result.json").read_text())["samples"]["count"] == len(sets["npz"])
