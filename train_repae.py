@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.transport import interpolate
+from diffusion.transport import diffusion_loss, interpolate
 from errors import Parser, run_script
 from flags import groups
 from flags.config import load_loss_config, parse_flags
@@ -48,6 +48,7 @@ class JointStepConfig(VAEStepConfig, TransformerStepConfig):
     """Constants of the joint step."""
 
     vae_align_proj_coeff: float = 1.5
+    vae_diffusion_coeff: float = 0.0
 
 
 def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig) -> dict[str, Tensor | None]:
@@ -67,15 +68,20 @@ def repae_step(nets: JointNets, batch: Batch, draws: Draws, cfg: JointStepConfig
         posterior, z, recon = nets.vae(image, draws.posterior)
 
     # 3. VAE update. Alignment reaches the VAE through z and the frozen transformer's first blocks. z is normalised by
-    #    the running statistics, which do not change; no label is dropped. The diffusion loss does not train the VAE.
+    #    the running statistics, which do not change; no label is dropped. The diffusion loss does not train the VAE,
+    #    unless vae_diffusion_coeff shows what happens then.
     vae_loss, metrics = vae_objective(nets, image, posterior, recon, cfg, batch.step)
-    if zs:
-        x_t, _ = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
+    if zs or cfg.vae_diffusion_coeff:
+        x_t, velocity = interpolate(cfg.path_type, sit.bn.by_running_statistics(z), draws.noise, draws.t)
+        depth = None if cfg.vae_diffusion_coeff else sit.encoder_depth
         with cfg.autocast():
-            _, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=sit.encoder_depth)
+            prediction, tokens = frozen_call(sit, x_t, draws.t, batch.labels, depth=depth)
+    if zs:
         vae_align_loss = alignment_loss(tokens, zs)
         metrics["vae_align_loss"] = vae_align_loss.detach()
         vae_loss = vae_loss + cfg.vae_align_proj_coeff * vae_align_loss
+    if cfg.vae_diffusion_coeff:
+        vae_loss = vae_loss + cfg.vae_diffusion_coeff * diffusion_loss(prediction.to(velocity.dtype), velocity).mean()
     metrics |= {"vae_loss": vae_loss.detach(), "grad_norm_vae": nets.opt_vae.backward_and_step(vae_loss)}
 
     # 4. Discriminator update on the image and the detached reconstruction.
@@ -113,6 +119,7 @@ def step_config(args: argparse.Namespace, device: torch.device) -> JointStepConf
         loss=load_loss_config(args.loss_cfg_path),
         disc_warmup_steps=args.disc_warmup_steps,
         vae_align_proj_coeff=args.vae_align_proj_coeff,
+        vae_diffusion_coeff=args.vae_diffusion_coeff,
         **transformer_step_options(args, device),
     )
 

@@ -146,7 +146,7 @@ def tiles(quality: dict[str, dict[str, float]], logs: dict[str, list[dict]], rec
 
 def facts(record: dict) -> str:
     """Lengths of the runs, machine and date."""
-    plan = record["plan"]
+    plan = record["settings"]
     precision = {"bf16": "bfloat16", "no": "float32"}[plan["precision"]]
     return html.escape(
         f"{plan['vae_steps']} steps of the VAE alone, {plan['joint_steps']} joint ones, {plan['frozen_steps']} on the "

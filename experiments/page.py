@@ -1,0 +1,177 @@
+"""Results of the study: collected from its folders, merged with those published before, and written as a page."""
+
+import json
+from pathlib import Path
+from string import Template
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from dataset import open_images  # noqa: E402
+from demo.pictures import latent_colors, read_metrics, reconstruct, strip  # noqa: E402
+from demo.runner import ROOT, Record  # noqa: E402
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, Settings, samples_file  # noqa: E402
+from storage.files import replace_text  # noqa: E402
+from weights.vae import load_vae, open_vae  # noqa: E402
+
+DOCS = ROOT / "docs"
+VAE = "vae"  # the name under which the VAE that arms start from has its results
+CURVES = ("denoising_loss", "proj_loss", "bn_std_drift")
+POINTS = 25  # of a curve; each is a mean over steps
+SHOWN = 20  # images a row of the pictures
+# title -> (metric, digits)
+SAMPLE_COLUMNS = {
+    "FD, EfficientNet": ("fd_efficientnet_lite0", 1),
+    "FD, VGG16": ("fd_vgg16", 2),
+    "KD·1000, EfficientNet": ("kd_efficientnet_lite0", 1),
+    "KD·1000, VGG16": ("kd_vgg16", 2),
+    "diffusion loss": ("denoising_loss", 3),
+    "alignment loss": ("proj_loss", 3),
+    "minutes": ("minutes", 1),
+}
+VAE_COLUMNS = {
+    "PSNR, dB": ("psnr", 2),
+    "LPIPS": ("lpips", 3),
+    "rFD, EfficientNet": ("rfd_efficientnet_lite0", 1),
+    "rFD, VGG16": ("rfd_vgg16", 2),
+    "drift of std": ("bn_std_drift", 2),
+}
+
+
+def collect(record: Record, settings: Settings, output_dir: Path) -> dict:
+    """The results of all arms that are done, {"settings", "machine", "results": {arm: {seed: {metric: value}}}}.
+
+    Results of other arms and seeds are taken over from docs/replication.json, if it is of the same settings.
+    """
+    content = {"settings": settings._asdict(), "machine": record.content["machine"], "results": {}}
+    published = DOCS / "replication.json"
+    if published.is_file():
+        before = json.loads(published.read_text(encoding="utf8"))
+        if before["settings"] == content["settings"]:
+            content["results"] = before["results"]
+    for folder in sorted(output_dir.glob("seed-*")):
+        for name in (VAE, *ARMS):
+            found = results_of(name, folder, settings.batch)
+            if found:
+                content["results"].setdefault(name, {})[folder.name.removeprefix("seed-")] = found
+    return content
+
+
+def results_of(name: str, folder: Path, batch: int) -> dict:
+    """What the files of an arm, or of the VAE, say; empty if it is not done."""
+    kinds = ["vae"] if name == VAE else ["samples", "vae"] if ARMS[name].joint else ["samples"]
+    paths = [folder / f"{name}-{kind}.json" for kind in kinds]
+    if not all(path.is_file() for path in paths):
+        return {}
+    found = {}
+    for path in paths:
+        found |= json.loads(path.read_text(encoding="utf8"))["metrics"]
+    found |= {metric: 1000 * value for metric, value in found.items() if metric.startswith("kd_")}
+    log = read_metrics(folder / name / "metrics.jsonl")
+    minutes = np.cumsum([batch / record["images_per_second"] / 60 for record in log])
+    parts = np.array_split(np.arange(len(log)), min(POINTS, len(log)))
+    curves = {"step": [log[part[-1]]["step"] for part in parts], "minutes": [minutes[part[-1]] for part in parts]}
+    for metric in CURVES:
+        if metric in log[-1]:
+            curves[metric] = [float(np.mean([log[i][metric] for i in part])) for part in parts]
+            found[metric] = curves[metric][-1]
+    return {**found, "minutes": minutes[-1], "curves": curves}
+
+
+def write_page(content: dict) -> None:
+    """Write docs/replication.json, docs/replication.md from its template, and docs/replication.png, the curves."""
+    replace_text(DOCS / "replication.json", json.dumps(content, indent=1) + "\n")
+    results = content["results"]
+    seeds = {seed for of_arm in results.values() for seed in of_arm}
+    page = Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
+        content["settings"],
+        machine=content["machine"],
+        seeds=", ".join(sorted(seeds, key=int)),
+        main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
+        vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
+        ablations=table(results, [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),
+    )
+    replace_text(DOCS / "replication.md", page)
+    draw_curves({name: results[name] for name in MAIN_ARMS if name in results}, DOCS / "replication.png")
+
+
+def table(results: dict, names, columns: dict[str, tuple[str, int]]) -> str:
+    """Rows of arms that have results: mean ± standard deviation over seeds of each column's metric."""
+    titles = {VAE: "VAE that all start from"} | {name: arm.title for name, arm in ARMS.items()}
+    lines = [["arm", "seeds", *columns], ["---"] * (2 + len(columns))]
+    for name in names:
+        if name in results:
+            cells = [spread(results[name], *column) for column in columns.values()]
+            lines.append([titles[name], str(len(results[name])), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(of_seeds: dict[str, dict], metric: str, digits: int) -> str:
+    """Mean ± standard deviation over seeds; the value alone for one seed, nothing where the arm has none."""
+    values = [found[metric] for found in of_seeds.values() if metric in found]
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def draw_curves(results: dict, target: Path) -> None:
+    """Denoising and alignment loss and the latents' drift against steps, and against time, of every seed."""
+    titles = {
+        "denoising_loss": "diffusion loss",
+        "proj_loss": "alignment loss",
+        "bn_std_drift": "drift of latents' std",
+    }
+    figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 7.5), constrained_layout=True)
+    for row, along in zip(axes, ("step", "minutes"), strict=True):
+        for ax, metric in zip(row, CURVES, strict=True):
+            for i, (name, of_seeds) in enumerate(results.items()):
+                found = [one["curves"] for one in of_seeds.values() if metric in one["curves"]]
+                for j, curve in enumerate(found):
+                    label = ARMS[name].title if j == 0 else None
+                    ax.plot(curve[along], curve[metric], color=f"C{i}", label=label, linewidth=1.4, alpha=0.85)
+            ax.set(xlabel=along, title=titles[metric])
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(axis="y", linewidth=0.6, alpha=0.4)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(target, dpi=90, facecolor="white")
+    plt.close(figure)
+
+
+def draw_pictures(settings: Settings, output_dir: Path, seed: int) -> None:
+    """Samples of every main arm from the same noise, and reconstructions and latents before and after joint training.
+
+    Written to docs/replication-samples.png and docs/replication-vaes.png.
+    """
+    folder = output_dir / f"seed-{seed}"
+    rows = {}
+    for name in MAIN_ARMS:
+        if (path := samples_file(name, settings, folder)).is_file():
+            samples = np.load(path, mmap_mode="r")["arr_0"][:SHOWN]
+            rows[ARMS[name].title] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
+    draw_rows(rows, DOCS / "replication-samples.png")
+    data = open_images(output_dir / "data/held-out")
+    pixels = torch.stack([data[i * len(data) // SHOWN][0] for i in range(SHOWN)])
+    rows = {"held-out photographs": pixels}
+    files = {"before": folder / "vae/vae.pt"}
+    files |= {ARMS[name].title: folder / f"{name}-vae/{name}-vae.pt" for name in (REPAE, "naive")}
+    for title, path in files.items():
+        if path.is_file():
+            latents, recon = reconstruct(load_vae(open_vae("f4d4-small", str(path), offline=True)).eval(), pixels)
+            rows |= {f"reconstructions, {title}": recon, f"latents (PCA), {title}": latent_colors(latents)}
+    draw_rows(rows, DOCS / "replication-vaes.png")
+
+
+def draw_rows(rows: dict[str, torch.Tensor], target: Path) -> None:
+    """Labelled rows of images, uint8 (N,3,R,R)."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.85 * len(rows)), constrained_layout=True, squeeze=False)
+    for ax, (title, pixels) in zip(axes.flat, rows.items(), strict=True):
+        ax.imshow(strip(pixels, 64))
+        ax.set_title(title, fontsize=8, loc="left")
+        ax.axis("off")
+    figure.savefig(target, dpi=110, facecolor="white")
+    plt.close(figure)

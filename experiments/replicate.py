@@ -1,0 +1,74 @@
+"""The claims of REPA-E (Leng et al., arXiv 2504.10483), measured on CIFAR-10 with this code.
+
+    python -m experiments.replicate --data-dir data-demo/cifar10-whole --output-dir exps/replication
+
+trains every arm of experiments/plan.py from each seed by the scripts' command lines, and writes docs/replication.md,
+its pictures and docs/replication.json. It continues where it was stopped. Seeds may be measured in parts, also on
+several machines: results of the same settings that docs/replication.json already has are kept.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from demo.runner import Record, run_stage
+from errors import Parser, run_script
+from experiments.page import collect, draw_pictures, write_page
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, Settings, arm_stages, data_stages, vae_stages
+from flags.types import COUNT, POSITIVE, number, one_of
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = Parser(__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="where demo/fetch_cifar10.py puts the photographs")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--seeds", type=POSITIVE, default=3, help="how many (default: %(default)s)")
+    parser.add_argument("--first-seed", type=COUNT, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=POSITIVE, default=500, help="of every arm; the VAE trains for 1.2 times as many"
+    )
+    parser.add_argument("--samples", type=number(int, at_least=2), default=5000, help="of every arm (default: 5000)")
+    arms = f"joined by commas, of {', '.join(ARMS)}, or main or ablations (default: %(default)s)"
+    parser.add_argument("--arms", type=arm_list, default="main,ablations", help=arms)
+    return parser.parse_args(argv)
+
+
+def arm_list(text: str) -> list[str]:
+    """An argparse type: names of arms, in the order of `ARMS`; what stands on the tuned VAE needs the arm of REPA-E."""
+    groups = {"main": list(MAIN_ARMS), "ablations": list(ABLATIONS)}
+    check = one_of("arm", {**ARMS, **groups})
+    named = {arm for name in text.split(",") for arm in groups.get(check(name), [name])}
+    if any(ARMS[name].tuned for name in named):
+        named.add(REPAE)
+    return [name for name in ARMS if name in named]
+
+
+def main() -> None:
+    args = parse_args()
+    settings = Settings(
+        args.steps, vae_steps=round(1.2 * args.steps), batch=64, samples=args.samples, sampling_steps=25
+    )
+    data = args.output_dir / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    record = Record(args.output_dir / "stages.json", settings._asdict())
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    run = partial(run_stages, record=record)
+    run(data_stages(args.data_dir, data))
+    for seed in seeds:
+        folder = args.output_dir / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        run(vae_stages(settings, seed, data, folder))
+        for name in args.arms:
+            run(arm_stages(name, settings, seed, data, folder))
+            write_page(collect(record, settings, args.output_dir))
+    draw_pictures(settings, args.output_dir, seeds[0])
+
+
+def run_stages(stages: list, record: Record) -> None:
+    """Run those stages that are not done."""
+    for stage in stages:
+        if not record.is_done(stage):
+            run_stage(stage, record, again="python -m experiments.replicate ...")
+
+
+if __name__ == "__main__":
+    run_script(main)
