@@ -67,7 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--metrics", type=metric_list, help=f"which, joined by commas, of {', '.join(METRICS)} (default: all there are)"
     )
-    group.add_argument("--save-stats", type=Path, help="write the statistics of the reference to this npz")
+    what = "write the statistics of the reference to this npz; with --metrics precision, recall or kid also its features"
+    group.add_argument("--save-stats", type=Path, help=what)
     groups.add_reconstruction_flags(parser)
     groups.add_feature_flags(parser)
     group = parser.add_argument_group("run")
@@ -101,8 +102,9 @@ def check_wanted(args: argparse.Namespace, reference: Reference, networks: list[
         raise UserError(f"--metrics {','.join(args.metrics)}: of Inception alone, but --features is {args.features}")
     lacking = set()
     if reference.images is None:
-        lacking = OF_FEATURES if "mu_s" in reference.moments.get("inception", {}) else OF_FEATURES | {"sfid"}
-        lacking = lacking.intersection(possible)
+        lacking = set() if set(networks) <= reference.features.keys() else set(OF_FEATURES)
+        lacking |= set() if "mu_s" in reference.moments.get("inception", {}) else {"sfid"}
+        lacking &= set(possible)
     if needy := [metric for metric in args.metrics or () if metric in lacking]:
         raise UserError(f"--reference {reference.path}: no images, nor the statistics that {needy[0]} needs")
     if lacking and args.samples is not None and not args.metrics:
@@ -142,18 +144,18 @@ def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     check_images(samples, reference, wanted, names, log)
     networks = load_feature_networks(names, args, state.device)
     reference.check_networks(networks)
-    keep = bool(OF_FEATURES & set(wanted)) and samples is not None
+    keep = bool(OF_FEATURES & set(wanted)) and (samples is not None or args.metrics is not None)
     reading = ReadOptions(args.batch_size, args.num_workers, state)
     values, known, weights = {}, {}, dict(reference.weights)
     for network in networks:
-        moments, features = reference.moments.get(network.name, {}), None
+        moments, features = reference.moments.get(network.name, {}), reference.features.get(network.name)
         if network.name not in reference.moments:
             weights[network.name] = network.sha256
         needed = {"mu", "mu_s"} if network.name == "inception" and "sfid" in wanted else {"mu"}
-        if reference.images is not None and (keep or needed - moments.keys()):
+        if reference.images is not None and (needed - moments.keys() or keep and features is None):
             seen = statistics_of(reference.images, "reference", network, keep, reading)
             moments, features = {**seen.moments(network.name), **moments}, seen.features
-        known[network.name] = moments
+        known[network.name] = moments | ({} if features is None else {"features": features})
         if samples is not None:
             seen = statistics_of(samples, "samples", network, keep, reading)
             if state.is_main_process:

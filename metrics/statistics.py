@@ -113,11 +113,12 @@ def compare(
 
 
 class Reference(NamedTuple):
-    """What samples are compared to: images, moments by network that are already known, or both."""
+    """What samples are compared to: images, statistics by network that are already known, or both."""
 
     path: Path
     images: Dataset | None
     moments: dict[str, dict[str, Tensor]]
+    features: dict[str, Tensor]  # (N,D) float32 of each image
     weights: dict[str, str]  # SHA-256 of the networks of the moments, where it is known
     count: int | None  # images behind the moments, where it is known
 
@@ -133,29 +134,35 @@ class Reference(NamedTuple):
 def open_reference(path: Path, log: Callable[[str], object], what: str = "--reference") -> Reference:
     """The images of a reference, its statistics, or both; `what` names it in messages, `log` takes them.
 
-    Statistics are mu, sigma, mu_s and sigma_s of Inception, as in ADM's files, or NETWORK/mu and so on.
+    Statistics are mu, sigma, mu_s and sigma_s of Inception, as in ADM's files, or NETWORK/mu and so on, and features.
     """
     names = npz_arrays(path) if path.is_file() else []
     about = json.loads(str(map_member(path, "about.npy"))) if "about" in names else {}
     moments: dict[str, dict[str, Tensor]] = {}
+    features = {}
     for name in names:
         network, _, key = name.rpartition("/")
+        if key == "features":
+            features[network or "inception"] = torch.from_numpy(np.array(map_member(path, f"{name}.npy")))
         if key in MOMENTS:
             values = torch.from_numpy(np.array(map_member(path, f"{name}.npy"))).double()
             moments.setdefault(network or "inception", {})[key] = values
             if not values.isfinite().all():
                 raise UserError(f"{what} {path}: {name} is not finite")
     images = open_image_set(path, what, log) if not moments or "arr_0" in names else None
-    return Reference(path, images, moments, about.get("weights", {}), about.get("count"))
+    return Reference(path, images, moments, features, about.get("weights", {}), about.get("count"))
 
 
 def save_statistics(
-    path: Path, moments: dict[str, dict[str, Tensor]], weights: dict[str, str], source: str, count: int | None
+    path: Path, statistics: dict[str, dict[str, Tensor]], weights: dict[str, str], source: str, count: int | None
 ) -> None:
-    """Write moments and SHA-256 by network as an npz for `open_reference`; Inception's are named as in ADM's files."""
+    """Write statistics and SHA-256 by network as an npz for `open_reference`; Inception's are named as in ADM's files.
+
+    The statistics of a network are its moments and, for the metrics of OF_FEATURES, its `features` (N,D).
+    """
     arrays = {
         key if network == "inception" else f"{network}/{key}": values.numpy()
-        for network, of_network in moments.items()
+        for network, of_network in statistics.items()
         for key, values in of_network.items()
     }
     about = {"format": "repae-statistics/1", "source": source, "count": count, "weights": weights}

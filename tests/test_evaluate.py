@@ -127,6 +127,9 @@ def test_statistics_are_kept_and_used(sets, first):
     said = evaluated("--samples", sets / "a.npz", "--reference", stats, *LITE0)
     assert "has no images: no kid, precision, recall" in said
     assert metrics_of(sets / "a.metrics.json") == pytest.approx({FD: first[FD]}, rel=1e-6)
+    evaluated("--reference", sets / "b.npz", *LITE0, "--metrics", "kid", "--save-stats", sets / "features.npz")
+    evaluated("--samples", sets / "a.npz", "--reference", sets / "features.npz", *LITE0)
+    assert metrics_of(sets / "a.metrics.json") == pytest.approx(first, rel=1e-6)
     # images beside statistics: distances come from the statistics, the rest from the images, as with ADM's references
     with np.load(stats) as arrays:
         content = {name: arrays[name] for name in arrays.files}
