@@ -119,11 +119,8 @@ def explain(error: Exception) -> str | None:
     if limit := explain_limit(str(error)):
         return limit
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        if error.errno not in FULL_DISK_ERRORS:
-            return str(error)
-        # semaphores, which have no file's name, are in shared memory
-        hint = "" if error.filename else "; if no disk is full, give the container more shared memory by --shm-size"
-        return f"{error}; free some space and run the same again{hint}"
+        is_full = error.errno in FULL_DISK_ERRORS
+        return f"{error}; free some space and run the same again" if is_full else str(error)
     return explain_runtime_error(error) if isinstance(error, RuntimeError) else None
 
 
@@ -134,7 +131,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except (UserError, OSError, RuntimeError) as error:
         if (message := explain(error)) is None:
             raise
-        if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_TO_END)  # rank 0 reports what all ranks found, then the launcher ends the others
         if os.environ.get("REPAE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

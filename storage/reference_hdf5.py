@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from storage.photographs import Source, parse_labels, refuse_more_than_memory
+from storage.photographs import Source, parse_labels
 
 LABELS = "dataset.json"
 
@@ -26,18 +26,8 @@ def opened_hdf5(path: Path) -> Iterator[Callable[[str], io.BytesIO]]:
         import h5py
     except ImportError:
         raise UserError(f"{path}: reading HDF5 needs h5py; pip install -r requirements-hdf5.txt") from None
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
-
-    def read(name: str) -> io.BytesIO:
-        entry = file[name]
-        refuse_more_than_memory(entry.nbytes, "it")
-        return io.BytesIO(np.asarray(entry[()]).tobytes())
-
-    with file:
-        yield read
+    with h5py.File(path, "r") as file:
+        yield lambda name: io.BytesIO(np.asarray(file[name][()]).tobytes())
 
 
 def list_hdf5(path: Path) -> list[Source]:

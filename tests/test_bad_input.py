@@ -123,7 +123,6 @@ CASES = {
     "evaluate-no-npz": "--samples README.md",
     "evaluate-no-array": "--samples {sets}/other-array.npz",
     "evaluate-dtype": "--samples {sets}/float.npz",
-    "evaluate-range": "--samples {sets}/range.npz",
     "evaluate-size": "--samples {sets}/size.npz",
     "evaluate-damaged": "--samples {sets}/damaged",
     "evaluate-empty": "--samples {empty}",
