@@ -72,12 +72,8 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
     else:
         raise UserError(unknown_name("vae", name, VAE_CONFIGS))
     if published is not None and from_diffusers_config(published, str(weights)) != config:
-        if path.name.startswith(STEM):
-            raise UserError(
-                f"VAE weights {weights}: {CONFIG} describes another architecture than {name}; take --vae "
-                f"{DIFFUSERS}{weights}"
-            )
-        published = None  # of other weights in the folder
+        what = f"{CONFIG} describes another architecture than {name}"
+        raise UserError(f"VAE weights {weights}: {what}; take --vae {DIFFUSERS}{weights}")
     return VAESource(name, config, path, published)
 
 
@@ -102,15 +98,8 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
     if path.is_file() or is_path:
         config = path.with_name(CONFIG)
-        if path.suffix == ".pt" or not config.is_file():
-            return path, None
-        if path.name.startswith(STEM):
-            return path, read_json(config)
-        try:  # it may be of anything else in the folder
-            found = read_json(config)
-            return path, found if found["_class_name"] == "AutoencoderKL" else None
-        except (ValueError, KeyError, TypeError):
-            return path, None
+        is_described = path.name.startswith(STEM) and config.is_file()  # else it may be of anything else in the folder
+        return path, read_json(config) if is_described else None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
     return weights, read_json(config)
 
