@@ -26,7 +26,11 @@ def opened_hdf5(path: Path) -> Iterator[Callable[[str], io.BytesIO]]:
         import h5py
     except ImportError:
         raise UserError(f"{path}: reading HDF5 needs h5py; pip install -r requirements-hdf5.txt") from None
-    with h5py.File(path, "r") as file:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
+    with file:
         yield lambda name: io.BytesIO(np.asarray(file[name][()]).tobytes())
 
 

@@ -238,17 +238,13 @@ def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["half", "half shards"])
 def test_rarer_forms_of_a_repository(form, flux, tmp_path, monkeypatch):
     files = [*rarer_form(flux, tmp_path / "vae", form), tmp_path / "vae/config.json"]
-    whole, half = states(flux)
+    _, half = states(flux)
     served = {f"/some/vae/resolve/main/{file.name}": file.read_bytes() for file in files}
     with hub_of(served, tmp_path / "hub", monkeypatch) as hub:
         for offline in (False, True):
             source = open_vae("diffusers:some/vae", "some/vae", offline)
             assert equal(dict(load_vae(source).state_dict()), half)
         assert sorted(hub.downloads()) == sorted(served)
-        if form == "half":  # what the cache holds in half precision does not take the place of the whole
-            name = "diffusion_pytorch_model.safetensors"
-            hub.files[f"/some/vae/resolve/main/{name}"] = Path(flux, name).read_bytes()
-            assert equal(dict(load_vae(open_vae("diffusers:some/vae", "some/vae", False)).state_dict()), whole)
 
 
 @pytest.mark.parametrize(

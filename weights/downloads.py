@@ -87,8 +87,10 @@ def hub_file(what: str, repository: str, filenames: Sequence[str], offline: bool
 def first_on_each_machine(action: Callable[[], T]) -> T:
     """Run `action` on the first process of each machine, then on its others, which find the files on disk.
 
-    Returns what `action` returns on this process. The others wait as long as the first ones need; what those raise
-    ends the job.
+    Returns what `action` returns on this process. The others wait as long as the first ones need.
+
+    Raises:
+        UserError: another process failed.
     """
     from accelerate import PartialState
 
@@ -97,6 +99,9 @@ def first_on_each_machine(action: Callable[[], T]) -> T:
         result = action()
     if state.num_processes > 1:
         patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        dist.barrier(patient_group)
+        try:
+            dist.barrier(patient_group)
+        except RuntimeError:
+            raise UserError("another process did not get its files; its output says why") from None
         dist.destroy_process_group(patient_group)
     return result if state.is_local_main_process else action()

@@ -29,10 +29,10 @@ from weights.downloads import first_on_each_machine, hub_file
 DIFFUSERS = "diffusers:"  # prefix of a --vae whose architecture is in diffusers' config.json
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
-DIFFUSERS_FILES = (f"{STEM}.safetensors", f"{STEM}.bin")
-# where those are missing: an index of shards, or lower precision
-ENDS = (".safetensors.index.json", ".bin.index.json", ".fp16.safetensors", ".fp16.bin", ".safetensors.index.fp16.json")
-RARER = tuple(STEM + end for end in ENDS)
+DIFFUSERS_FILES = (  # whole, an index of shards, or in half precision
+    *(f"{STEM}.safetensors", f"{STEM}.bin", f"{STEM}.safetensors.index.json", f"{STEM}.bin.index.json"),
+    *(f"{STEM}.fp16.safetensors", f"{STEM}.fp16.bin", f"{STEM}.safetensors.index.fp16.json"),
+)
 SUBFOLDERS = ("vae/", "")  # the VAE's place in a repository: of a pipeline, or of a VAE alone
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -89,7 +89,7 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     if path.is_dir():
         for folder in (path / subfolder for subfolder in SUBFOLDERS):
             if (folder / CONFIG).is_file():
-                files = [folder / name for name in DIFFUSERS_FILES + RARER if (folder / name).is_file()][:1]
+                files = [folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()][:1]
                 files = files or list(folder.glob("*.safetensors"))
                 if len(files) != 1:
                     raise UserError(f"VAE weights {folder}: {len(files)} files of weights beside {CONFIG}; name one")
@@ -114,10 +114,7 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
     advice = "nor is there such a file or folder; --vae-ckpt takes a file, a folder or ORGANISATION/NAME[@REVISION]"
     config = hub_file(what, repository, [folder + CONFIG for folder in SUBFOLDERS], offline, advice)
     folder = next(folder for folder in SUBFOLDERS if str(config).endswith(f"/{folder}{CONFIG}"))
-    try:
-        weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
-    except UserError:
-        weights = hub_file(what, repository, [folder + name for name in RARER], offline, advice)
+    weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
     for file in shards(weights):
         hub_file(what, repository, [folder + file.name], offline, advice)
     return config, weights
