@@ -25,17 +25,25 @@ DISK_ERRORS = {
     *(errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
-# torch's messages when another process of the job has died or does not answer
-LOST_PROCESS = re.compile(
-    "Connection (closed by peer|reset by peer|refused|timed out)|Timed out waiting|Broken pipe|No route to host|"
-    "Network is unreachable|failed to recv|ncclRemoteError|remote process exited"
-)
 SECONDS_TO_END = 5
-# messages of torch, NCCL and the system; torch's shared memory has file names like </torch_1625_493935405_0>
-OPEN_FILES = re.compile("Too many open files|items of ancdata")
-SHARED_MEMORY = re.compile(
-    r"</torch_|shared memory(\(shm\)| object| segment)|Bus error|/dev/shm/nccl|No space left on device.*/dev/shm"
-)
+# in messages of torch, NCCL and the system, also of a data worker -> what it means, and what to do
+CAUSES = {
+    "Too many open files|items of ancdata": (
+        "too many open files; raise the limit, by ulimit -n 65536, or use fewer --num-workers"
+    ),
+    # torch's shared memory has file names like </torch_1625_493935405_0>
+    r"</torch_|shared memory(\(shm\)| object| segment)|Bus error|/dev/shm/nccl|No space left on device.*/dev/shm": (
+        "shared memory (/dev/shm) is too small; start the container with --shm-size=16g or --ipc=host, or use "
+        "--num-workers 0"
+    ),
+    "DataLoader worker.*(killed by signal|exited unexpectedly)": (
+        "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
+    ),
+    "Connection (closed by peer|reset by peer|refused|timed out)|Timed out waiting|Broken pipe|No route to host|"
+    "Network is unreachable|failed to recv|ncclRemoteError|remote process exited": (
+        "another process is gone or does not answer; the same command continues from what was saved"
+    ),
+}
 
 
 class UserError(Exception):
@@ -86,29 +94,6 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160]
 
 
-def explain_limit(text: str) -> str | None:
-    """One line for an error's message, also of a data worker, that says that the system has no more files or memory."""
-    if OPEN_FILES.search(text):
-        return "too many open files; raise the limit, by ulimit -n 65536, or use fewer --num-workers"
-    if SHARED_MEMORY.search(text):
-        what = f"shared memory (/dev/shm) is too small ({text.strip().splitlines()[-1][:160]})"
-        return f"{what}; start the container with --shm-size=16g or --ipc=host, or use --num-workers 0"
-    return None
-
-
-def explain_runtime_error(error: RuntimeError) -> str | None:
-    text = str(error)
-    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
-        return "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
-    if type(error).__name__ == "OutOfMemoryError":
-        remedy = "--gradient-checkpointing, more --gradient-accumulation-steps or a smaller --pproc-batch-size"
-        return f"the GPU's memory is full ({first_line(error)}); use {remedy}"
-    if lost := LOST_PROCESS.search(text):
-        how = f"another process is gone or does not answer ({lost[0].lower()})"
-        return f"{how}; the same command continues from what was saved"
-    return None
-
-
 def explain(error: Exception) -> str | None:
     """One line for an error that a user can correct; None for any other."""
     if isinstance(error, UserError):
@@ -116,15 +101,16 @@ def explain(error: Exception) -> str | None:
         if message.startswith("Caught UserError in DataLoader worker"):  # the worker's traceback follows
             message = message.strip().splitlines()[-1].removeprefix("errors.UserError: ")
         return message
-    if limit := explain_limit(str(error)):
-        return limit
+    if type(error).__name__ == "OutOfMemoryError":
+        remedy = "--gradient-checkpointing, more --gradient-accumulation-steps or a smaller --pproc-batch-size"
+        return f"the GPU's memory is full ({first_line(error)}); use {remedy}"
+    for pattern, message in CAUSES.items():
+        if re.search(pattern, str(error)):
+            return message
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        if error.errno not in FULL_DISK_ERRORS:
-            return str(error)
-        # semaphores, which have no file's name, are in shared memory
-        hint = "" if error.filename else "; if no disk is full, give the container more shared memory by --shm-size"
-        return f"{error}; free some space and run the same again{hint}"
-    return explain_runtime_error(error) if isinstance(error, RuntimeError) else None
+        is_full = error.errno in FULL_DISK_ERRORS
+        return f"{error}; free some space and run the same again" if is_full else str(error)
+    return None
 
 
 def run_script(main: Callable[[], int | None]) -> None:

@@ -5,8 +5,6 @@ To add an encoder, add a row to `ENCODERS`; models/encoders.py says what the fie
 
 from functools import partial
 
-import torch
-
 from errors import UserError, unknown_name
 from models.encoders import EncoderSpec, Origin, timm_spec
 
@@ -17,10 +15,7 @@ BYTES = ((127 / 255,) * 3, (128 / 255,) * 3)  # (x - 127)/128
 
 
 def convert_mocov3(state: dict, keys: list[str]) -> dict:
-    """The base encoder in MoCo v3's training checkpoint, in which four layers of the large network are misnamed.
-
-    Raises ValueError if the position table is not MoCo v3's fixed sine-cosine table, row first.
-    """
+    """The base encoder in MoCo v3's training checkpoint, in which four layers of the large network are misnamed."""
     prefix = "base_encoder."
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -32,10 +27,6 @@ def convert_mocov3(state: dict, keys: list[str]) -> dict:
     }
     for wrong, right in renamed.items():
         state = {key.replace(wrong, right): value for key, value in state.items()}
-    if (table := state.get("pos_embed")) is not None:
-        half = table.shape[-1] // 2
-        if table[0, 0].any() or not torch.equal(table[0, 1, :half], table[0, 2, :half]):
-            raise ValueError("its position table is not MoCo v3's")
     return state
 
 
@@ -78,13 +69,7 @@ _MOCOV3_SITE = "https://dl.fbaipublicfiles.com/moco-v3"
 _mocov3 = partial(EncoderSpec, inside="state_dict", convert=convert_mocov3, unused=("head.",))
 _dinov3 = partial(EncoderSpec, origin=DINOV3, stride=16)
 _siglip2 = partial(
-    EncoderSpec,
-    origin=SIGLIP2,
-    stride=16,
-    pixels=HALF,
-    options={"global_pool": ""},
-    unused=("attn_pool.",),
-    table=16,
+    EncoderSpec, origin=SIGLIP2, stride=16, pixels=HALF, options={"global_pool": ""}, unused=("attn_pool.",)
 )
 
 ENCODERS = {
@@ -114,7 +99,6 @@ ENCODERS = {
         final_norm=False,
         convert=convert_clip,
         unused=("head.",),
-        table=16,
     ),
     "jepa-vit-h": EncoderSpec(
         1280, 14, "vit_huge_patch14_gap_224.in1k_ijepa", IJEPA, "ijepa_vith.pth", inside="encoder"

@@ -25,8 +25,6 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 MEASURED_SIDE = 448  # a multiple of every usual stride
 IMAGE_STRIDE = 16  # pixels of the image that a token stands for on a side: 16x16 tokens at 256 px
-# keys under which projects' checkpoints keep a state dict; a key that is not the row's means another project
-WRAPPERS = ("state_dict", "model", "encoder", "student", "teacher")
 
 
 class Origin(NamedTuple):
@@ -53,7 +51,6 @@ class EncoderSpec:
         inside: the entry of the project's own checkpoint that holds the weights; None if they are at its top level.
         convert: (state dict, keys of the network) -> the input of timm's filter of this network.
         unused: prefixes of keys, after that filter, that the network does not have.
-        table: tokens a side of the published position table, if weights with another table are refused.
         resize_first: the input is resized before it is normalised, not after.
         final_norm: tokens pass the network's last LayerNorm.
         level: index among timm's feature levels; None for the last one.
@@ -76,7 +73,6 @@ class EncoderSpec:
     inside: str | None = None
     convert: Callable[[dict, list[str]], dict] = lambda state, keys: state
     unused: tuple[str, ...] = ()
-    table: int | None = None
     resize_first: bool = False
     final_norm: bool = True
     level: int | None = None
@@ -174,44 +170,18 @@ class Encoder(nn.Module):
 
         Position tables are resampled to this network's grid, bicubic with antialias. Missing and unexpected keys are
         not checked.
-
-        Raises:
-            ValueError: the checkpoint is another project's, or has another patch size or position table.
         """
         keys = list(self.network.state_dict())
         state = self.spec.convert(unwrapped(checkpoint, self.spec.inside), keys)
         state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        check_patch_and_table(state, self.network, self.spec.table)
         state = timm_filter(self.network)(state, self.network)
         return {key: value for key, value in state.items() if key in keys or not key.startswith(self.spec.unused)}
 
 
 def unwrapped(checkpoint: dict, inside: str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: in its entry `inside`, in timm's `state_dict`, or at its top level.
-
-    Raises:
-        ValueError: the checkpoint has another project's form.
-    """
-    nested = [name for name in WRAPPERS if isinstance(checkpoint.get(name), dict)]
-    if inside in nested:
-        checkpoint = checkpoint[inside]
-    elif nested == ["state_dict"]:
-        checkpoint = checkpoint["state_dict"]
-    elif nested:
-        expected = f"{inside!r}" if inside else "a plain state dict"
-        raise ValueError(f"it holds {nested[0]!r}, as other projects' do; expected {expected}, or timm's form")
+    """The tensors of a checkpoint: in its entry `inside`, in timm's `state_dict`, or at its top level."""
+    checkpoint = checkpoint.get(inside if inside in checkpoint else "state_dict", checkpoint)
     return {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-
-
-def check_patch_and_table(state: dict[str, Tensor], network: nn.Module, side: int | None) -> None:
-    """Raise a ValueError for another patch size, or another side of the position table; timm would resample them."""
-    own = network.state_dict().get("patch_embed.proj.weight")
-    kernel = state.get("visual.conv1.weight", state.get("patch_embed.proj.weight"))
-    if own is not None and kernel is not None and kernel.shape[2:] != own.shape[2:]:
-        raise ValueError(f"its patches are {kernel.shape[-1]} px wide, expected {own.shape[-1]}")
-    table = state.get("visual.positional_embedding", state.get("pos_embed"))
-    if side is not None and table is not None and (found := math.isqrt(table.shape[-2])) != side:
-        raise ValueError(f"its position table is of {found}x{found} tokens, expected {side}x{side}")
 
 
 def timm_filter(network: nn.Module) -> Callable[[dict, nn.Module], dict]:

@@ -3,10 +3,8 @@
 import errno
 import json
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,9 +14,6 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from errors import UserError
 
-# 89 million: a small file can announce any size, and is decoded into memory; Pillow only warns at this bound
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS
-MAX_ASPECT_RATIO = 100
 # bytes of text in a PNG, which may hold its orientation; by default Pillow refuses more than a megabyte
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # formats that Pillow only recognises or writes
@@ -47,24 +42,6 @@ class Skipped(NamedTuple):
 
     path: str
     reason: str
-
-
-@contextmanager
-def opened_image(file: Path | BinaryIO) -> Iterator[Image.Image]:
-    """A file's image, not decoded yet; a ValueError if it, or another in its file, has more than MAX_PIXELS pixels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(file) as image:
-                yield image
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise ValueError(f"more than {MAX_PIXELS} pixels") from None
-
-
-def refuse_more_than_memory(size: int, what: str) -> None:
-    """Raise a ValueError if `what` would take more bytes than the machine's memory has."""
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise ValueError(f"{what} claims {size / 1e9:.1f} GB, more than this machine's memory")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -96,20 +73,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_rgb(file: Path | BinaryIO) -> Image.Image:
-    """Decode one file, upright and in RGB. Raises whatever Pillow raises for a file that is no image."""
-    if isinstance(file, Path) and not file.is_file():
-        raise ValueError("no such file, or not a regular one")
-    with opened_image(file) as image:
-        image.load()
+    """Decode one file, upright and in RGB. Raises whatever Pillow raises for a file that is no image, or whose pixels,
+    more than 179 million, should not be decoded into memory."""
+    with Image.open(file) as image:
         return upright_rgb(image)
 
 
 def read_image(file: Path | BinaryIO, size: int) -> np.ndarray:
-    """Decode and crop one file: (3, size, size) uint8. Raises as `read_rgb`, and a ValueError for a strip."""
-    image = read_rgb(file)
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ValueError(f"{image.width}x{image.height} pixels, a strip")
-    return np.asarray(center_crop(image, size)).transpose(2, 0, 1)
+    """Decode and crop one file: (3, size, size) uint8. Raises as `read_rgb`."""
+    return np.asarray(center_crop(read_rgb(file), size)).transpose(2, 0, 1)
 
 
 def reason_for(error: Exception) -> str:
@@ -150,7 +122,7 @@ def is_image(path: Path) -> bool:
     if path.suffix.lower() in SUFFIXES or not path.is_file():
         return SUFFIXES.get(path.suffix.lower(), False)
     try:
-        with opened_image(path) as image:
+        with Image.open(path) as image:
             return image.format not in NOT_DECODED
     except Exception:  # Pillow raises a dozen kinds
         return False

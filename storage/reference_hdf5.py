@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from storage.photographs import Source, parse_labels, refuse_more_than_memory
+from storage.photographs import Source, parse_labels
 
 LABELS = "dataset.json"
 
@@ -30,14 +30,8 @@ def opened_hdf5(path: Path) -> Iterator[Callable[[str], io.BytesIO]]:
         file = h5py.File(path, "r")
     except OSError as error:
         raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
-
-    def read(name: str) -> io.BytesIO:
-        entry = file[name]
-        refuse_more_than_memory(entry.nbytes, "it")
-        return io.BytesIO(np.asarray(entry[()]).tobytes())
-
     with file:
-        yield read
+        yield lambda name: io.BytesIO(np.asarray(file[name][()]).tobytes())
 
 
 def list_hdf5(path: Path) -> list[Source]:

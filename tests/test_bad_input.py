@@ -123,7 +123,6 @@ CASES = {
     "evaluate-no-npz": "--samples README.md",
     "evaluate-no-array": "--samples {sets}/other-array.npz",
     "evaluate-dtype": "--samples {sets}/float.npz",
-    "evaluate-range": "--samples {sets}/range.npz",
     "evaluate-size": "--samples {sets}/size.npz",
     "evaluate-damaged": "--samples {sets}/damaged",
     "evaluate-empty": "--samples {empty}",
@@ -187,7 +186,7 @@ def write_sets(root: Path, places: dict) -> None:
     sets = places["sets"] = root / "sets"
     good, big = np.load(places["images"])["arr_0"], np.full((5, 48, 48, 3), 9, np.uint8)
     (sets / "damaged").mkdir(parents=True)
-    spoilt = {"float": good.astype(np.float32), "range": good // 255, "size": big, "two": good[:2]}
+    spoilt = {"float": good.astype(np.float32), "size": big, "two": good[:2]}
     for name, array in spoilt.items():
         np.savez(sets / f"{name}.npz", arr_0=array)
     np.savez(sets / "other-array.npz", images=good)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from errors import UserError, explain_runtime_error
+from errors import UserError, explain
 from forked import run_ranks
 from scripts import (
     ACCELERATE,
@@ -104,7 +104,7 @@ def wait_for_the_dead(rank: int, world: int, hang: bool) -> str | None:
     try:
         all_reduce_max([0], group)
     except RuntimeError as error:
-        said = explain_runtime_error(error)
+        said = explain(error)
     # the other one is not there to take part, and gloo's threads, which wait for it, would abort an ordinary exit
     dist.destroy_process_group = lambda: os._exit(0)
     return said
@@ -150,7 +150,7 @@ def test_a_process_that_is_killed_ends_the_job_with_a_message_and_the_same_comma
     processes[0].kill()
     said = launcher.communicate(timeout=60)[0]
     assert launcher.returncode != 0
-    assert "another process is gone or does not answer (connection" in said
+    assert "another process is gone or does not answer" in said
     assert not any(process.is_running() for process in processes.values())
     run_ranks(2, "train_repae.py", *flags, "--exp-name", "killed")
     assert_same_run(whole, folder, STEPS)

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from errors import first_line
 from storage.files import replace_text, written_whole
 from training.distributed import mean_over_processes
-from weights.downloads import is_offline, one_line
+from weights.downloads import is_offline
 
 LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
 WANDB_INIT_TIMEOUT = 15.0  # seconds; wandb's own 90 would keep all GPUs waiting where there is no network
@@ -88,7 +89,7 @@ class MetricsLog:
         except Exception as error:
             files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
             self.log(
-                f"warning: wandb cannot be used online ({one_line(error)}); it keeps its files here, which "
+                f"warning: wandb cannot be used online ({first_line(error)}); it keeps its files here, which "
                 f"`wandb sync {files}` uploads"
             )
             self.accelerator.trackers = []
@@ -97,7 +98,7 @@ class MetricsLog:
 
     def _without_tracker(self, error: Exception) -> None:
         self.accelerator.trackers = []
-        reason, tracker = one_line(error), self.args.report_to
+        reason, tracker = first_line(error), self.args.report_to
         self.log(f"warning: {tracker} is not available ({reason}); metrics.jsonl is written all the same")
 
     def close(self) -> None:

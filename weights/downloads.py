@@ -12,7 +12,7 @@ from urllib.error import URLError
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -22,11 +22,6 @@ def is_offline(args: argparse.Namespace) -> bool:
     from huggingface_hub import constants
 
     return args.offline or constants.HF_HUB_OFFLINE
-
-
-def one_line(text: object) -> str:
-    """The message of an error on one line, at most 200 characters."""
-    return " ".join(str(text).split())[:200]
 
 
 def local_or_download(what: str, path: Path, url: str, offline: bool, advice: str, sha256: str | None = None) -> Path:
@@ -46,7 +41,7 @@ def local_or_download(what: str, path: Path, url: str, offline: bool, advice: st
     try:
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise UserError(f"{what}: could not download {url} ({one_line(error)}); {advice}") from error
+        raise UserError(f"{what}: could not download {url} ({first_line(error)}); {advice}") from error
     return path
 
 
@@ -82,7 +77,7 @@ def hub_file(what: str, repository: str, filenames: Sequence[str], offline: bool
         except Exception as error:  # the hub's client raises a dozen kinds of errors
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{what}: could not download {repository} ({reason}); {advice}") from error
         print(f"{what}: downloaded {repo} at revision {path.parents[filename.count('/')].name}", flush=True)
         return path
@@ -95,23 +90,18 @@ def first_on_each_machine(action: Callable[[], T]) -> T:
     Returns what `action` returns on this process. The others wait as long as the first ones need.
 
     Raises:
-        UserError: on every process, if it was raised on one.
+        UserError: another process failed.
     """
     from accelerate import PartialState
 
     state = PartialState()
-    if state.num_processes == 1:
-        return action()
-    result = failure = None
     if state.is_local_main_process:
+        result = action()
+    if state.num_processes > 1:
+        patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         try:
-            result = action()
-        except UserError as error:
-            failure = str(error)
-    failures = [None] * state.num_processes
-    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    dist.all_gather_object(failures, failure, group=patient_group)
-    dist.destroy_process_group(patient_group)
-    for failure in filter(None, failures):
-        raise UserError(failure)
+            dist.barrier(patient_group)
+        except RuntimeError:
+            raise UserError("another process did not get its files; its output says why") from None
+        dist.destroy_process_group(patient_group)
     return result if state.is_local_main_process else action()

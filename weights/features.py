@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
 from loss.lpips import LPIPS, trained_lpips
 from metrics.features import (
     CONVOLUTION_GRID,
@@ -20,7 +19,7 @@ from metrics.features import (
 from models.encoder_table import encoder_spec
 from models.encoders import Encoder, unwrapped
 from weights.checkpoint_io import read_checkpoint
-from weights.downloads import first_on_each_machine, is_offline, one_line, torch_hub_file
+from weights.downloads import first_on_each_machine, is_offline, torch_hub_file
 from weights.encoders import given_files, load_encoder_weights, weights_file
 
 
@@ -77,10 +76,7 @@ def inception_file(given: str | None, offline: bool) -> Path:
 def load_inception(path: Path) -> Inception:
     """Inception-2015 with a file's weights, which are checked to be plain data before torch-fidelity reads them."""
     read_checkpoint(path, "weights of inception", inert=False)
-    try:
-        return Inception(path)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not torch-fidelity's Inception-2015 ({one_line(error)})") from error
+    return Inception(path)
 
 
 def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
@@ -96,7 +92,4 @@ def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
         vgg_path = first_on_each_machine(lambda: torch_hub_file("VGG16 for LPIPS", url, offline, advice))
     vgg = read_checkpoint(vgg_path, "VGG16 weights")
     package = Path(importlib.util.find_spec("lpips").origin).parent
-    try:
-        return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))
-    except KeyError as error:
-        raise UserError(f"VGG16 weights {vgg_path}: no {error.args[0]}; expected torchvision's state dict") from error
+    return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))

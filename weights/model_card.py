@@ -115,9 +115,8 @@ def measured(file: Path, vae_hash: str) -> str:
             made = (results["manifest"] or {}).get("samples", {})
             subject = f"{results['samples']['count']} samples against {Path(results['reference']['path']).name}"
             if made:
-                sampler = f"{made['mode']}, {made['num_steps']} steps, guidance {made['cfg_scale']:g}"
-                if made["cfg_scale"] > 1:
-                    sampler += f" for t from {made['guidance_low']:g} to {made['guidance_high']:g}"
+                sampler = f"{made['mode']}, {made['num_steps']} steps, guidance {made['cfg_scale']:g} for t from "
+                sampler += f"{made['guidance_low']:g} to {made['guidance_high']:g}"
                 subject += f", of {made['experiment']} at step {made['train_steps']} ({made['model']}; {sampler})"
             known = made.get("vae_fingerprint")
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import UserError, unknown_name
 from models.autoencoder import AutoencoderKL
 from models.encoder_table import encoder_specs
-from models.sit import SIT_SIZES, SiT, SiT_models
+from models.sit import SiT, SiT_models
 from weights.checkpoint_io import (
     BEST_CHECKPOINT,
     check_weights,
@@ -32,7 +32,13 @@ from weights.checkpoint_io import (
 from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae, stated_architecture
 
 # the settings of published runs whose flags lack these
-REFERENCE_DEFAULTS = {"resolution": 256, "num_classes": 1000, "path_type": "linear", "encoder_depth": 8}
+REFERENCE_DEFAULTS = {
+    "resolution": 256,
+    "num_classes": 1000,
+    "cfg_prob": 0.1,
+    "path_type": "linear",
+    "encoder_depth": 8,
+}
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 SIT_KEYS = ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE, "final_layer.linear.weight")
 NORMALISER = "bn.running_var"
@@ -117,8 +123,8 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
 def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[str, Tensor], str, dict]:
     """A transformer's weights in float32 and without wrappers' prefixes; which these are; and its run's flags.
 
-    They are the first of `ema`, `model`, `state_dict` and the checkpoint itself; those of no SiT, or one that predicts
-    other things, are a UserError. Where the flags' number of classes does not fit the label table, the table is right.
+    They are the first of `ema`, `model`, `state_dict` and the checkpoint itself; those of no SiT are a UserError. The
+    number of classes is that of the label table, whatever the flags say.
     """
     part = next((key for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if part is None else checkpoint[part]
@@ -126,13 +132,8 @@ def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[st
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if missing := [key for key in SIT_KEYS if key not in state]:
         raise UserError(f"{source}: no {missing[0]} inside; expected the weights of a SiT, alone or as ema")
-    _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if len(state["final_layer.linear.weight"]) == 2 * channels * patch**2:
-        what = "predicts twice the channels, like DiT's and SiT's own files, which predict noise or reverse time"
-        raise UserError(f"{source}: {what}; expected a transformer of REPA or REPA-E")
-    flags, rows = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}, len(state[LABEL_TABLE])
-    if flags["num_classes"] not in (rows, rows - 1):
-        flags["num_classes"] = rows - (flags.get("cfg_prob", 0.1) > 0)  # the last row is the null label
+    flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
+    flags["num_classes"] = len(state[LABEL_TABLE]) - (flags["cfg_prob"] > 0)  # the last row is the null label
     return state, {"ema": "ema", None: "a bare state dict"}.get(part, f"{part} (no ema inside)"), flags
 
 
@@ -191,7 +192,9 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
         return
     checkpoint = read_weights(Path(args.sit_ckpt), "transformer weights")
     ema, taken, flags = read_transformer(checkpoint, Path(args.sit_ckpt), source)
-    refuse_other_size(ema, sit, args.model, source)
+    found, expected = (tuple(part["x_embedder.proj.weight"].shape) for part in (ema, sit.state_dict()))
+    if found != expected:
+        raise UserError(f"{source}: x_embedder.proj.weight has shape {found}, expected {expected}; another --model?")
     state, changes = fit_weights(ema, flags, sit, args.enc_type)
     load_weights(sit, state, source)
     step = f" of step {checkpoint['steps']}" if "steps" in checkpoint else ""
@@ -204,18 +207,6 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
         )
     if "model" in flags and flags["path_type"] != args.path_type:  # without flags it is unknown
         log(f"warning: {source}: trained with --path-type {flags['path_type']}, not {args.path_type}")
-
-
-def refuse_other_size(ema: dict[str, Tensor], sit: SiT, model: str, source: str) -> None:
-    """Raise a UserError that names the right --model, unless `ema` has the depth, width and patch size of `sit`."""
-    width, _, patch, _ = ema["x_embedder.proj.weight"].shape
-    depth = len({key.split(".")[1] for key in ema if key.startswith("blocks.")})
-    if (depth, width, patch) != (len(sit.blocks), sit.pos_embed.shape[2], sit.patch_size):
-        names = [f"{name}/{patch}" for name, size in SIT_SIZES.items() if size[:2] == (depth, width)]
-        raise UserError(
-            f"{source}: a transformer of {depth} blocks of width {width} and patch {patch}, but --model is "
-            f"{model}; " + (f"use --model {names[0]}" if names else "no --model has this size")
-        )
 
 
 def fit_weights(ema: dict[str, Tensor], flags: dict, sit: SiT, enc_type: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -29,10 +29,10 @@ from weights.downloads import first_on_each_machine, hub_file
 DIFFUSERS = "diffusers:"  # prefix of a --vae whose architecture is in diffusers' config.json
 CONFIG = "config.json"
 STEM = "diffusion_pytorch_model"
-DIFFUSERS_FILES = (f"{STEM}.safetensors", f"{STEM}.bin")
-# where those are missing: an index of shards, or lower precision
-ENDS = (".safetensors.index.json", ".bin.index.json", ".fp16.safetensors", ".fp16.bin", ".safetensors.index.fp16.json")
-RARER = tuple(STEM + end for end in ENDS)
+DIFFUSERS_FILES = (  # whole, an index of shards, or in half precision
+    *(f"{STEM}.safetensors", f"{STEM}.bin", f"{STEM}.safetensors.index.json", f"{STEM}.bin.index.json"),
+    *(f"{STEM}.fp16.safetensors", f"{STEM}.fp16.bin", f"{STEM}.safetensors.index.fp16.json"),
+)
 SUBFOLDERS = ("vae/", "")  # the VAE's place in a repository: of a pipeline, or of a VAE alone
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -72,12 +72,8 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
     else:
         raise UserError(unknown_name("vae", name, VAE_CONFIGS))
     if published is not None and from_diffusers_config(published, str(weights)) != config:
-        if path.name.startswith(STEM):
-            raise UserError(
-                f"VAE weights {weights}: {CONFIG} describes another architecture than {name}; take --vae "
-                f"{DIFFUSERS}{weights}"
-            )
-        published = None  # of other weights in the folder
+        what = f"{CONFIG} describes another architecture than {name}"
+        raise UserError(f"VAE weights {weights}: {what}; take --vae {DIFFUSERS}{weights}")
     return VAESource(name, config, path, published)
 
 
@@ -93,7 +89,7 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     if path.is_dir():
         for folder in (path / subfolder for subfolder in SUBFOLDERS):
             if (folder / CONFIG).is_file():
-                files = [folder / name for name in DIFFUSERS_FILES + RARER if (folder / name).is_file()][:1]
+                files = [folder / name for name in DIFFUSERS_FILES if (folder / name).is_file()][:1]
                 files = files or list(folder.glob("*.safetensors"))
                 if len(files) != 1:
                     raise UserError(f"VAE weights {folder}: {len(files)} files of weights beside {CONFIG}; name one")
@@ -102,15 +98,8 @@ def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
     is_path = path.suffix in WEIGHT_SUFFIXES or Path(path.parts[0]).is_dir() or not REPOSITORY.fullmatch(text)
     if path.is_file() or is_path:
         config = path.with_name(CONFIG)
-        if path.suffix == ".pt" or not config.is_file():
-            return path, None
-        if path.name.startswith(STEM):
-            return path, read_json(config)
-        try:  # it may be of anything else in the folder
-            found = read_json(config)
-            return path, found if found["_class_name"] == "AutoencoderKL" else None
-        except (ValueError, KeyError, TypeError):
-            return path, None
+        is_described = path.name.startswith(STEM) and config.is_file()  # else it may be of anything else in the folder
+        return path, read_json(config) if is_described else None
     config, weights = first_on_each_machine(lambda: hub_files(text, offline))
     return weights, read_json(config)
 
@@ -125,10 +114,7 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
     advice = "nor is there such a file or folder; --vae-ckpt takes a file, a folder or ORGANISATION/NAME[@REVISION]"
     config = hub_file(what, repository, [folder + CONFIG for folder in SUBFOLDERS], offline, advice)
     folder = next(folder for folder in SUBFOLDERS if str(config).endswith(f"/{folder}{CONFIG}"))
-    try:
-        weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
-    except UserError:
-        weights = hub_file(what, repository, [folder + name for name in RARER], offline, advice)
+    weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
     for file in shards(weights):
         hub_file(what, repository, [folder + file.name], offline, advice)
     return config, weights
