@@ -233,11 +233,9 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
             together = batches[first : first + world]
             if state.process_index < len(together):
                 indices = list(together[state.process_index])
-                # repeated rows keep compiled code to one shape; they are thrown away
-                filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
-                pixels, finite = sample_pixels(run.sit, run.vae, filled, sampling)
-                finite, _ = to_host(finite[:, : len(indices)])  # complete when the pixels are, which are copied later
-                pixels, wait = to_host(pixels[: len(indices)].permute(0, 2, 3, 1))
+                pixels, finite = sample_pixels(run.sit, run.vae, indices, sampling, size if args.compile else 0)
+                finite, _ = to_host(finite)  # complete when the pixels are, which are copied later
+                pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
                 begin = partial(wait_for_finite, wait, finite, indices, sampling, run.sit.num_classes)
                 write(files.writes(indices, pixels), begin, sum(map(len, together)))
 
