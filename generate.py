@@ -127,32 +127,31 @@ def find_label(word: str, run: Experiment, log: Callable[[str], None]) -> int:
     return label
 
 
-def class_titles(args: argparse.Namespace, run: Experiment) -> list[str]:
-    """The names of --classes, or labels where a class has none; empty if no class has a name."""
-    names = dict(enumerate(run.class_names))
-    return [names.get(label, str(label)) for label in args.classes or () if names]
+def check_run(args: argparse.Namespace, run: Experiment, log: Callable[[str], None]) -> list[str]:
+    """Turn --classes into labels; return their titles: names, or labels where a class has none, or [] if none has one.
 
-
-def check_run(args: argparse.Namespace, run: Experiment, log: Callable[[str], None]) -> None:
-    """Turn --classes into labels; a UserError for those, guidance or an interpolant the run was not trained with."""
+    Raises a UserError for classes, guidance or an interpolant that the run was not trained with.
+    """
     path_type = run.flags["path_type"]
     if args.classes:
         args.classes = [find_label(word, run, log) for word in args.classes]
     elif args.labels == "data" and not run.class_counts:
         what = f"--labels data: the checkpoint of {run.name} does not say how many training images each class had"
         raise UserError(f"{what}; use random or balanced")
-    if titles := class_titles(args, run):
+    names = dict(enumerate(run.class_names))
+    if titles := [names.get(label, str(label)) for label in args.classes or () if names]:
         log("classes: " + ", ".join(f"{label} ({title})" for label, title in zip(args.classes, titles, strict=True)))
     if args.cfg_scale > 1 and run.sit.null_label is None:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: the run was trained without dropping labels; use 1")
     if args.path_type not in (None, path_type):
         raise UserError(f"--path-type {args.path_type}: the run was trained with {path_type}; leave the flag out")
+    return titles
 
 
-def describe(args: argparse.Namespace, run: Experiment) -> dict:
-    """Everything that determines the samples."""
+def describe(args: argparse.Namespace, run: Experiment, titles: list[str]) -> dict:
+    """Everything that determines the samples; `titles` are those of --classes."""
     guided = args.cfg_scale > 1
-    classes = {"class_names": class_titles(args, run)} if args.classes else {"class_counts": list(run.class_counts)}
+    classes = {"class_names": titles} if args.classes else {"class_counts": list(run.class_counts)}
     return {
         "experiment": run.name,
         "train_steps": run.step,
@@ -233,11 +232,9 @@ def make_missing(files: SampleFiles, run: Experiment, args: argparse.Namespace, 
             together = batches[first : first + world]
             if state.process_index < len(together):
                 indices = list(together[state.process_index])
-                # repeated rows keep compiled code to one shape; they are thrown away
-                filled = indices + indices[-1:] * (size - len(indices)) if args.compile else indices
-                pixels, finite = sample_pixels(run.sit, run.vae, filled, sampling)
-                finite, _ = to_host(finite[:, : len(indices)])  # complete when the pixels are, which are copied later
-                pixels, wait = to_host(pixels[: len(indices)].permute(0, 2, 3, 1))
+                pixels, finite = sample_pixels(run.sit, run.vae, indices, sampling, size if args.compile else 0)
+                finite, _ = to_host(finite)  # complete when the pixels are, which are copied later
+                pixels, wait = to_host(pixels.permute(0, 2, 3, 1))
                 begin = partial(wait_for_finite, wait, finite, indices, sampling, run.sit.num_classes)
                 write(files.writes(indices, pixels), begin, sum(map(len, together)))
 
@@ -283,8 +280,8 @@ def main() -> None:
     state = process_state()
     log = print if state.is_main_process else lambda text: None
     run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), log)
-    check_run(args, run, log)
-    files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run), args.png, args.npz)
+    titles = check_run(args, run, log)
+    files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run, titles), args.png, args.npz)
     files.check()
     what = f"{files.count} samples of {files.resolution} px"
     require_space(args.sample_dir, files.bytes_needed, what)
@@ -302,7 +299,7 @@ def main() -> None:
         if state.is_main_process:
             files.finish()
             if args.grid:
-                write_grid(files, args, class_titles(args, run))
+                write_grid(files, args, titles)
             files.clean()
             written = (files.png_folder, files.npz_file, files.picture, files.manifest)
             print(f"{what}: " + ", ".join(str(path) for path in written if path.exists()))

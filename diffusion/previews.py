@@ -6,8 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from diffusion.samplers import Guidance, sample_ode
-from diffusion.sampling import decode_pixels, generator_for, labels_with_images
+from diffusion.sampling import Sampling, labels_with_images, sample_pixels
 from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
 from models.sit import SiT
 
@@ -47,12 +46,8 @@ def sample_grid(
     ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nullcontext, class_counts: Sequence[int] = ()
 ) -> Tensor:
     """64 samples over all labels with images: Euler, 50 steps, guidance 4, always the same noise; (3,H,W) uint8."""
-    device = next(vae.parameters()).device
-    shape = (SAMPLES, ema.in_channels, ema.input_size, ema.input_size)
-    noise = torch.randn(shape, generator=generator_for(seed, "preview", 0)).to(device)
-    known = torch.tensor(labels_with_images(class_counts, ema.num_classes), device=device)
-    labels = known[torch.arange(SAMPLES, device=device) * len(known) // SAMPLES]
-    guidance = None if ema.null_label is None else Guidance(GUIDANCE_SCALE, ema.null_label)
-    with autocast():
-        z_norm = sample_ode(lambda x, t, y: ema(x, t, y, project=False)[0], noise, labels, STEPS, guidance)
-        return grid(decode_pixels(vae, ema.denormalise(z_norm.float()))[0])
+    known = labels_with_images(class_counts, ema.num_classes)
+    labels = tuple(known[i * len(known) // SAMPLES] for i in range(SAMPLES))
+    scale = 1.0 if ema.null_label is None else GUIDANCE_SCALE
+    sampling = Sampling(seed=seed, num_steps=STEPS, cfg_scale=scale, classes=labels, autocast=autocast)
+    return grid(sample_pixels(ema, vae, list(range(SAMPLES)), sampling)[0])

@@ -94,12 +94,16 @@ def cast_weights(network: nn.Module, mixed_precision: str) -> None:
 
 
 @torch.no_grad()
-def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+def sample_pixels(
+    sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling, rows: int = 0
+) -> tuple[Tensor, Tensor]:
     """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU.
 
+    Compiled networks see one shape if a smaller batch is filled up to `rows`; what fills it is thrown away.
     The second tensor is for `check_finite`, (2,B) bool: whether each one's latents, and its decoded image, are finite.
     """
-    device = next(sit.parameters()).device
+    device, count = next(sit.parameters()).device, len(indices)
+    indices = indices + indices[-1:] * (rows - count)
     noise = sampling_noise(sampling.seed, indices, (sit.in_channels, sit.input_size, sit.input_size))
     labels = torch.tensor(sample_labels(sampling, sit.num_classes, indices))
     (labels,) = to_device([labels], device)
@@ -123,7 +127,7 @@ def sample_pixels(sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sa
     z = sit.denormalise(z_norm).float()
     with sampling.autocast():
         pixels, finite = decode_pixels(vae, z)
-    return pixels, torch.stack([rows_finite(z), finite])
+    return pixels[:count], torch.stack([rows_finite(z), finite])[:, :count]
 
 
 @torch.no_grad()

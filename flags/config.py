@@ -1,4 +1,4 @@
-"""`--config FILE`: flags from a file, such as a preset of configs/presets/ or another run's args.json.
+"""Flags from the command line, from `--config FILE`, such as a preset or another run's args.json, and from accelerate.
 
 A file is YAML or JSON. It holds flags, `batch_size: 256`, and sections named after scripts, `train_repae:`. A script
 reads the flags outside all sections and those of its own section. The command line overrides the section, which
@@ -13,18 +13,19 @@ import os
 import re
 import sys
 import textwrap
-from dataclasses import fields
 from pathlib import Path
 
-from errors import Parser, UserError, first_line, nearest, unknown_name
-from flags.launcher import launcher_settings, refuse_sharding
+from errors import Parser, UserError, first_line, nearest
 from loss.vae_loss import VAELossConfig
 
 SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "save_vae_weights", "cache_latents"),
     *("train_ldm_only", "generate", "evaluate"),
 )
-LAUNCHER = "accelerate launch"
+LAUNCHER = "accelerate launch"  # whose settings reach a script as environment variables
+# those that are flags here too, with the value that accelerate also sends where nothing was set
+SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # each process would hold a part of the weights
 
 
 def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse.Namespace:
@@ -67,6 +68,20 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
             if (ours := str(getattr(args, name))) != value:
                 print(f"{name}={ours} takes precedence over accelerate's {value}", flush=True)
     return args
+
+
+def launcher_settings() -> dict[str, str]:
+    """The flags of `SHARED` that accelerate sets, by name."""
+    found = {name: os.environ.get(f"ACCELERATE_{name.upper()}", unset).lower() for name, unset in SHARED.items()}
+    return {name: value for name, value in found.items() if value not in ("", SHARED[name])}
+
+
+def refuse_sharding() -> None:
+    """Raise a UserError if accelerate is to shard the networks, which training replicates."""
+    for name in SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):
+            how = "every process holds all weights; start it by accelerate launch --multi_gpu, or by torchrun"
+            raise UserError(f"accelerate's {name} is not supported: {how}")
 
 
 def parse_into(parser: Parser, words: list[str], values: dict) -> tuple[dict, str]:
@@ -115,6 +130,9 @@ def to_words(name: str, value: object, default: object, what: str) -> list[str]:
 
 def load_loss_config(path: str) -> VAELossConfig:
     """Read the `losses:` section of a YAML like configs/l1_lpips_kl_gan.yaml."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     what = f"--loss-cfg-path {path}"
     config = read_yaml(path, what)
     losses = config.get("losses")
@@ -123,16 +141,14 @@ def load_loss_config(path: str) -> VAELossConfig:
     mode = ((config.get("model") or {}).get("vq_model") or {}).get("quantize_mode", "vae")
     if mode != "vae":
         raise UserError(f"{what}: model.vq_model.quantize_mode is {mode!r}; only vae is supported")
-    known = {field.name: type(field.default) for field in fields(VAELossConfig)}
-    for name, value in losses.items():
-        if name not in known:
-            raise UserError(f"{what}: " + unknown_name("key below losses:", name, known))
-        if isinstance(value, bool) or not isinstance(value, str if known[name] is str else (int, float)):
-            raise UserError(f"{what}: losses.{name} is {value!r}, expected {known[name].__name__}")
+    try:
+        loss = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VAELossConfig), losses))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{what}: losses.{error.full_key}: {first_line(error)}") from None
     for name, allowed in {"reconstruction_loss": ("l1", "l2"), "perceptual_loss": ("lpips",)}.items():
-        if losses.get(name, allowed[0]) not in allowed:
-            raise UserError(f"{what}: losses.{name} is {losses[name]!r}, expected {' or '.join(allowed)}")
-    return VAELossConfig(**{name: known[name](value) for name, value in losses.items()})
+        if (value := getattr(loss, name)) not in allowed:
+            raise UserError(f"{what}: losses.{name} is {value!r}, expected {' or '.join(allowed)}")
+    return loss
 
 
 def read_yaml(path: str, what: str) -> dict:

@@ -12,23 +12,18 @@ class Moments:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self.count = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.sum: Tensor | None = None
-        self.outer: Tensor | None = None
+        self.count, self.sum, self.outer = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def update(self, features: Tensor) -> None:
         """Add features (B,D), of any float type; B may be 0."""
         features = features.to(self.device).double()
-        if self.sum is None:
-            self.sum = torch.zeros(features.shape[1], dtype=torch.float64, device=self.device)
-            self.outer = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=self.device)
         self.count += len(features)
-        self.sum += features.sum(0)
-        self.outer.addmm_(features.T, features)
+        self.sum = self.sum + features.sum(0)
+        self.outer = torch.addmm(self.outer, features.T, features)
 
     def over_processes(self) -> None:
         """Add the sums of all other processes; call once, after the last batch."""
-        if self.sum is not None and distributed_world_size() > 1:
+        if distributed_world_size() > 1:
             for total in (self.count, self.sum, self.outer):
                 dist.all_reduce(total)
 

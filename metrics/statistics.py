@@ -69,7 +69,7 @@ class SetStatistics:
     def moments(self, network: str) -> dict[str, Tensor]:
         """Mean and covariance by the names of ADM's reference files: mu, sigma, and mu_s, sigma_s of Inception."""
         found = dict(zip(("mu", "sigma"), self.pool.mean_and_covariance(), strict=True))
-        if self.spatial.sum is not None:
+        if self.spatial.count:
             found.update(zip(("mu_s", "sigma_s"), self.spatial.mean_and_covariance(), strict=True))
         if not all(values.isfinite().all() for values in found.values()):
             raise UserError(f"the features of {network} are not finite; its weights are damaged or of another network")

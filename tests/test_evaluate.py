@@ -336,11 +336,11 @@ def test_evaluation_shows_compiled_networks_one_shape_and_measures_no_sample_tha
     network = argparse.Namespace(name="network", module=lambda pixels: Features(seen.append(len(pixels)) or pixels))
     evaluation = object.__new__(Evaluation)
     settings = {"count": 5, "batch_size": 3, "rank": 0, "world": 1, "device": torch.device("cpu"), "sampling": None}
-    vars(evaluation).update(settings, compiled=compiled, networks=[network], hosts=None)
+    vars(evaluation).update(settings, rows=3 * compiled, networks=[network], hosts=None)
     evaluation.moments = {"network": {"mu": torch.zeros(2), "sigma": torch.eye(2)}}
 
-    def sample(ema, vae, indices, sampling) -> tuple[torch.Tensor, torch.Tensor]:
-        sampled.append(len(indices))
+    def sample(ema, vae, indices, sampling, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        sampled.append(max(len(indices), rows))
         return torch.tensor(indices)[:, None] * torch.ones(2), finite
 
     monkeypatch.setattr("training.evaluation.sample_pixels", sample)

@@ -225,8 +225,8 @@ def test_an_untrained_discriminator_is_warned_of(flags, step, factor, warned):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("losses: {kl_wieght: 1}", "did you mean 'kl_weight'"),
-        ("losses: {kl_weight: much}", "losses.kl_weight is 'much', expected float"),
+        ("losses: {kl_wieght: 1}", "Did you mean: 'kl_weight'?"),
+        ("losses: {kl_weight: much}", "losses.kl_weight: Value 'much'"),
     ],
 )
 def test_loss_yaml_errors(tmp_path, text, message):

@@ -74,7 +74,8 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace, run: Run, images):
         self.count, self.batch_size = args.eval_samples, run.micro_batch
-        self.compiled = args.compile and run.device.type == "cuda"
+        # in joint training the decoder is compiled, for one shape
+        self.rows = self.batch_size if args.compile and run.device.type == "cuda" else 0
         self.hosts = run.hosts
         self.rank, self.world, self.device = run.accelerator.process_index, run.world, run.device
         autocast = autocast_factory(run.device, args.mixed_precision)
@@ -114,10 +115,8 @@ class Evaluation:
         indices = list(range(self.rank, self.count, self.world))
         parts = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         for part in progress_bar(parts, desc="evaluation", unit="batch", leave=False, disable=self.rank > 0):
-            # in joint training the decoder is compiled, for one shape
-            filled = part + part[-1:] * (self.batch_size - len(part)) if self.compiled else part
-            pixels, finite = sample_pixels(ema, vae, filled, self.sampling)
-            pixels, bad = pixels[: len(part)], bad | ~finite.all()
+            pixels, finite = sample_pixels(ema, vae, part, self.sampling, self.rows)
+            bad |= ~finite.all()
             for network, statistics in zip(self.networks, seen, strict=True):
                 statistics.update(torch.tensor(part), extract_features(network.module, pixels))
         (bad,) = all_reduce_max([int(bad)], self.hosts)
