@@ -95,8 +95,6 @@ def test_the_watch_sees_a_host_that_waits_after_the_warm_up(tmp_path, monkeypatc
 
 
 def test_every_failure_is_named(tmp_path, monkeypatch):
-    """Made-up runs: a good one, and one for each check that fails."""
-
     def found(first=None, again=None, losses=None, restarted=None) -> list[str]:
         good = {"first_step": 1, "recompiled": 0, "graph_breaks": 0, "waits": [], "memory": 1, "graphs": 8}
         log = [{"step": i + 1, "images_per_second": 1.0, **dict.fromkeys(FALLING, -float(i))} for i in range(LAST)]
@@ -118,8 +116,9 @@ def test_every_failure_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_tiny_training_passes_the_check(tmp_path):
-    """Falling losses, the same ones after SIGKILL, nothing recompiled, no host that waits."""
+def test_a_tiny_training_passes_the_check(tmp_path, monkeypatch):
+    for constant, value in (("CHECKPOINT", 10), ("LAST", 20)):
+        monkeypatch.setattr(f"benchmarks.gpu_check.{constant}", value)
     make_workspace(tmp_path, TINY, workers=1)
     found = check(tmp_path, "tiny", TINY, "cpu")
     assert found["failed"] == []
@@ -127,7 +126,7 @@ def test_a_tiny_training_passes_the_check(tmp_path):
     assert found["restart_difference"] == 0
     assert found["flops_per_second"] > 0
     log = tmp_path / "exps/tiny/metrics.jsonl"
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, LAST + 1))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
 
 
 @pytest.mark.slow
