@@ -86,7 +86,7 @@ def joint(tmp_path_factory, tiny_data, tiny_vae, vgg_weights):
 
 @pytest.fixture(scope="session")
 def whole_run(joint):
-    """An uninterrupted joint run of LAST steps (six epochs), with pictures on the way."""
+    """An uninterrupted joint run of LAST steps (three epochs), with pictures on the way."""
     from scripts import LAST, run
 
     output, flags = joint

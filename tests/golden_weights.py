@@ -1,5 +1,7 @@
 """The golden values' weights: every tensor is a function of its name and shape, so none are stored."""
 
+import functools
+import json
 import zlib
 from pathlib import Path
 
@@ -26,6 +28,14 @@ def filled(key: str, shape: tuple[int, ...], prefix: str = "") -> Tensor:
     else:
         values = 0.1 * values + (1.0 if key.endswith("weight") else 0.0)
     return torch.tensor(values, dtype=torch.float32).reshape(shape)
+
+
+@functools.cache
+def lpips_state() -> dict[str, Tensor]:
+    """LPIPS' golden weights but its scaling layer; so many that they are filled once a process."""
+    shapes = json.loads((GOLDEN / "state_dicts.json").read_text())["lpips (taming layout)"]
+    shapes = {key: tuple(shape) for key, shape in shapes.items() if not key.startswith("scaling_layer")}
+    return {key: filled(key, shape, "perceptual_loss.lpips.") for key, shape in shapes.items()}
 
 
 @torch.no_grad()

@@ -33,7 +33,6 @@ class Hub(NamedTuple):
     requests: list[tuple[str, str]]
 
     def downloads(self) -> list[str]:
-        """The paths of files that were sent."""
         return [path for method, path in self.requests if method == "GET" and path in self.files]
 
 

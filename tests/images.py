@@ -12,7 +12,6 @@ CLASSES = ("ape", "bee", "cat")
 
 
 def photo(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A smooth random picture."""
     small = np.random.RandomState(seed).randint(0, 256, (4, 4, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 

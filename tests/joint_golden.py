@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from golden_weights import fill, golden
+from golden_weights import fill, golden, lpips_state
 from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import build_vae
@@ -22,7 +22,8 @@ CONFIG = JointStepConfig(loss=VAELossConfig(), autocast=contextlib.nullcontext)
 
 def golden_lpips() -> LPIPS:
     """LPIPS with golden weights; its linear heads are non-negative."""
-    lpips = fill(LPIPS(), "perceptual_loss.lpips.", keep=("scaling_layer",))
+    lpips = LPIPS()
+    lpips.load_state_dict({**lpips.state_dict(), **lpips_state()})
     for i in range(5):
         getattr(lpips, f"lin{i}").model[0].weight.abs_()
     return lpips

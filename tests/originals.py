@@ -114,5 +114,4 @@ def tiny_spec(name: str, **options: object) -> EncoderSpec:
 
 
 def tiny_encoder(name: str, grid: int = 16) -> Encoder:
-    """The encoder of `tiny_spec`."""
     return Encoder(tiny_spec(name), grid)

@@ -31,12 +31,10 @@ STATISTICS = {"latents_scale": torch.tensor([0.5, 1, 2, 4.0]), "latents_bias": t
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """A state dict as a wrapper saves it."""
     return {prefix + key: value for key, value in state.items()}
 
 
 def fresh_vae(seed: int = 0) -> AutoencoderKL:
-    """A VAE of random weights."""
     torch.manual_seed(seed)
     return build_vae(VAE).eval()
 

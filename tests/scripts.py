@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 # on CPUs accelerate launches a single process, whatever number it is given
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1")
-LAST = 24  # steps of the joint run that others are compared to
+LAST = 12  # steps of the joint run that others are compared to
 TINY = (
     *("--report-to", "none", "--mixed-precision", "no", "--num-workers", "1", "--resolution", "32"),
     *("--batch-size", "4", "--vae", "f4d4-tiny"),
@@ -36,7 +36,6 @@ TINY_SIT = (
 
 
 def torchrun(processes: int) -> tuple[str, ...]:
-    """What launches a script on several processes."""
     return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
 
 
@@ -58,6 +57,7 @@ def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
     ):
         patch.setattr("sys.argv", [script, *map(str, flags)])
         patch.setenv("WANDB_MODE", "offline")
+        patch.setattr("diffusion.previews.STEPS", 2)  # pictures are quick, and a part of no run's state
         run_script(module.main)
     sys.stdout.write(stdout.getvalue())
     return subprocess.CompletedProcess([script], end.value.code or 0, stdout.getvalue(), stderr.getvalue())

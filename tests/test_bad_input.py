@@ -15,7 +15,7 @@ import published
 from good import cache_flags, good_flags, write_good_files
 from images import make_data
 from models.autoencoder import VAE_CONFIGS
-from scripts import ROOT, files_limited_to, refusal, run, run_process
+from scripts import ROOT, files_limited_to, refusal, run
 from storage import files
 from weights.checkpoint_io import vae_files
 from weights.diffusers_layout import to_diffusers_config
@@ -149,7 +149,6 @@ LEFT_OUT = {
 
 
 def flip_a_bit(path: Path) -> None:
-    """Change one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -281,11 +280,3 @@ def test_a_disk_that_fills_up_ends_training_with_one_line_and_keeps_the_last_che
     assert line.endswith("0000002.pt'; free some space and run the same again (REPAE_DEBUG=1 shows where)")
     assert checkpoint.read_bytes() == before
     assert os.listdir(checkpoint.parent) == [checkpoint.name]
-
-
-@pytest.mark.slow
-def test_as_a_process_too_it_is_one_line(places):
-    flags = good_flags("generate.py", places, places["out"])
-    failed = run_process("generate.py", *flags, "--path-type", "cosine", code=2)
-    (line,) = failed.stderr.splitlines()
-    assert line.startswith("error: ")

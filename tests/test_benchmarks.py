@@ -95,8 +95,6 @@ def test_the_watch_sees_a_host_that_waits_after_the_warm_up(tmp_path, monkeypatc
 
 
 def test_every_failure_is_named(tmp_path, monkeypatch):
-    """Made-up runs: a good one, and one for each check that fails."""
-
     def found(first=None, again=None, losses=None, restarted=None) -> list[str]:
         good = {"first_step": 1, "recompiled": 0, "graph_breaks": 0, "waits": [], "memory": 1, "graphs": 8}
         log = [{"step": i + 1, "images_per_second": 1.0, **dict.fromkeys(FALLING, -float(i))} for i in range(LAST)]

@@ -93,8 +93,11 @@ def test_without_own_checkpoints_those_of_another_run_are_the_start(folder, tmp_
 def test_the_best_is_kept_beside_and_never_deleted(folder):
     folder.directory.mkdir(parents=True)
     folder.best_note.write_text("{")  # damaged
-    folder.save_if_best({"steps": 5}, "a", "fid", {"fid": 3.0})
-    folder.save_if_best({"steps": 6}, "a", "fid", {"fid": float("nan")})
-    save(folder, 7, 8, 9, keep_last=1)
-    assert read_checkpoint(folder.directory / "best.pt")["steps"] == 5
-    assert json.loads(folder.best_note.read_text()) == {"measure": "a", "step": 5, "values": {"fid": 3.0}}
+    # after step 30 the run was interrupted and is at step 20 again; measure b cannot be compared to a
+    measured = ((10, "a", 5.0, 10), (20, "a", 7.0, 10), (30, "a", 3.0, 30), (20, "a", 7.0, 30), (40, "b", 9.0, 40))
+    for step, measure, value, best in (*measured, (50, "b", float("nan"), 40)):
+        folder.save_if_best({"steps": step}, measure, "fid", {"fid": value})
+        save(folder, step + 1, step + 2, keep_last=1)
+        assert read_checkpoint(folder.directory / "best.pt")["steps"] == best
+        assert json.loads(folder.best_note.read_text())["step"] == best
+    assert json.loads(folder.best_note.read_text()) == {"measure": "b", "step": 40, "values": {"fid": 9.0}}

@@ -58,7 +58,6 @@ def flags(world) -> tuple:
 
 @pytest.fixture(scope="module")
 def trained(world, flags) -> Path:
-    """A run of two steps without --num-classes."""
     run("train_ldm_only.py", *flags, "--exp-name", "follows", "--max-train-steps", 2)
     return world / "exps/follows"
 

@@ -47,7 +47,6 @@ GUIDANCE = {
 
 
 def parsed(script: str, *flags: object) -> dict:
-    """The flags of a script that a command line gives."""
     return vars(importlib.import_module(script).parse_args([*map(str, flags)]))
 
 
@@ -218,7 +217,6 @@ def test_the_command_line_overrides_the_section_which_overrides_the_flags_outsid
 
 @pytest.mark.slow
 def test_args_json_of_a_run_repeats_it(whole_run):
-    """And finds it finished."""
     path, checkpoint = whole_run / "args.json", whole_run / f"checkpoints/{LAST:07d}.pt"
     saved, before = path.read_text(), checkpoint.stat().st_mtime_ns
     assert parsed("train_repae", "--config", path) == json.loads(saved)

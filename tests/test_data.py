@@ -36,7 +36,6 @@ def cache(data, *flags, name="latents") -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Eighteen images in five shards, and a VAE."""
     root = tmp_path_factory.mktemp("sharded")
     published.write_vae(root / "vae")
     return make_data(root, per_class=6, shard_images=4)
@@ -111,7 +110,6 @@ def test_an_index_without_the_numbers_of_images_is_read(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def hdf5(data, tmp_path_factory):
-    """The images of `data` in the reference's HDF5 layout."""
     images = open_images(data)
     pixels, labels = zip(*(images[i] for i in range(len(images))), strict=True)
     path = tmp_path_factory.mktemp("hdf5") / "images.h5"

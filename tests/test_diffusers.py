@@ -20,11 +20,7 @@ from models.sit import SiT_models
 from scripts import TINY, TINY_SIT, equal, records, run
 from training.build import choose_patch
 from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically, write_new
-from weights.diffusers_layout import (
-    EARLIER_NAMES,
-    from_diffusers_config,
-    to_diffusers_state,
-)
+from weights.diffusers_layout import EARLIER_NAMES, from_diffusers_config, to_diffusers_state
 from weights.vae import diffusers_files, find_weights, has_statistics, known_statistics, load_vae, open_vae
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
@@ -218,7 +214,6 @@ def hub_of(files: dict[str, bytes], cache: Path, monkeypatch) -> Iterator[Hub]:
 
 
 def test_a_repository_of_the_hub(flux, tmp_path, monkeypatch):
-    """Of a pipeline, at a revision; once there, nothing is asked any more."""
     names = ("config.json", "diffusion_pytorch_model.safetensors")
     files = {f"/some/pipeline/resolve/v2/vae/{name}": Path(flux, name).read_bytes() for name in names}
     with hub_of({**files, "/some/pipeline/resolve/v2/model_index.json": b"{}"}, tmp_path / "hub", monkeypatch) as hub:

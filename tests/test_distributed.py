@@ -1,5 +1,6 @@
 """Two gloo processes at one global batch compute what one process does."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 
@@ -59,7 +60,17 @@ def double_nets(accumulation: int) -> JointNets:
 
 
 def part_of(draws: Draws, rows: Rows) -> Draws:
-    return Draws(*(tensor[rows.start : rows.stop] for tensor in draws))
+    """Rows of the draws, in float64."""
+    return Draws(*(tensor[slice(*rows)].double() for tensor in draws[:-1]), draws.drop[slice(*rows)])
+
+
+def micro_batches(rank: int, world: int, accumulation: int) -> Iterator[tuple[int, Rows, bool]]:
+    """STEPS global batches of eight: the step, this process's rows, and whether the micro-batch is the step's last."""
+    size = 8 // (world * accumulation)
+    for step in range(STEPS):
+        for micro in range(accumulation):
+            start = (micro * world + rank) * size
+            yield step, Rows(start, start + size), micro == accumulation - 1
 
 
 def joint_steps(rank: int, world: int, accumulation: int) -> dict:
@@ -70,18 +81,14 @@ def joint_steps(rank: int, world: int, accumulation: int) -> dict:
             setattr(nets, name, DistributedDataParallel(getattr(nets, name), broadcast_buffers=False))
     batch, draws, zs = small_batch(8)
     draws = draws._replace(drop=torch.tensor([False, True] * 4))
-    size = 8 // (world * accumulation)
     metrics = []
-    for step in range(STEPS):
-        for micro in range(accumulation):
-            rows = Rows((micro * world + rank) * size, (micro * world + rank + 1) * size)
-            mine = slice(rows.start, rows.stop)
-            nets.encoders = [lambda pixels, mine=mine: zs[mine].double()]
-            part = part_of(draws, rows)
-            part = Draws(part.posterior.double(), part.noise.double(), part.t.double(), part.drop)
-            with gradient_sync([nets.vae, nets.discriminator, nets.sit], sync=micro == accumulation - 1):
-                result = repae_step(nets, Batch(batch.pixels[mine], batch.labels[mine], step, rows), part, WITH_LECAM)
-        metrics.append({name: value for name, value in result.items() if value is not None})
+    for step, rows, last in micro_batches(rank, world, accumulation):
+        mine = slice(*rows)
+        nets.encoders = [lambda pixels, mine=mine: zs[mine].double()]
+        with gradient_sync([nets.vae, nets.discriminator, nets.sit], sync=last):
+            part = Batch(batch.pixels[mine], batch.labels[mine], step, rows)
+            result = repae_step(nets, part, part_of(draws, rows), WITH_LECAM)
+        metrics += [{name: value for name, value in result.items() if value is not None}] * last
     networks = {"vae": nets.vae, "discriminator": nets.discriminator, "sit": nets.sit, "ema": nets.ema}
     return {
         "networks": {k: unwrap(v).state_dict() for k, v in networks.items()},
@@ -121,15 +128,11 @@ def frozen_steps(rank: int, world: int, accumulation: int) -> dict:
     if world > 1:
         nets.sit = DistributedDataParallel(sit, broadcast_buffers=False)
     batch, draws = test_ldm_step.batch_and_draws(8)
-    draws = Draws(draws.posterior.double(), draws.noise.double(), draws.t.double(), draws.drop)
-    size = 8 // (world * accumulation)
-    for step in range(STEPS):
-        for micro in range(accumulation):
-            rows = Rows((micro * world + rank) * size, (micro * world + rank + 1) * size)
-            mine = slice(*rows)
-            part = Batch(batch.pixels[mine], batch.labels[mine], step, rows, batch.moments[mine])
-            with gradient_sync([nets.sit], sync=micro == accumulation - 1):
-                ldm_step(nets, part, part_of(draws, rows), test_ldm_step.CONFIG)
+    for step, rows, last in micro_batches(rank, world, accumulation):
+        mine = slice(*rows)
+        part = Batch(batch.pixels[mine], batch.labels[mine], step, rows, batch.moments[mine])
+        with gradient_sync([nets.sit], sync=last):
+            ldm_step(nets, part, part_of(draws, rows), test_ldm_step.CONFIG)
     return {"sit": sit.state_dict(), "ema": nets.ema.state_dict()}
 
 

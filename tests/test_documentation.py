@@ -54,7 +54,6 @@ def test_links_lead_somewhere(page):
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page."""
     found = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
@@ -100,7 +99,7 @@ def texts(node: ast.AST) -> Iterator[str]:
 def said_by_the_source() -> Iterator[str]:
     """Every text in the source, and the message that the watch over numbers composes."""
     for file in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
-        if "tests" not in file.parts:
+        if "tests" not in file.relative_to(ROOT).parts:
             yield from texts(ast.parse(file.read_text(encoding="utf8")))
     yield Watch(scaled=False).reason_to_stop([{"step": 7, "vae_loss": math.nan}])
 

@@ -37,9 +37,9 @@ def test_a_joint_run(capsys, joint, whole_run, tiny_vae):
     assert found["latents"] == "4x8x8, 16 tokens"
     sizes = "sit 4.89 M, ema 4.89 M, vae 0.293 M, discriminator 2.77 M, lpips 14.7 M; trained 7.95 M"
     assert found["parameters"] == sizes
-    assert found["steps"] == f"{LAST}, which are 5.3 epochs and 96 images; {LAST} to do"
+    assert found["steps"] == f"{LAST}, which are 2.7 epochs and 48 images; {LAST} to do"
     count, size = re.match(r"up to (\d+) checkpoints of ([\d.e-]+) GB each", found["disk"]).groups()
-    assert int(count) == 3 + 2  # every 10 steps and the last, and two rolling ones
+    assert int(count) == 2 + 2  # every 10 steps and the last, and two rolling ones
     assert float(size) * 1e9 == pytest.approx((whole_run / f"checkpoints/{LAST:07d}.pt").stat().st_size, rel=0.02)
     assert "will not fit" not in found["warnings"]
 

@@ -61,7 +61,6 @@ def test_files_that_hold_no_such_encoder(tmp_path):
 
 
 def tree(state: dict[str, torch.Tensor]) -> nn.Module:
-    """A module whose state dict is `state`."""
     root = Scripted()
     for key, value in state.items():
         *parents, name = key.split(".")

@@ -140,7 +140,6 @@ def test_on_windows_every_script_names_wsl_in_one_line(script, monkeypatch, caps
 
 
 def test_the_peak_of_memory_is_in_the_systems_unit(monkeypatch):
-    """Kilobytes on Linux, bytes on macOS."""
     cpu = torch.device("cpu")
     linux = peak_memory(cpu)
     assert 2**26 < linux < 2**40

@@ -14,18 +14,14 @@ from examples.round_trip import latent_statistics
 from images import photo
 from scripts import ROOT, run
 
-EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
-
 
 def run_example(name: str, *words: object, capsys) -> str:
-    """Run an example in this process; returns what it printed."""
     run(f"examples.{name}", *words)
     return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def exported(good, tmp_path_factory) -> Path:
-    """The folder of diffusers with the VAE of a joint run."""
     root = tmp_path_factory.mktemp("exported")
     run("save_vae_weights.py", "--repae-ckpt", good["joint_ckpt"], "--save-dir", root, "--format", "diffusers")
     return root / "e2e-vae"
@@ -81,9 +77,3 @@ def test_samples_are_those_of_generate(tmp_path, capsys):
         (png,) = (tmp_path / "samples").glob(f"*/{index:06d}.png")
         difference = np.asarray(Image.open(png)).astype(int) - picture[top : top + 32, left : left + 32]
         assert np.abs(difference).max() <= 1
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_each_example_says_its_own_command_line(example):
-    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf8")))
-    assert f"python -m examples.{example.stem} " in docstring

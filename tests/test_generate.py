@@ -41,7 +41,6 @@ SHAPE = (4, 8, 8)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A joint and a frozen-VAE run in the published layout."""
     root = tmp_path_factory.mktemp("published")
     published.write_run(root / "joint", joint=True, args_inside=False)
     published.write_run(root / "frozen", joint=False, vae_ckpt=published.write_vae(root / "vae"), args_json=False)
@@ -64,7 +63,6 @@ def made(runs, tmp_path_factory):
 
 @pytest.fixture
 def again(made, tmp_path):
-    """A copy of `made` that a test may change."""
     shutil.copytree(made.parent, tmp_path / "again")
     return tmp_path / "again" / made.name
 
@@ -74,7 +72,6 @@ def npz_of(path):
 
 
 def pixels_of(path) -> np.ndarray:
-    """The samples in an npz."""
     return np.load(npz_of(path))["arr_0"]
 
 
@@ -168,7 +165,7 @@ def test_sampler_flags_change_the_samples(runs, tmp_path):
 
 def test_pngs_and_npz_hold_the_same_and_nothing_else(made):
     assert sorted(entry.name for entry in made.parent.iterdir()) == [
-        *(made.name, made.name + ".json", made.name + ".npz"),
+        *(made.name, made.name + ".json", made.name + ".npz")
     ]
     assert [entry.name for entry in sorted(made.iterdir())] == [f"{i:06d}.png" for i in range(7)]
     stored = np.load(npz_of(made))

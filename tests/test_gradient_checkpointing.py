@@ -50,7 +50,6 @@ def everything_in(nets) -> dict:
 
 
 def joint_run(on: bool, steps: int, accumulation: int, cfg) -> tuple[list[dict], dict]:
-    """Metrics and final states of joint steps."""
     nets = small_nets(accumulation_steps=accumulation)
     with checkpointing(on):
         metrics = [step_once(nets, cfg) for _ in range(steps * accumulation)]
@@ -105,7 +104,6 @@ def sit_loss(frozen: bool):
 
 
 def vae_loss():
-    """The loss of a VAE's reconstruction, at 64 px."""
     vae, image, noise = build_vae("f8d4-small"), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
     return lambda: vae(image, noise)[2].square().mean()
 

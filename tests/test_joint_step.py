@@ -21,7 +21,6 @@ METRICS = (
 
 
 def small_nets(**optimizer) -> JointNets:
-    """Nets of the golden kind, small enough to step in a fraction of a second."""
     return golden_nets("f4d4-tiny", "SiT-XXS/2", depth=2, **optimizer)
 
 

@@ -21,7 +21,6 @@ GOLDEN = golden("metrics")
 
 
 def moments(features: np.ndarray, batch: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance of features (N,D), streamed."""
     streamed = Moments()
     for part in torch.tensor(features).split(batch):
         streamed.update(part)

@@ -31,7 +31,6 @@ def source(tmp_path) -> tuple[Path, dict, Path]:
 
 
 def card(source, metrics=()) -> str:
-    """The card of the fixture's VAE."""
     folder, checkpoint, path = source
     write_model_card(folder, "sdvae", checkpoint, path, list(metrics))
     return (folder / "README.md").read_text()

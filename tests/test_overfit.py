@@ -9,7 +9,7 @@ from PIL import Image
 
 from demo.cifar10 import SHEETS
 from good import cache_flags
-from scripts import run
+from scripts import TINY, run
 
 IMAGES = 16
 
@@ -29,35 +29,24 @@ def test_a_generator_trained_on_16_images_gives_those_images(tmp_path, vgg_weigh
     labels = [[f"all/{i:03d}.png", i] for i in range(IMAGES)]  # a class an image
     (tmp_path / "tree/dataset.json").write_text(json.dumps({"labels": labels}))
     data = ("--data-dir", tmp_path / "data")
-    run(
-        "preprocessing.py", "--imagenet-path", tmp_path / "tree", "--output-path", tmp_path / "data", "--resolution", 32
-    )
-    training = ("--output-dir", tmp_path, "--report-to", "none", "--mixed-precision", "no", "--num-workers", 0, *data)
-    training = (
-        *training,
-        "--resolution",
-        32,
-        "--vae",
-        "f4d4-tiny",
-        "--sampling-steps",
-        10**6,
-        "--checkpointing-steps",
-        10**6,
-    )
+    output = ("--output-path", tmp_path / "data", "--resolution", 32)
+    run("preprocessing.py", "--imagenet-path", tmp_path / "tree", *output)
+    rarely = ("--sampling-steps", 10**6, "--checkpointing-steps", 10**6)
+    training = (*TINY, *data, "--output-dir", tmp_path, "--num-workers", 0, *rarely)
     vae = tmp_path / "vae/vae.pt"
     run(
-        *("train_vae.py", *training, "--exp-name", "vae", "--batch-size", 8, "--max-train-steps", 200),
+        *("train_vae.py", *training, "--exp-name", "vae", "--batch-size", 8, "--max-train-steps", 150),
         *("--lpips-vgg-ckpt", vgg_weights, "--loss-cfg-path", "demo/loss.yaml", "--vae-learning-rate", 2e-3),
     )
     run("cache_latents.py", *cache_flags(tmp_path / "data", vae))
     run(
         *("train_ldm_only.py", *training, "--exp-name", "ldm", "--vae-ckpt", vae, "--vae-latents-name", "latents"),
         *("--model", "SiT-XXS/2", "--num-classes", IMAGES, "--encoder-depth", 2, "--enc-type", "none", "--cfg-prob", 0),
-        *("--batch-size", 16, "--max-train-steps", 500, "--learning-rate", 4e-3, "--ema-decay", 0.98),
+        *("--batch-size", 16, "--max-train-steps", 400, "--learning-rate", 4e-3, "--ema-decay", 0.98),
     )
     run(
         *("generate.py", "--exp-path", tmp_path / "ldm", "--num-fid-samples", IMAGES, "--cfg-scale", 1.0),
-        *("--num-steps", 50, "--labels", "balanced", "--sample-dir", tmp_path / "samples", "--no-png"),
+        *("--num-steps", 20, "--labels", "balanced", "--sample-dir", tmp_path / "samples", "--no-png"),
     )
     (samples_path,) = (tmp_path / "samples").glob("*.npz")
     samples = torch.tensor(np.load(samples_path)["arr_0"]).flatten(1).double()

@@ -58,7 +58,6 @@ def frozen_flags(root: Path, name: str) -> tuple:
 
 @pytest.fixture(scope="module")
 def frozen(world) -> Path:
-    """An uninterrupted frozen-VAE run of STEPS steps."""
     run("train_ldm_only.py", *frozen_flags(world, "whole"), "--max-train-steps", STEPS, "--sampling-steps", STEPS)
     return world / "exps/whole"
 
@@ -104,7 +103,6 @@ def test_an_interrupted_frozen_run_equals_an_uninterrupted_one(world, frozen):
 
 
 def test_a_frozen_run_continues_on_other_processes_and_micro_batches(world, frozen):
-    """And does on two processes what one does."""
     for steps, processes, micro in ((2, 2, 1), (4, 1, 4)):
         flags = ("--max-train-steps", steps, "--gradient-accumulation-steps", micro)
         said = run_ranks(processes, "train_ldm_only.py", *frozen_flags(world, "several"), *flags)

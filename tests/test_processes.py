@@ -37,7 +37,7 @@ from training.distributed import all_reduce_max, differing_tensor, host_group, o
 from training.resume_checks import refuse_other_processes
 from weights.checkpoint_io import read_checkpoint
 
-STEPS = 8
+STEPS = 6
 PER_STEP = ("--checkpointing-minutes", 1e-6, "--keep-last", 2, "--max-train-steps", STEPS)
 # how far apart a joint run of STEPS steps may end on one and on two processes, in float32: Adam turns the rounding of
 # gradients near 0 into steps of the learning rate, so losses and norms are compared, and weights to a few such steps
@@ -194,13 +194,13 @@ def test_a_signal_to_accelerate_launch_reaches_training(joint, whole_run):
 @pytest.mark.slow
 def test_one_process_then_two_then_one(joint, whole_run):
     output, flags = joint
-    for steps, processes in ((3, 1), (6, 2), (STEPS, 1)):
+    for steps, processes in ((2, 1), (4, 2), (STEPS, 1)):
         names = ("--exp-name", "one-two-one", "--max-train-steps", steps)
         run_ranks(processes, "train_repae.py", *flags, *names)
     run("train_repae.py", *flags, "--exp-name", "one", "--max-train-steps", STEPS)
     log = records(output / "one-two-one/metrics.jsonl")
     assert [record["step"] for record in log] == list(range(1, STEPS + 1))
-    assert log[:3] == records(whole_run / "metrics.jsonl")[:3]
+    assert log[:2] == records(whole_run / "metrics.jsonl")[:2]
     assert_same_beginning(whole_run, output / "one-two-one", steps=STEPS, rel=LOSSES, abs=1e-3)
     ends = [read_checkpoint(output / name / f"checkpoints/{STEPS:07d}.pt") for name in ("one", "one-two-one")]
     for network in ("model", "ema", "vae", "discriminator"):

@@ -16,7 +16,6 @@ IMAGES, SECONDS_AN_ITEM = 60, 1
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory, good):
-    """Good files, but of 60 images in shards of one."""
     root = tmp_path_factory.mktemp("progress")
     return {**good, "data": make_data(root, IMAGES // 3, shard_images=1), "tree": root / "tree"}
 

@@ -26,12 +26,7 @@ SABOTAGES = {
         "statistics_move_once",
     ),
     "EMA left out": (DIFFUSION, "update_ema(nets.ema, sit, cfg.ema_decay)", "pass", "ema_averages"),
-    "EMA lacks buffers": (
-        DIFFUSION,
-        "floating_point()]",
-        'floating_point() and "running" not in key]',
-        "ema_averages",
-    ),
+    "EMA lacks buffers": (DIFFUSION, "floating_point()]", 'floating_point() and "running" not in key]', "ema_averages"),
     "sign of the alignment loss": ("loss/alignment.py", "return -torch", "return torch", "shuffled_tokens"),
     "clip omitted": ("training/optimizer.py", "self.max_grad_norm, foreach", 'float("inf"), foreach', "clipped"),
     "alignment moves the transformer": (REPAE, "frozen_call(sit, x_t", "sit(x_t", "does_not_reach_the_transformer"),
@@ -66,12 +61,15 @@ SABOTAGES = {
 }
 
 
-# Imports what the tests import but nothing of the project, and forks a pytest for each line that it is sent: its exit
-# code is answered, and what it prints goes to the file that the line names.
+# Imports what the tests import but nothing of the project, fills LPIPS' weights, and forks a pytest for each line that
+# it is sent: its exit code is answered, and what it prints goes to the file that the line names.
 SERVER = """
 import os, sys
 sys.dont_write_bytecode = True  # sources change within a second, which caches of bytecode would not see
 import numpy, PIL.Image, pytest, safetensors.torch, torch, torch._dynamo, torch.distributed, torch.utils.data, tqdm
+sys.path.insert(0, "tests")
+from golden_weights import lpips_state  # which needs nothing of the project
+lpips_state()
 for line in sys.stdin:
     output, *arguments = line.rstrip("\\n").split("|")
     child = os.fork()
@@ -87,7 +85,6 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the project."""
     skip = shutil.ignore_patterns(".*", "exps", "data", "data-demo", "pretrained", "cifar10", "*.png", "__pycache__")
     return shutil.copytree(ROOT, tmp_path_factory.mktemp("sabotage") / "tree", ignore=skip)
 

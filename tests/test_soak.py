@@ -3,6 +3,7 @@
 import os
 import subprocess
 import time
+from statistics import median
 
 import psutil
 import pytest
@@ -24,11 +25,11 @@ def look(process: psutil.Process) -> tuple[float, int, int]:
 
 
 def test_four_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(joint, tiny_vae, vgg_weights, tmp_path):
-    """With pictures, logging to tensorboard, and a checkpoint every 100 steps, of which some are deleted again."""
+    """With pictures, logging to tensorboard, and a checkpoint every few seconds, of which most are deleted again."""
     data = make_data(tmp_path, per_class=6, resolution=24)
-    flags = (*TINY, *TINY_SIT, "--resolution", 24, "--batch-size", 2, "--enc-type", "none")
+    flags = (*TINY, *TINY_SIT, "--resolution", 24, "--batch-size", 1, "--enc-type", "none")
     places = ("--data-dir", data, "--output-dir", tmp_path, "--lpips-vgg-ckpt", vgg_weights, "--vae-ckpt", tiny_vae[1])
-    more = ("--disc-pretrained-ckpt", vae_files(tiny_vae[1]).discriminator, "--checkpointing-minutes", 0.05)
+    more = ("--disc-pretrained-ckpt", vae_files(tiny_vae[1]).discriminator, "--checkpointing-minutes", 0.1)
     more += ("--report-to", "tensorboard")
     often = ("--checkpointing-steps", STEPS, "--sampling-steps", STEPS // 4, "--max-train-steps", STEPS)
     line = command("train_repae.py", *flags, *places, *more, *often, "--exp-name", "soak")
@@ -51,6 +52,6 @@ def test_four_hundred_joint_steps_use_no_more_memory_or_files_than_half_of_them(
     late = [found for found in whole if found[0] >= STEPS * 3 // 4]
     assert len(early) > 5
     assert len(late) > 5
-    assert max(found[1] for found in late) < max(found[1] for found in early) + MEGABYTES, seen
+    assert median(found[1] for found in late) < median(found[1] for found in early) + MEGABYTES, seen
     assert max(found[2] for found in late) <= max(found[2] for found in early) + FILES, seen
     assert os.listdir(tmp_path / "soak/checkpoints")

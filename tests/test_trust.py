@@ -143,12 +143,10 @@ class ModelCheckpoint:
 
 
 class Munch(dict):
-    """A dict of settings with attributes."""
+    pass
 
 
 class Size(typing.NamedTuple):
-    """A tuple of its own class."""
-
     width: int = 3
 
 

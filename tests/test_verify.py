@@ -17,14 +17,12 @@ from test_bad_input import flip_a_bit
 
 
 def make(good: dict[str, Path], data: Path) -> None:
-    """Complete images and latents."""
     preprocessing.preprocess(good["tree"], data, 32, 1, None)
     run("cache_latents.py", *cache_flags(data, good["vae"]), "--mirrored")
 
 
 @pytest.fixture
 def copied(good, tmp_path, monkeypatch) -> Path:
-    """Data in five shards with their latents."""
     monkeypatch.setattr(preprocessing, "SHARD_IMAGES", 4)
     data = shutil.copytree(good["data"], tmp_path / "data")
     make(good, data)

@@ -70,7 +70,6 @@ def test_a_collapsed_gan_stops_once_the_discriminator_learns():
 
 
 def small_gan(**optimizer) -> VAENets:
-    """A small discriminator and its optimiser."""
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(width=2, layers=1)
     optimizer = Optimizer(discriminator.parameters(), CPU, learning_rate=1e-2, **optimizer)
@@ -117,7 +116,6 @@ def test_a_loss_scale_that_was_inflated_before_may_fall_to_where_training_goes_o
 
 
 def files_of(folder) -> dict:
-    """Checkpoints and what is in them."""
     return {path: path.read_bytes() for path in folder.glob("checkpoints/*")}
 
 
