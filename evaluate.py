@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--metrics", type=metric_list, help=f"which, joined by commas, of {', '.join(METRICS)} (default: all there are)"
     )
-    what = "write the statistics of the reference to this npz; with --metrics precision, recall or kid also its features"
+    what = "write the reference's statistics to this npz; with --metrics kid, also the features of its images"
     group.add_argument("--save-stats", type=Path, help=what)
     groups.add_reconstruction_flags(parser)
     groups.add_feature_flags(parser)

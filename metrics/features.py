@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from models.encoders import Encoder
 
 SPATIAL_CHANNELS = 7
-ENCODER_GRID, CONVOLUTION_GRID = 16, 8  # tokens per side of features: inputs of 224 or 256 px, and 128 px
 CPU_PART = 16  # images in one pass on a CPU, whose activations fit its caches
 
 

@@ -54,6 +54,7 @@ class EncoderSpec:
         resize_first: the input is resized before it is normalised, not after.
         final_norm: tokens pass the network's last LayerNorm.
         level: index among timm's feature levels; None for the last one.
+        feature_grid: tokens a side where images are compared by their features: inputs of 224 or 256 px by default.
         any_grid: the input is scaled so that the network gives the transformer's grid; otherwise a token stands for
             16x16 pixels of the image.
         sized: timm builds the network for one input size.
@@ -76,6 +77,7 @@ class EncoderSpec:
     resize_first: bool = False
     final_norm: bool = True
     level: int | None = None
+    feature_grid: int = 16
     any_grid: bool = False
     sized: bool = True
     headless: bool = False

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from demo import run as demo
+from demo import runner
 from demo.report import write_report
 from images import make_tree
 from models.autoencoder import build_vae
@@ -37,30 +38,34 @@ def test_the_scripts_take_the_demos_command_lines_in_the_order_of_the_method():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    for module in (demo, runner):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
 
+def record_of(root, steps: int) -> runner.Record:
+    return runner.Record(root / demo.FOLDER / "stages.json", demo.make_plan(steps)._asdict())
+
+
 def test_an_interrupted_stage_continues_and_its_time_adds_up(root, capfd):
-    plan = demo.make_plan(50)
     (root / "script.py").write_text(
         "import sys, pathlib\np = pathlib.Path('once')\nsys.exit(p.exists() or p.mkdir() or 75)"
     )
-    stage = demo.Stage("work", "Work", "script.py --flag 'a b'")
+    stage = runner.Stage("work", "Work", "script.py --flag 'a b'")
     with pytest.raises(SystemExit) as end:
-        demo.run_stage(stage, demo.Record(plan))
+        runner.run_stage(stage, record_of(root, 50), "make demo")
     assert end.value.code == 75
     assert "`make demo` continues from here" in capfd.readouterr().err
-    first = demo.Record(plan).content["stages"]["work"]
+    first = record_of(root, 50).content["stages"]["work"]
     assert not first["done"]
     assert first["command"] == "python script.py --flag 'a b'"
     (root / "script.py").write_text("")
-    demo.run_stage(stage, demo.Record(plan))
-    second = demo.Record(plan).content["stages"]["work"]
+    runner.run_stage(stage, record_of(root, 50), "make demo")
+    second = record_of(root, 50).content["stages"]["work"]
     assert second["done"]
     assert second["seconds"] > first["seconds"]
-    demo.run_stage(stage, demo.Record(plan))
-    assert demo.Record(plan).content["stages"]["work"] == second
+    runner.run_stage(stage, record_of(root, 50), "make demo")
+    assert record_of(root, 50).content["stages"]["work"] == second
 
 
 def make_demo_folder(root) -> tuple:
@@ -91,7 +96,7 @@ def make_demo_folder(root) -> tuple:
 @pytest.mark.slow
 def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
     folder = make_demo_folder(root)
-    record = demo.Record(demo.make_plan(50))
+    record = record_of(root, 50)
     for stage in demo.stages(demo.make_plan(50)):
         record.add(stage, 65.0, True)
     (root / "pretrained/demo").mkdir(parents=True)
@@ -116,9 +121,9 @@ def test_the_report_is_one_page_that_shows_everything(root, vgg_weights):
 def test_steps_scale_every_run_and_demos_of_other_lengths_are_not_mixed(root, monkeypatch):
     plan = demo.make_plan(40)
     assert (plan.vae_steps, plan.joint_steps, plan.frozen_steps) == (60, 40, 120)
-    demo.Record(plan).add(demo.Stage("a", "A", "a.py"), 1.0, True)
-    with pytest.raises(SystemExit, match="holds a demo of 40 joint steps .* not of 60"):
-        demo.Record(demo.make_plan(60))
+    record_of(root, 40).add(runner.Stage("a", "A", "a.py"), 1.0, True)
+    with pytest.raises(SystemExit, match="was begun with .*'joint_steps': 40.*; continue it with these, or delete it"):
+        record_of(root, 60)
     monkeypatch.setattr(sys, "argv", ["run.py", "--steps", "3"])
     with pytest.raises(SystemExit, match="STEPS=3 is too small"):
         demo.main()

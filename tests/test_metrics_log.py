@@ -10,8 +10,9 @@ import wandb
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models.numerics import GlobalBatchNorm2d
 from scripts import assert_same_run, records, run
-from training.log import MetricsLog
+from training.log import MetricsLog, normaliser_drift
 from weights.checkpoint_io import read_checkpoint
 
 
@@ -29,7 +30,7 @@ class Accelerator:
         self.tried.append(mode)
         self.config, self.options = config, options
         if mode not in self.works:
-            raise OSError(f"no {mode}\nway")
+            raise OSError(f"no {mode} way\nand more lines")
         self.trackers = [name]
 
 
@@ -58,6 +59,15 @@ def test_a_wandb_that_cannot_be_used_online_keeps_its_files_for_later(tmp_path, 
         f"warning: wandb cannot be used online (no online way); {later}",
         "warning: wandb is not available (no offline way); metrics.jsonl is written all the same",
     ]
+
+
+def test_the_drift_of_a_normaliser_is_in_units_of_its_start():
+    bn = GlobalBatchNorm2d(2)
+    bn.running_mean.copy_(torch.tensor([1.0, -3.0]))
+    bn.running_var.copy_(torch.tensor([4.0, 1.0]))
+    drift = normaliser_drift(bn, torch.tensor([[1.0, 1.0], [1.0, 4.0]]))
+    assert drift["bn_mean_drift"] == pytest.approx(1.0)  # 0 and 4/2
+    assert drift["bn_std_drift"] == pytest.approx(math.log(2))  # twice and half
 
 
 @pytest.mark.slow

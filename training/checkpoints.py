@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from diffusion.transport import TIME_CONVENTION
 from errors import UserError
 from storage.files import replace_text
 from training.distributed import unwrap
+from training.log import normaliser_drift
 from training.optimizer import Optimizer
 from weights.checkpoint_io import (
     BEST_CHECKPOINT,
@@ -61,10 +63,12 @@ class TrainingState:
         return found
 
     def metrics(self) -> dict[str, Tensor]:
-        """What is logged of the state itself: loss scales and skipped steps (float16)."""
+        """What is logged of the state itself: loss scales (float16), and how far the latent normaliser has drifted."""
         found = {}
         for key, optimizer in self.optimizers.items():
             found |= optimizer.scaler_metrics(OPTIMIZERS[key].removeprefix("opt_"))
+        if "bn_start" in self.tensors:
+            found |= normaliser_drift(self.networks["model"].bn, self.tensors["bn_start"])
         return found
 
     def restore(self, checkpoint: dict, source: str) -> int:
@@ -90,6 +94,9 @@ class TrainingState:
 def state_of(nets) -> TrainingState:
     fields = vars(nets)
     tensors = {"lecam": nets.lecam} if "lecam" in fields else {}
+    if {"vae", "sit"} <= fields.keys():
+        bn = unwrap(nets.sit).bn  # its statistics (2,C) at the start, for `normaliser_drift`
+        tensors["bn_start"] = torch.stack([bn.running_mean, bn.running_var])
     networks = {key: fields[name] for key, name in NETWORKS.items() if name in fields}
     return TrainingState(networks, {key: fields[name] for key, name in OPTIMIZERS.items() if name in fields}, tensors)
 

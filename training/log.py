@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import first_line
 from storage.files import replace_text, written_whole
@@ -241,3 +241,17 @@ class Watch:
             if self.zero[name] >= VANISHED[name]:
                 return f"has been 0 for {VANISHED[name]} steps" + (": the GAN has collapsed" if is_disc else "")
         return None
+
+
+@torch.no_grad()
+def normaliser_drift(bn: nn.BatchNorm2d, start: Tensor) -> dict[str, Tensor]:
+    """How far a normaliser's running statistics are from the means and variances (2,C) that it started with.
+
+    bn_mean_drift is the mean over channels of |mean - start|/(standard deviation at the start); bn_std_drift that of
+    |log(standard deviation/the one at the start)|.
+    """
+    mean, var = start
+    return {
+        "bn_mean_drift": ((bn.running_mean - mean).abs() * torch.rsqrt(var)).mean(),
+        "bn_std_drift": (0.5 * torch.log(bn.running_var / var)).abs().mean(),
+    }

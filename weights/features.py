@@ -9,8 +9,6 @@ import torch
 
 from loss.lpips import LPIPS, trained_lpips
 from metrics.features import (
-    CONVOLUTION_GRID,
-    ENCODER_GRID,
     EncoderFeatures,
     FeatureNetwork,
     Inception,
@@ -55,11 +53,11 @@ def load_feature_networks(names: list[str], args: argparse.Namespace, device: to
 def load_encoder(name: str, path: Path) -> EncoderFeatures:
     """An encoder that sees whole images at its usual input size."""
     spec = encoder_spec(name)
-    encoder = Encoder(spec, CONVOLUTION_GRID if spec.any_grid else ENCODER_GRID)
+    encoder = Encoder(spec, spec.feature_grid)
     content = load_encoder_weights(encoder, name, path)
     if name.startswith("dinov2-vit"):  # those with registers are resampled as timm does
         table = unwrapped(content, spec.inside)["pos_embed"]
-        encoder.network.pos_embed.copy_(dinov2_positions(table, ENCODER_GRID))
+        encoder.network.pos_embed.copy_(dinov2_positions(table, spec.feature_grid))
     return EncoderFeatures(encoder)
 
 
