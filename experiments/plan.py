@@ -17,7 +17,7 @@ class Settings(NamedTuple):
     vae_steps: int
     batch: int
     samples: int
-    sampling_steps: int = 25
+    sampling_steps: int
 
 
 class Arm(NamedTuple):

@@ -26,6 +26,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument(
         "--steps", type=POSITIVE, default=500, help="of every arm; the VAE trains for 1.2 times as many"
     )
+    parser.add_argument("--batch-size", type=POSITIVE, default=64, help="of every arm (default: %(default)s)")
     parser.add_argument("--samples", type=number(int, at_least=2), default=5000, help="of every arm (default: 5000)")
     arms = f"joined by commas, of {', '.join(ARMS)}, or main or ablations (default: %(default)s)"
     parser.add_argument("--arms", type=arm_list, default="main,ablations", help=arms)
@@ -44,9 +45,7 @@ def arm_list(text: str) -> list[str]:
 
 def main() -> None:
     args = parse_args()
-    settings = Settings(
-        args.steps, vae_steps=round(1.2 * args.steps), batch=64, samples=args.samples, sampling_steps=25
-    )
+    settings = Settings(args.steps, round(1.2 * args.steps), args.batch_size, args.samples, sampling_steps=25)
     data = args.output_dir / "data"
     data.mkdir(parents=True, exist_ok=True)
     record = Record(args.output_dir / "stages.json", settings._asdict())

@@ -159,18 +159,21 @@ class Shards:
         self.directory, self.layout, self.remedy = str(directory), layout, remedy
         self.sizes = [shard["images"] for shard in index["shards"]]
         self.ends = array("q", accumulate(self.sizes))
-        # tensor -> where it begins in each shard's file
-        self.offsets = {name: array("q") for name in ("labels", *layout)}
+        self.offsets = {name: array("q") for name in layout}  # where the tensor begins in each shard's file
         with ThreadPoolExecutor(THREADS) as pool:
-            for header in pool.map(self._open, range(len(self.sizes))):
-                for name, offsets in self.offsets.items():
-                    offsets.append(header.start + header.tensors[name]["data_offsets"][0])
+            opened = list(pool.map(self._open, range(len(self.sizes))))
+        for header, _ in opened:
+            for name, offsets in self.offsets.items():
+                offsets.append(header.start + header.tensors[name]["data_offsets"][0])
         if not len(self):
             raise UserError(f"{directory} holds no images")
+        self.labels = np.concatenate([labels for _, labels in opened])
 
-    def _open(self, number: int) -> Header:
+    def _open(self, number: int) -> tuple[Header, np.ndarray]:
         path = os.path.join(self.directory, shard_name(number))
-        return open_shard(path, self.layout, self.sizes[number], self.remedy)
+        header = open_shard(path, self.layout, self.sizes[number], self.remedy)
+        offset = header.start + header.tensors["labels"]["data_offsets"][0]
+        return header, np.fromfile(path, np.int64, self.sizes[number], offset=offset)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -182,14 +185,13 @@ class Shards:
         number = bisect_right(self.ends, i)
         row_in_shard = i - (self.ends[number] - self.sizes[number])
         dtype, shape = self.layout[name]
-        row, label = np.empty(shape, dtype), np.empty((), np.int64)
+        row = np.empty(shape, dtype)
         path = os.path.join(self.directory, shard_name(number))
         file = os.open(path, os.O_RDONLY)
         try:
-            for target, source in ((row, name), (label, "labels")):
-                offset = self.offsets[source][number] + row_in_shard * target.nbytes
-                if os.preadv(file, [target], offset) != target.nbytes:
-                    raise UserError(f"{path}: was cut short meanwhile; {self.remedy}")
+            read = os.preadv(file, [row], self.offsets[name][number] + row_in_shard * row.nbytes)
         finally:
             os.close(file)
-        return row, int(label)
+        if read != row.nbytes:
+            raise UserError(f"{path}: was cut short meanwhile; {self.remedy}")
+        return row, int(self.labels[i])

@@ -120,21 +120,25 @@ def test_alignment_of_the_vae_step_does_not_reach_the_transformer():
     assert equal(a["sit"], b["sit"])
 
 
-def test_vae_alignment_gradient_is_the_formulas():
+@pytest.mark.parametrize("naive", [False, True], ids=["alignment", "diffusion"])
+def test_gradient_of_the_vae_is_the_formulas(naive):
     nets = small_nets()
     batch, draws, zs = small_batch()
-    with_alignment = gradients_of(copy.deepcopy(nets))["vae"]
+    with_term = gradients_of(
+        copy.deepcopy(nets), with_cfg(vae_align_proj_coeff=0.0, vae_diffusion_coeff=0.7) if naive else CONFIG
+    )["vae"]
     without = gradients_of(copy.deepcopy(nets), with_cfg(vae_align_proj_coeff=0.0))["vae"]
     image = batch.pixels.float() / 127.5 - 1
     _, z, _ = nets.vae(image, draws.posterior)
     bn = nets.sit.bn
     z_norm = (z - bn.running_mean[:, None, None]) / torch.sqrt(bn.running_var + 1e-4)[:, None, None]
     x_t = (1 - draws.t)[:, None, None, None] * z_norm + draws.t[:, None, None, None] * draws.noise
-    _, tokens = nets.sit(x_t, draws.t, batch.labels)
+    velocity, tokens = nets.sit(x_t, draws.t, batch.labels)
     cosine = torch.nn.functional.normalize(tokens[0], dim=-1) * torch.nn.functional.normalize(zs, dim=-1)
-    expected = torch.autograd.grad(-1.5 * cosine.sum(-1).mean(), list(nets.vae.parameters()), allow_unused=True)
+    term = 0.7 * (velocity - (draws.noise - z_norm)).square().mean() if naive else -1.5 * cosine.sum(-1).mean()
+    expected = torch.autograd.grad(term, list(nets.vae.parameters()), allow_unused=True)
     largest = max(e.abs().max() for e in expected if e is not None)
-    for a, b, e in zip(with_alignment, without, expected, strict=True):
+    for a, b, e in zip(with_term, without, expected, strict=True):
         assert ((a - b) - (0 if e is None else e)).abs().max() < 1e-3 * largest
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -115,7 +114,7 @@ def test_a_process_that_dies_or_hangs_is_noticed(tmp_path, hang):
     with contextlib.suppress(FileNotFoundError):  # one that died has no result
         in_two_processes(wait_for_the_dead, tmp_path, hang)
     said = torch.load(tmp_path / "0.pt", weights_only=True)
-    assert re.search(r"\(timed out waiting\)" if hang else r"\(connection (closed|reset) by peer\)", said)
+    assert "another process is gone or does not answer" in said
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,7 @@ SABOTAGES = {
     ),
     "no label drop": (DIFFUSION, "labels.masked_fill(draws.drop, sit.null_label)", "labels", "dropped_labels"),
     "diffusion loss into the VAE": (
-        *(REPAE, "x_t, _ = interpolate(", "x_t, target = interpolate("),
-        *("vae_loss + cfg.vae_align", "vae_loss + (target - x_t).square().mean() + cfg.vae_align"),
+        *(REPAE, "vae_loss + cfg.vae_align", "vae_loss + (velocity - x_t).square().mean() + cfg.vae_align"),
         "never_reaches_the_vae",
     ),
     "generator gradient into the discriminator": (
@@ -56,7 +55,7 @@ SABOTAGES = {
     ),
     "position embedding trained": ("models/sit.py", "self.grid), requires_grad=False)", "self.grid))", "pos_embed"),
     "alignment weight of the VAE ignored": (
-        *(REPAE, "cfg.vae_align_proj_coeff * vae_align_loss", "vae_align_loss", "gradient_is_the_formulas"),
+        *(REPAE, "cfg.vae_align_proj_coeff * vae_align_loss", "vae_align_loss", "gradient_of_the_vae_is_the_formulas"),
     ),
 }
 
