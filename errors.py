@@ -39,11 +39,11 @@ CAUSES = {
     "DataLoader worker.*(killed by signal|exited unexpectedly)": (
         "a process that reads data was killed, most likely for want of memory; try fewer --num-workers"
     ),
-    "Connection (closed by peer|reset by peer|refused|timed out)|Timed out waiting|Broken pipe|No route to host|"
-    "Network is unreachable|failed to recv|ncclRemoteError|remote process exited": (
-        "another process is gone or does not answer; the same command continues from what was saved"
-    ),
 }
+LOST_PROCESS = (
+    "Connection (closed by peer|reset by peer|refused|timed out)|Timed out waiting|Broken pipe|No route to host|"
+    "Network is unreachable|failed to recv|ncclRemoteError|remote process exited"
+)
 
 
 class UserError(Exception):
@@ -89,9 +89,9 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}; did you mean {nearest(name, known)!r}? (known: {', '.join(known)})"
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def explain(error: Exception) -> str | None:
@@ -103,10 +103,12 @@ def explain(error: Exception) -> str | None:
         return message
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "--gradient-checkpointing, more --gradient-accumulation-steps or a smaller --pproc-batch-size"
-        return f"the GPU's memory is full ({first_line(error)}); use {remedy}"
+        return f"the GPU's memory is full ({one_line(error)}); use {remedy}"
     for pattern, message in CAUSES.items():
         if re.search(pattern, str(error)):
             return message
+    if isinstance(error, RuntimeError) and re.search(LOST_PROCESS, str(error)):
+        return "another process is gone or does not answer; the same command continues from what was saved"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         is_full = error.errno in FULL_DISK_ERRORS
         return f"{error}; free some space and run the same again" if is_full else str(error)

@@ -155,7 +155,8 @@ def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
         if reference.images is not None and (needed - moments.keys() or keep and features is None):
             seen = statistics_of(reference.images, "reference", network, keep, reading)
             moments, features = {**seen.moments(network.name), **moments}, seen.features
-        known[network.name] = moments | ({} if features is None else {"features": features})
+        stored = {} if features is None or args.metrics is None else {"features": features}
+        known[network.name] = {**moments, **stored}
         if samples is not None:
             seen = statistics_of(samples, "samples", network, keep, reading)
             if state.is_main_process:

@@ -104,7 +104,6 @@ def main() -> None:
     vae = load_vae(source).eval().requires_grad_(False)
     weights = fingerprint(vae.state_dict())
     check_vae(data, weights, statistics, args)
-    torch.manual_seed(args.seed)
     nets = build_transformer_nets(args, run, data.shape, statistics)
     identity = identity_of(args, source, nets, data=data.image_fingerprint, latents=data.fingerprint, vae=weights)
     run.begin(nets, identity, check=lambda: keep_normaliser(nets, statistics, args))

@@ -46,26 +46,32 @@ class Record:
         if path.is_file():
             self.content = json.loads(path.read_text(encoding="utf8"))
             before = self.content["settings"]
-            if differing := {key: value for key, value in before.items() if settings.get(key) != value}:
-                sys.exit(f"error: {path.parent} was begun with {differing}; continue it with these, or delete it")
+            if before != settings:
+                sys.exit(f"error: {path.parent} was begun with {before}; continue it with these, or delete it")
 
     def is_done(self, stage: Stage) -> bool:
-        return self.content["stages"].get(stage.name, {"done": False})["done"]
+        """Whether this very command line has run to its end."""
+        entry = self.content["stages"].get(stage.name, {"done": False})
+        return entry["done"] and entry["command"] == command(stage)
 
     def add(self, stage: Stage, seconds: float, done: bool) -> None:
         """Add to the time of `stage`, unless it was done before."""
         if not self.is_done(stage):
             entry = self.content["stages"].setdefault(stage.name, {"seconds": 0.0})
-            entry.update(title=stage.title, command=f"python {shlex.join(shlex.split(stage.line))}", done=done)
+            entry.update(title=stage.title, command=command(stage), done=done)
             entry["seconds"] += seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, json.dumps(self.content, indent=1))
 
 
+def command(stage: Stage) -> str:
+    return f"python {shlex.join(shlex.split(stage.line))}"
+
+
 def run_stage(stage: Stage, record: Record, again: str) -> None:
     """Print and run a script's command line; exit with its code if it fails. `again` is the command that continues."""
     arguments = shlex.split(stage.line)
-    print(f"\n== {stage.title}\n$ python {shlex.join(arguments)}", flush=True)
+    print(f"\n== {stage.title}\n$ {command(stage)}", flush=True)
     started = time.monotonic()
     code = run_script(arguments)
     seconds = time.monotonic() - started

@@ -13,12 +13,12 @@ import torch  # noqa: E402
 
 from dataset import open_images  # noqa: E402
 from demo.pictures import latent_colors, read_metrics, reconstruct, strip  # noqa: E402
-from demo.runner import ROOT, Record  # noqa: E402
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, Settings, samples_file  # noqa: E402
+from demo.runner import Record  # noqa: E402
+from errors import UserError  # noqa: E402
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, VAE_ARCH, Settings, samples_file  # noqa: E402
 from storage.files import replace_text  # noqa: E402
 from weights.vae import load_vae, open_vae  # noqa: E402
 
-DOCS = ROOT / "docs"
 VAE = "vae"  # the name under which the VAE that arms start from has its results
 CURVES = ("denoising_loss", "proj_loss", "bn_std_drift")
 POINTS = 25  # of a curve; each is a mean over steps
@@ -42,23 +42,26 @@ VAE_COLUMNS = {
 }
 
 
-def collect(record: Record, settings: Settings, output_dir: Path) -> dict:
-    """The results of all arms that are done, {"settings", "machine", "results": {arm: {seed: {metric: value}}}}.
+def open_page(page_dir: Path, settings: Settings) -> dict:
+    """What replication.json in `page_dir` holds, at first nothing: {"settings", "results": {arm: {seed: {...}}}}.
 
-    Results of other arms and seeds are taken over from docs/replication.json, if it is of the same settings.
+    Raises:
+        UserError: it is of other settings, whose results would be lost.
     """
-    content = {"settings": settings._asdict(), "machine": record.content["machine"], "results": {}}
-    published = DOCS / "replication.json"
-    if published.is_file():
-        before = json.loads(published.read_text(encoding="utf8"))
-        if before["settings"] == content["settings"]:
-            content["results"] = before["results"]
-    for folder in sorted(output_dir.glob("seed-*")):
-        for name in (VAE, *ARMS):
-            found = results_of(name, folder, settings.batch)
-            if found:
-                content["results"].setdefault(name, {})[folder.name.removeprefix("seed-")] = found
+    path, content = page_dir / "replication.json", {"settings": settings._asdict(), "results": {}}
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf8"))
+        if before["settings"] != content["settings"]:
+            raise UserError(f"{path} is of {before['settings']}; take these, or another --page-dir")
+        content = before
     return content
+
+
+def add_results(content: dict, record: Record, settings: Settings, seed: int, folder: Path) -> None:
+    """Add the results of the arms of a seed that are done."""
+    for name in (VAE, *ARMS):
+        if found := results_of(name, folder, settings.batch):
+            content["results"].setdefault(name, {})[str(seed)] = {**found, "machine": record.content["machine"]}
 
 
 def results_of(name: str, folder: Path, batch: int) -> dict:
@@ -82,21 +85,22 @@ def results_of(name: str, folder: Path, batch: int) -> dict:
     return {**found, "minutes": minutes[-1], "curves": curves}
 
 
-def write_page(content: dict) -> None:
-    """Write docs/replication.json, docs/replication.md from its template, and docs/replication.png, the curves."""
-    replace_text(DOCS / "replication.json", json.dumps(content, indent=1) + "\n")
+def write_page(content: dict, page_dir: Path) -> None:
+    """Write replication.json, replication.md from its template, and replication.png, the curves."""
+    replace_text(page_dir / "replication.json", json.dumps(content, indent=1) + "\n")
     results = content["results"]
-    seeds = {seed for of_arm in results.values() for seed in of_arm}
+    found = [(seed, one["machine"]) for of_arm in results.values() for seed, one in of_arm.items()]
+    seeds, machines = map(set, zip(*found, strict=True))
     page = Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
         content["settings"],
-        machine=content["machine"],
+        machine=", ".join(sorted(machines)),
         seeds=", ".join(sorted(seeds, key=int)),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
         ablations=table(results, [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),
     )
-    replace_text(DOCS / "replication.md", page)
-    draw_curves({name: results[name] for name in MAIN_ARMS if name in results}, DOCS / "replication.png")
+    replace_text(page_dir / "replication.md", page)
+    draw_curves({name: results[name] for name in MAIN_ARMS if name in results}, page_dir / "replication.png")
 
 
 def table(results: dict, names, columns: dict[str, tuple[str, int]]) -> str:
@@ -142,10 +146,10 @@ def draw_curves(results: dict, target: Path) -> None:
     plt.close(figure)
 
 
-def draw_pictures(settings: Settings, output_dir: Path, seed: int) -> None:
+def draw_pictures(settings: Settings, output_dir: Path, seed: int, page_dir: Path) -> None:
     """Samples of every main arm from the same noise, and reconstructions and latents before and after joint training.
 
-    Written to docs/replication-samples.png and docs/replication-vaes.png.
+    Written to replication-samples.png and replication-vaes.png.
     """
     folder = output_dir / f"seed-{seed}"
     rows = {}
@@ -153,7 +157,8 @@ def draw_pictures(settings: Settings, output_dir: Path, seed: int) -> None:
         if (path := samples_file(name, settings, folder)).is_file():
             samples = np.load(path, mmap_mode="r")["arr_0"][:SHOWN]
             rows[ARMS[name].title] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
-    draw_rows(rows, DOCS / "replication-samples.png")
+    if rows:
+        draw_rows(rows, page_dir / "replication-samples.png")
     data = open_images(output_dir / "data/held-out")
     pixels = torch.stack([data[i * len(data) // SHOWN][0] for i in range(SHOWN)])
     rows = {"held-out photographs": pixels}
@@ -161,9 +166,9 @@ def draw_pictures(settings: Settings, output_dir: Path, seed: int) -> None:
     files |= {ARMS[name].title: folder / f"{name}-vae/{name}-vae.pt" for name in (REPAE, "naive")}
     for title, path in files.items():
         if path.is_file():
-            latents, recon = reconstruct(load_vae(open_vae("f4d4-small", str(path), offline=True)).eval(), pixels)
+            latents, recon = reconstruct(load_vae(open_vae(VAE_ARCH, str(path), offline=True)).eval(), pixels)
             rows |= {f"reconstructions, {title}": recon, f"latents (PCA), {title}": latent_colors(latents)}
-    draw_rows(rows, DOCS / "replication-vaes.png")
+    draw_rows(rows, page_dir / "replication-vaes.png")
 
 
 def draw_rows(rows: dict[str, torch.Tensor], target: Path) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from demo.runner import Stage
 
 ENCODER = "efficientnet-lite0"
+VAE_ARCH = "f4d4-small"
 FEATURES = f"{ENCODER},vgg16"
 REPAE = "repae"
 
@@ -39,7 +40,7 @@ MAIN_ARMS = {
     "tuned": Arm("REPA, frozen VAE that REPA-E tuned", False, ALIGNED, tuned=True),
 }
 ABLATIONS = {
-    "fixed-normaliser": Arm("batch-norm statistics fixed", True, f"{ALIGNED} --bn-momentum 0"),
+    "fixed-normaliser": Arm("running statistics not updated", True, f"{ALIGNED} --bn-momentum 0"),
     "align-0": Arm("alignment of the VAE 0", True, f"{ALIGNED} --vae-align-proj-coeff 0"),
     "align-0.5": Arm("alignment of the VAE 0.5", True, f"{ALIGNED} --vae-align-proj-coeff 0.5"),
     "align-5": Arm("alignment of the VAE 5", True, f"{ALIGNED} --vae-align-proj-coeff 5"),
@@ -139,7 +140,7 @@ def run_flags(steps: int, settings: Settings, seed: int, data: Path, folder: Pat
     """Flags of every training run."""
     return f"""--output-dir {folder} --report-to none --seed {seed} --mixed-precision bf16 --checkpointing-steps {steps}
         --checkpointing-minutes 5 --max-train-steps {steps} --sampling-steps {steps} --data-dir {data}/train
-        --resolution 32 --batch-size {settings.batch} --num-workers 1 --vae f4d4-small"""
+        --resolution 32 --batch-size {settings.batch} --num-workers 1 --vae {VAE_ARCH}"""
 
 
 def vae_loss_flags(data: Path) -> str:
@@ -151,12 +152,12 @@ def feature_flags(data: Path) -> str:
 
 
 def cache_stage(name: str, vae: Path, data: Path, folder: Path) -> Stage:
-    line = f"""cache_latents.py --vae-arch f4d4-small --vae-ckpt-path {vae} --vae-latents-name {name}
+    line = f"""cache_latents.py --vae-arch {VAE_ARCH} --vae-ckpt-path {vae} --vae-latents-name {name}
         --data-dir {data}/train --output-dir {data}/train --num-workers 1"""
     return Stage(f"{folder.name}/{vae.stem}-latents", "Cache latents", line)
 
 
 def reconstruction_stage(name: str, vae: Path, data: Path, folder: Path) -> Stage:
-    line = f"""evaluate.py --vae {vae} --vae-arch f4d4-small --data-dir {data}/held-out {feature_flags(data)}
+    line = f"""evaluate.py --vae {vae} --vae-arch {VAE_ARCH} --data-dir {data}/held-out {feature_flags(data)}
         --lpips-vgg-ckpt {data}/vgg16.pt --output {folder}/{name}-vae.json"""
     return Stage(f"{folder.name}/{name}-reconstructions", "Reconstructions of held-out photographs", line)

@@ -2,9 +2,9 @@
 
     python -m experiments.replicate --data-dir data-demo/cifar10-whole --output-dir exps/replication
 
-trains every arm of experiments/plan.py from each seed by the scripts' command lines, and writes docs/replication.md,
-its pictures and docs/replication.json. It continues where it was stopped. Seeds may be measured in parts, also on
-several machines: results of the same settings that docs/replication.json already has are kept.
+trains every arm of experiments/plan.py from each seed by the scripts' command lines, and writes replication.md, its
+pictures and replication.json to --page-dir; docs/ is the published page. It continues where it was stopped. Seeds may
+be measured in parts, also on several machines: the results that --page-dir already has are kept.
 """
 
 from functools import partial
@@ -12,15 +12,19 @@ from pathlib import Path
 
 from demo.runner import Record, run_stage
 from errors import Parser, run_script
-from experiments.page import collect, draw_pictures, write_page
+from experiments.page import VAE, add_results, draw_pictures, open_page, write_page
 from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, Settings, arm_stages, data_stages, vae_stages
 from flags.types import COUNT, POSITIVE, number, one_of
+
+SAMPLING_STEPS = 25
 
 
 def parse_args(argv: list[str] | None = None):
     parser = Parser(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="where demo/fetch_cifar10.py puts the photographs")
     parser.add_argument("--output-dir", type=Path, required=True, help="where runs are kept")
+    page = "where the page is written, and results of other seeds are kept (default: --output-dir)"
+    parser.add_argument("--page-dir", type=Path, help=page)
     parser.add_argument("--seeds", type=POSITIVE, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--first-seed", type=COUNT, default=0, help="(default: %(default)s)")
     parser.add_argument(
@@ -45,21 +49,23 @@ def arm_list(text: str) -> list[str]:
 
 def main() -> None:
     args = parse_args()
-    settings = Settings(args.steps, round(1.2 * args.steps), args.batch_size, args.samples, sampling_steps=25)
-    data = args.output_dir / "data"
+    settings = Settings(args.steps, round(1.2 * args.steps), args.batch_size, args.samples, SAMPLING_STEPS)
+    page_dir, data = args.page_dir or args.output_dir, args.output_dir / "data"
     data.mkdir(parents=True, exist_ok=True)
     record = Record(args.output_dir / "stages.json", settings._asdict())
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    content = open_page(page_dir, settings)
     run = partial(run_stages, record=record)
     run(data_stages(args.data_dir, data))
-    for seed in seeds:
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         folder = args.output_dir / f"seed-{seed}"
         folder.mkdir(exist_ok=True)
         run(vae_stages(settings, seed, data, folder))
         for name in args.arms:
             run(arm_stages(name, settings, seed, data, folder))
-            write_page(collect(record, settings, args.output_dir))
-    draw_pictures(settings, args.output_dir, seeds[0])
+            add_results(content, record, settings, seed, folder)
+            write_page(content, page_dir)
+        if seed == min(map(int, content["results"][VAE])):
+            draw_pictures(settings, args.output_dir, seed, page_dir)
 
 
 def run_stages(stages: list, record: Record) -> None:

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from errors import Parser, UserError, first_line, nearest
+from errors import Parser, UserError, nearest, one_line
 from loss.vae_loss import VAELossConfig
 
 SCRIPTS = (
@@ -144,7 +144,7 @@ def load_loss_config(path: str) -> VAELossConfig:
     try:
         loss = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VAELossConfig), losses))
     except OmegaConfBaseException as error:
-        raise UserError(f"{what}: losses.{error.full_key}: {first_line(error)}") from None
+        raise UserError(f"{what}: losses.{error.full_key}: {one_line(error)}") from None
     for name, allowed in {"reconstruction_loss": ("l1", "l2"), "perceptual_loss": ("lpips",)}.items():
         if (value := getattr(loss, name)) not in allowed:
             raise UserError(f"{what}: losses.{name} is {value!r}, expected {' or '.join(allowed)}")
@@ -165,7 +165,7 @@ def read_yaml(path: str, what: str) -> dict:
         text = re.sub(r"(?<!\\)\$\{(\w+)\}", lambda m: m[0] if m[1] in keys else f"${{oc.env:{m[1]}}}", text)
         config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(f"{what}: not a readable YAML file ({type(error).__name__}: {one_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{what}: expected a mapping of keys to values")
     return config

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError, first_line, nearest
+from errors import UserError, nearest, one_line
 
 # mean and standard deviation of pixels/255, per channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -172,10 +172,17 @@ class Encoder(nn.Module):
 
         Position tables are resampled to this network's grid, bicubic with antialias. Missing and unexpected keys are
         not checked.
+
+        Raises:
+            ValueError: patches of another size, which timm would resample.
         """
         keys = list(self.network.state_dict())
         state = self.spec.convert(unwrapped(checkpoint, self.spec.inside), keys)
         state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        own = self.network.state_dict().get("patch_embed.proj.weight")
+        kernel = state.get("visual.conv1.weight", state.get("patch_embed.proj.weight"))
+        if own is not None and kernel is not None and kernel.shape[2:] != own.shape[2:]:
+            raise ValueError(f"its patches are {kernel.shape[-1]} px wide, expected {own.shape[-1]}")
         state = timm_filter(self.network)(state, self.network)
         return {key: value for key, value in state.items() if key in keys or not key.startswith(self.spec.unused)}
 
@@ -254,7 +261,7 @@ def token_shape(spec: EncoderSpec, grid: int) -> torch.Size:
         with torch.device("meta"):
             shape = Encoder(spec, grid)(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape
     except Exception as error:  # timm's model families raise many kinds of errors
-        raise UserError(f"timm's {spec.model} gives no map of features for {size} px ({first_line(error)})") from error
+        raise UserError(f"timm's {spec.model} gives no map of features for {size} px ({one_line(error)})") from error
     if math.isqrt(shape[1]) ** 2 != shape[1]:
         raise UserError(f"timm's {spec.model} gives {shape[1]} tokens for {size} px, expected a square of them")
     return shape

@@ -53,6 +53,7 @@ def test_files_that_hold_no_such_encoder(tmp_path):
     for name, content, message in (
         ("dinov2-vit-s", original("dinov2reg-vit-s"), "no checkpoint of this encoder"),
         ("dinov1-vit-b", mae, "weights are missing, first"),
+        ("dinov2-vit-s", mae["model"], "its patches are 16 px wide, expected 14"),
         ("dinov2-vit-s", without_scale, "2 weights are missing, first blocks.0.ls1.gamma: another"),
         ("dinov1-vit-b", {**dino, "head.weight": torch.zeros(9, 64)}, "1 unexpected weights, first head.weight"),
     ):

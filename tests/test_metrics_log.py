@@ -30,7 +30,7 @@ class Accelerator:
         self.tried.append(mode)
         self.config, self.options = config, options
         if mode not in self.works:
-            raise OSError(f"no {mode} way\nand more lines")
+            raise OSError(f"no {mode}\nway")
         self.trackers = [name]
 
 

@@ -1,49 +1,80 @@
 """The study of the method's claims: the whole plan in small, its page, and how its parts are merged."""
 
+import importlib
 import json
 import shutil
 
 import pytest
 
+import evaluate
 from demo import runner
-from experiments import page
+from errors import UserError
+from experiments import page, plan, replicate
 from experiments.plan import ARMS, MAIN_ARMS
-from experiments.replicate import arm_list, main
 from images import make_tree
-from scripts import run
+from training import build
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Runs the study on a few pictures, with pages into a folder of their own; the scripts run in this process."""
+    """Runs the study on a few pictures, with pages into a folder of their own.
+
+    The scripts run in this process, and load the networks of features and LPIPS once.
+    """
     for split in ("train", "held-out"):
         make_tree(tmp_path / "pictures" / split, per_class=4)
     (tmp_path / "pictures/complete").touch()
     (tmp_path / "docs").mkdir()
-    monkeypatch.setattr(page, "DOCS", tmp_path / "docs")
-    started = []
+    monkeypatch.setattr("diffusion.previews.STEPS", 2)
+    monkeypatch.setattr(replicate, "SAMPLING_STEPS", 2)
+    for module in (page, plan):
+        monkeypatch.setattr(module, "VAE_ARCH", "f4d4-tiny")
+    for module, name in ((evaluate, "load_feature_networks"), (evaluate, "load_lpips"), (build, "load_lpips")):
+        monkeypatch.setattr(module, name, called_once(getattr(module, name)))
+    as_process, started = runner.run_script, []
 
     def run_here(arguments: list[str]) -> int:
-        started.append(arguments[0])
-        if "/" not in arguments[0] and arguments[0].endswith(".py"):
-            return run(*arguments).returncode
-        return real(arguments)
+        script = arguments[0]
+        started.append(script)
+        if "/" in script or not script.endswith(".py"):
+            return as_process(arguments)
+        monkeypatch.setattr("sys.argv", arguments)
+        importlib.import_module(script.removesuffix(".py")).main()
+        return 0
 
     def run_study(output, *flags):
         started.clear()
-        places = ("--data-dir", tmp_path / "pictures", "--output-dir", tmp_path / output)
+        places = (
+            "--data-dir",
+            tmp_path / "pictures",
+            "--output-dir",
+            tmp_path / output,
+            "--page-dir",
+            tmp_path / "docs",
+        )
         monkeypatch.setattr("sys.argv", ["replicate", *map(str, (*places, *flags))])
-        main()
+        replicate.main()
         return json.loads((tmp_path / "docs/replication.json").read_text()), list(started)
 
-    real = runner.run_script
     monkeypatch.setattr(runner, "run_script", run_here)
     return run_study
 
 
+def called_once(function):
+    """`function`, whose first result is the result of every call."""
+    results = []
+
+    def call(*args):
+        if not results:
+            results.append(function(*args))
+        return results[0]
+
+    return call
+
+
 @pytest.mark.slow
 def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
-    sizes = ("--steps", 2, "--batch-size", 4, "--samples", 6)
+    sizes = ("--steps", 2, "--batch-size", 2, "--samples", 4)
     found, started = study("exps", "--seeds", 1, *sizes)
     assert found["results"].keys() == {"vae", *ARMS}
     assert all(of_arm.keys() == {"0"} for of_arm in found["results"].values())
@@ -65,11 +96,13 @@ def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
     assert "train_repae.py" not in started
     with pytest.raises(SystemExit, match="was begun with"):
         study("other", *sizes, "--steps", 3)
+    with pytest.raises(UserError, match="is of .*'steps': 2.*; take these, or another --page-dir"):
+        study("third", *sizes, "--steps", 3)
 
 
 def test_an_arm_on_the_tuned_vae_brings_the_joint_one():
-    assert arm_list("tuned,depth-1") == ["repae", "tuned", "depth-1"]
-    assert arm_list("main") == list(MAIN_ARMS)
+    assert replicate.arm_list("tuned,depth-1") == ["repae", "tuned", "depth-1"]
+    assert replicate.arm_list("main") == list(MAIN_ARMS)
 
 
 def test_a_cell_is_the_mean_and_deviation_over_seeds():

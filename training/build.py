@@ -115,6 +115,7 @@ def build_transformer_nets(
     Raises:
         UserError: patch size, encoder depth or an encoder's token grid do not fit, or an encoder's weights are missing.
     """
+    torch.manual_seed(args.seed)  # so that the initial weights are the same with and without a VAE to train
     sit = build_transformer(args, latent, statistics)
     start_from_trained(sit, args, run.directory, run.print)
     encoders = load_encoders(args, sit.grid, run.device, log=run.print)

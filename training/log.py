@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import first_line
+from errors import one_line
 from storage.files import replace_text, written_whole
 from training.distributed import mean_over_processes
 from weights.downloads import is_offline
@@ -89,7 +89,7 @@ class MetricsLog:
         except Exception as error:
             files = shlex.quote(str(self.directory / "wandb")) + "/offline-run-*"
             self.log(
-                f"warning: wandb cannot be used online ({first_line(error)}); it keeps its files here, which "
+                f"warning: wandb cannot be used online ({one_line(error)}); it keeps its files here, which "
                 f"`wandb sync {files}` uploads"
             )
             self.accelerator.trackers = []
@@ -98,7 +98,7 @@ class MetricsLog:
 
     def _without_tracker(self, error: Exception) -> None:
         self.accelerator.trackers = []
-        reason, tracker = first_line(error), self.args.report_to
+        reason, tracker = one_line(error), self.args.report_to
         self.log(f"warning: {tracker} is not available ({reason}); metrics.jsonl is written all the same")
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import torch
 import torch.distributed as dist
 
-from errors import UserError, first_line
+from errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def local_or_download(what: str, path: Path, url: str, offline: bool, advice: st
     try:
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise UserError(f"{what}: could not download {url} ({first_line(error)}); {advice}") from error
+        raise UserError(f"{what}: could not download {url} ({one_line(error)}); {advice}") from error
     return path
 
 
@@ -69,18 +69,19 @@ def hub_file(what: str, repository: str, filenames: Sequence[str], offline: bool
         cached = try_to_load_from_cache(repo, filename, revision=revision or None)
         if isinstance(cached, str):
             return Path(cached)
-    if offline:
-        raise UserError(f"{what}: {repository} is not on this machine, and offline; {advice}")
-    for filename in filenames:
+        if offline or cached is not None:  # the hub has said before that there is no such file
+            continue
         try:
             path = Path(hf_hub_download(repo, filename, revision=revision or None))
         except Exception as error:  # the hub's client raises a dozen kinds of errors
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"{what}: could not download {repository} ({reason}); {advice}") from error
         print(f"{what}: downloaded {repo} at revision {path.parents[filename.count('/')].name}", flush=True)
         return path
+    if offline:
+        raise UserError(f"{what}: {repository} is not on this machine, and offline; {advice}")
     raise UserError(f"{what}: {repository} has none of {', '.join(filenames)}; {advice}")
 
 
@@ -90,18 +91,23 @@ def first_on_each_machine(action: Callable[[], T]) -> T:
     Returns what `action` returns on this process. The others wait as long as the first ones need.
 
     Raises:
-        UserError: another process failed.
+        UserError: on every process, if it was raised on one.
     """
     from accelerate import PartialState
 
     state = PartialState()
+    if state.num_processes == 1:
+        return action()
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    result = failure = None
     if state.is_local_main_process:
-        result = action()
-    if state.num_processes > 1:
-        patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         try:
-            dist.barrier(patient_group)
-        except RuntimeError:
-            raise UserError("another process did not get its files; its output says why") from None
-        dist.destroy_process_group(patient_group)
+            result = action()
+        except UserError as error:
+            failure = str(error)
+    failures = [None] * state.num_processes
+    dist.all_gather_object(failures, failure, group=patient_group)
+    dist.destroy_process_group(patient_group)
+    for failure in filter(None, failures):
+        raise UserError(failure)
     return result if state.is_local_main_process else action()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, first_line
+from errors import UserError, one_line
 from models.encoder_table import encoder_specs
 from models.encoders import Encoder, EncoderSpec, token_shape
 from weights.checkpoint_io import fingerprint, load_weights, read_weights
@@ -92,7 +92,7 @@ def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
     try:
         state = encoder.convert(content)
     except Exception as error:  # timm's filters rely on what they expect
-        raise UserError(f"{what} {path}: no checkpoint of this encoder ({first_line(error)})") from error
+        raise UserError(f"{what} {path}: no checkpoint of this encoder ({one_line(error)})") from error
     load_weights(encoder.network, state, f"{what} {path}")
     return content
 

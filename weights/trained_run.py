@@ -194,7 +194,9 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
     ema, taken, flags = read_transformer(checkpoint, Path(args.sit_ckpt), source)
     found, expected = (tuple(part["x_embedder.proj.weight"].shape) for part in (ema, sit.state_dict()))
     if found != expected:
-        raise UserError(f"{source}: x_embedder.proj.weight has shape {found}, expected {expected}; another --model?")
+        raise UserError(
+            f"{source}: x_embedder.proj.weight has shape {found}, expected {expected}; another --model or --vae?"
+        )
     state, changes = fit_weights(ema, flags, sit, args.enc_type)
     load_weights(sit, state, source)
     step = f" of step {checkpoint['steps']}" if "steps" in checkpoint else ""
