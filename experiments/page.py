@@ -27,8 +27,8 @@ SHOWN = 20  # images a row of the pictures
 SAMPLE_COLUMNS = {
     "FD, EfficientNet": ("fd_efficientnet_lite0", 1),
     "FD, VGG16": ("fd_vgg16", 2),
-    "KD·1000, EfficientNet": ("kd_efficientnet_lite0", 1),
-    "KD·1000, VGG16": ("kd_vgg16", 2),
+    "KD, EfficientNet": ("kd_efficientnet_lite0", 1),
+    "KD, VGG16": ("kd_vgg16", 4),
     "diffusion loss": ("denoising_loss", 3),
     "alignment loss": ("proj_loss", 3),
     "minutes": ("minutes", 1),
@@ -62,6 +62,9 @@ def add_results(content: dict, record: Record, settings: Settings, seed: int, fo
     for name in (VAE, *ARMS):
         if found := results_of(name, folder, settings.batch):
             content["results"].setdefault(name, {})[str(seed)] = {**found, "machine": record.content["machine"]}
+    stages = record.content["stages"]
+    seconds = sum(entry["seconds"] for stage, entry in stages.items() if stage.startswith(f"{folder.name}/"))
+    content["results"][VAE][str(seed)]["hours"] = seconds / 3600
 
 
 def results_of(name: str, folder: Path, batch: int) -> dict:
@@ -73,7 +76,6 @@ def results_of(name: str, folder: Path, batch: int) -> dict:
     found = {}
     for path in paths:
         found |= json.loads(path.read_text(encoding="utf8"))["metrics"]
-    found |= {metric: 1000 * value for metric, value in found.items() if metric.startswith("kd_")}
     log = read_metrics(folder / name / "metrics.jsonl")
     minutes = np.cumsum([batch / record["images_per_second"] / 60 for record in log])
     parts = np.array_split(np.arange(len(log)), min(POINTS, len(log)))
@@ -94,6 +96,7 @@ def write_page(content: dict, page_dir: Path) -> None:
     page = Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
         content["settings"],
         machine=", ".join(sorted(machines)),
+        hours=spread(results[VAE], "hours", 1),
         seeds=", ".join(sorted(seeds, key=int)),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
