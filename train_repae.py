@@ -98,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     groups.add_run_flags(parser)
     groups.add_data_flags(parser)
+    groups.add_flip_flag(parser)
     groups.add_vae_flags(parser, vae="f8d4", vae_ckpt="pretrained/sdvae-f8d4/sdvae-f8d4.pt")
     groups.add_vae_loss_flags(parser)
     groups.add_transformer_flags(parser, default_model="SiT-XL/2")

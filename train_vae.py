@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     groups.add_run_flags(parser, max_train_steps=100000)
     groups.add_data_flags(parser)
+    groups.add_flip_flag(parser)
     groups.add_vae_flags(parser, vae="f8d4", vae_ckpt=None)
     groups.add_vae_loss_flags(parser)
     groups.add_optimisation_flags(parser)

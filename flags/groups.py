@@ -72,11 +72,18 @@ def add_data_flags(parser: Parser) -> None:
     add(group, "--num-workers", 4, COUNT, "reading processes a training process")
 
 
+def add_flip_flag(parser: Parser) -> None:
+    add_switch(parser, "--random-flip", False, "mirror each image of a step with probability 1/2")
+
+
 def add_optimisation_flags(parser: Parser) -> None:
     group = parser.add_argument_group("optimisation")
     add(group, "--mixed-precision", "fp16", str, choices=("no", "fp16", "bf16"))
     add_switch(group, "--allow-tf32", True, "TF32 matrix products on GPUs")
     add_switch(group, "--compile", True, "compile the networks on GPUs")
+    add(group, "--lr-warmup-steps", 0, COUNT, "raise all learning rates linearly over the first N steps", metavar="N")
+    falls = "of all learning rates after that; cosine falls towards 0 at the last step"
+    add(group, "--lr-schedule", "constant", str, falls, choices=("constant", "cosine"))
     add(group, "--gradient-accumulation-steps", 1, POSITIVE, "micro-batches a step")
     memory = "recompute activations in the backward pass: less memory, about a third more time"
     add_switch(group, "--gradient-checkpointing", False, memory)

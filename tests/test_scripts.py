@@ -20,6 +20,7 @@ from scripts import (
     TINY,
     assert_same_beginning,
     assert_same_run,
+    equal,
     interrupt,
     records,
     refusal,
@@ -107,6 +108,23 @@ def test_resume_step_and_another_runs_folder(joint, whole_run):
     done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST + 1, "--max-train-steps", LAST + 2)
     assert f"continuing after step {LAST + 1} from {output / 'branch'}" in done.stdout + done.stderr
     assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
+
+
+def test_a_run_with_scheduled_learning_rates_and_flips_resumes_exactly(joint, whole_run):
+    output, flags = joint
+    flags = (*flags, "--lr-warmup-steps", 2, "--lr-schedule", "cosine", "--random-flip", "--max-train-steps", 4)
+    run("train_repae.py", *flags, "--exp-name", "scheduled", "--checkpointing-steps", 2)
+    log = records(output / "scheduled/metrics.jsonl")
+    assert [record["learning_rate_factor"] for record in log] == [0.5, 1.0, 1.0, 0.5]
+    assert log[0]["reconstruction_loss"] != records(whole_run / "metrics.jsonl")[0]["reconstruction_loss"]
+    start = ("--continue-train-exp-dir", output / "scheduled", "--resume-step", 2)
+    run("train_repae.py", *flags, *start, "--exp-name", "scheduled-resumed")
+    one, two = (
+        read_checkpoint(output / name / "checkpoints/0000004.pt") for name in ("scheduled", "scheduled-resumed")
+    )
+    for part in ("model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc"):
+        assert equal(one[part], two[part])
+    assert [one[key]["param_groups"][0]["lr"] for key in ("opt", "opt_vae", "opt_disc")] == [0.5e-4] * 3
 
 
 def test_accumulation_cosine_lognormal_qk_norm_without_encoder(joint):

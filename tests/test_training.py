@@ -13,8 +13,8 @@ from diffusion.previews import reconstruction_grid, sample_grid
 from errors import UserError
 from joint_golden import golden_nets
 from training.log import json_line, truncate_log
-from training.optimizer import Optimizer
-from training.randomness import BatchOrder, Rows, step_draws
+from training.optimizer import Optimizer, learning_rate_factor
+from training.randomness import BatchOrder, Rows, randomly_flipped, step_draws
 from training.resume_checks import FORKABLE, IDENTITY, RESUMABLE, refuse_changed_flags
 
 CPU = torch.device("cpu")
@@ -68,6 +68,26 @@ def test_draws_depend_on_seed_step_and_row_only():
     assert not torch.equal(a.noise, a.posterior)
     assert step_draws(0, 0, Rows(0, 10000), (1, 1, 1), cfg_prob=0.1).drop.float().mean() == pytest.approx(0.1, abs=0.01)
     assert not step_draws(0, 0, Rows(0, 1000), (1, 1, 1), cfg_prob=0.0).drop.any()
+
+
+def test_images_are_mirrored_by_seed_step_and_row():
+    pixels = torch.arange(4000 * 3 * 2).reshape(4000, 3, 1, 2).to(torch.uint8)
+    found = randomly_flipped(pixels, 3, 5, Rows(0, 4000))
+    mirrored = (found == pixels.flip(3)).flatten(1).all(1)
+    assert torch.equal(found[~mirrored], pixels[~mirrored])
+    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(found[7:9], randomly_flipped(pixels[7:9], 3, 5, Rows(7, 9)))
+    assert not torch.equal(found, randomly_flipped(pixels, 3, 6, Rows(0, 4000)))
+
+
+def test_learning_rates_rise_linearly_and_fall_as_half_a_cosine():
+    def factors(*options):
+        return [learning_rate_factor(step, 8, *options) for step in range(8)]
+
+    assert factors(0, "constant") == [1.0] * 8
+    assert factors(4, "constant") == [0.25, 0.5, 0.75, *[1.0] * 5]
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]
+    assert factors(4, "cosine") == pytest.approx(expected)
 
 
 ORDER = {"length": 23, "batch": 4, "seed": 0, "start": 0, "stop": 10, "rank": 0, "world": 1, "accumulation": 1}

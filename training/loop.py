@@ -42,7 +42,8 @@ from training.distributed import (
     tensor_not_finite,
 )
 from training.log import LOG_INTERVAL, MetricsLog, Watch
-from training.randomness import BatchOrder, Rows
+from training.optimizer import learning_rate_factor
+from training.randomness import BatchOrder, Rows, randomly_flipped
 from training.resume_checks import FORKABLE, RESUMABLE, refuse_changed_flags, refuse_other_processes
 from weights.checkpoint_io import latest_checkpoint, read_checkpoint, training_flags
 
@@ -94,6 +95,7 @@ class Run:
         self.print(f"batch: {args.batch_size} images a step = {parts} x {what}")
         self.step = 0  # optimiser steps begun, this one included
         self.step_complete = False
+        self.learning_rate_factor = 1.0
         self.state: TrainingState | None = None
         self.identity: dict = {}
         self.classes: dict | None = None  # names (a list, or None) and numbers of training images, by label
@@ -198,11 +200,17 @@ class Run:
         try:
             for step in range(first, last):
                 self.step = step + 1
+                self.learning_rate_factor = learning_rate_factor(step, last, args.lr_warmup_steps, args.lr_schedule)
+                for optimizer in self.state.optimizers.values():
+                    optimizer.scale_learning_rate(self.learning_rate_factor)
                 for micro in range(accumulation):
                     pixels, labels, *moments = to_device(next(batches), self.device)
+                    rows = order.micro_batch_rows(micro)
+                    if getattr(args, "random_flip", False):
+                        pixels = randomly_flipped(pixels, args.seed, step, rows)
                     self.step_complete = micro == accumulation - 1
                     with gradient_sync(self.wrapped, sync=self.step_complete):
-                        yield self.step, Batch(pixels, labels, step, order.micro_batch_rows(micro), *moments)
+                        yield self.step, Batch(pixels, labels, step, rows, *moments)
                 if step == first:
                     self.print(f"peak memory of the first step: {peak_memory(self.device) / 2**30:.2f} GiB per process")
                 self._finish_step(bar, last)
@@ -226,7 +234,10 @@ class Run:
 
     def log(self, metrics: dict[str, Tensor | None]) -> None:
         """Log a micro-batch's metrics (scalars on the device, or None) without waiting for the device."""
-        self.metrics.add(self.step, {**metrics, **self.state.metrics()}, self.step_complete)
+        rate = {}
+        if self.args.lr_warmup_steps or self.args.lr_schedule != "constant":
+            rate = {"learning_rate_factor": torch.full((), self.learning_rate_factor, device=self.device)}
+        self.metrics.add(self.step, {**metrics, **self.state.metrics(), **rate}, self.step_complete)
 
     def evaluate(self, evaluation, *nets: nn.Module) -> None:
         """Log the distances that an `Evaluation` of `nets` finds, and keep the state as best.pt if it is the best."""

@@ -4,10 +4,24 @@ Forward passes run under autocast; parameters, optimiser states and losses stay 
 scaling, with a scaler per optimiser: the three losses of the joint step overflow at different scales.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+
+def learning_rate_factor(step: int, last: int, warmup: int, schedule: str) -> float:
+    """What the learning rates of 0-based `step` of `last` steps are multiplied by.
+
+    It rises linearly to 1 over `warmup` steps. Then it stays 1, or falls as half a cosine (Loshchilov & Hutter, arXiv
+    1608.03983) towards 0, which the step after the last would have.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (last - warmup))
+    return 1.0
 
 
 class Optimizer:
@@ -31,6 +45,7 @@ class Optimizer:
         everything = list(parameters)
         self.parameters = [p for p in everything if p.requires_grad]
         self.fixed = {i for i, p in enumerate(everything) if not p.requires_grad}
+        self.learning_rate = learning_rate
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
         )
@@ -62,6 +77,10 @@ class Optimizer:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Take the next steps with `factor` times the learning rate."""
+        self.adamw.param_groups[0]["lr"] = factor * self.learning_rate
 
     def scaler_metrics(self, name: str) -> dict[str, Tensor]:
         """Loss scale and number of skipped steps, for the log; empty unless losses are scaled."""

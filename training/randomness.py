@@ -69,6 +69,13 @@ def step_draws(
     return Draws(*torch.from_numpy(normal), sample_time(weighting, path_type, t), drop < cfg_prob)
 
 
+def randomly_flipped(pixels: Tensor, seed: int, step: int, rows: Rows) -> Tensor:
+    """Pixels (B,3,R,R) of 0-based `step`, each image mirrored left to right with probability 1/2."""
+    bits = [philox(seed, "flip", step, row).random_raw() & 1 for row in range(*rows)]
+    (flip,) = to_device([torch.tensor(bits, dtype=torch.bool)], pixels.device)
+    return torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
+
+
 @dataclass(frozen=True)
 class BatchOrder:
     """Data indices of one rank, micro-batch by micro-batch, from 0-based optimiser step `start` to `stop`.
