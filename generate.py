@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node=8 generate.py --exp-path exps/joint --train-steps 400000 --mode sde --num-steps 250 \\
         --cfg-scale 1.0
+    python generate.py --sit-ckpt pretrained/SiT-XL-2-256x256.pt --vae f8d4 --vae-ckpt pretrained/sdvae/sdvae-f8d4.pt
     python generate.py --exp-path exps/joint --classes 207,360 --num-fid-samples 16 --no-npz --grid
 
 Sample i is a function of (--global-seed, i): its label, its noise and the noise of every step do not depend on the
@@ -29,7 +30,7 @@ from diffusion.sampling import Sampling, cast_weights, check_finite, labels_with
 from diffusion.transport import PATH_TYPES, TIME_CONVENTION
 from errors import Parser, UserError, nearest, run_script
 from flags.config import parse_flags
-from flags.groups import add_offline_flag
+from flags.groups import add_offline_flag, add_vae_name
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
 from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
 from progress import progress_bar
@@ -38,7 +39,7 @@ from storage.sample_files import SampleFiles
 from training.distributed import process_state
 from weights.checkpoint_io import fingerprint
 from weights.downloads import is_offline
-from weights.trained_run import Experiment, load_experiment
+from weights.trained_run import Experiment, load_experiment, load_transformer_file
 
 GRID_SAMPLES = 64
 COMPILE_FROM = 1000
@@ -47,7 +48,10 @@ COMPILE_FROM = 1000
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--exp-path", type=Path, required=True, help="a run's folder, with checkpoints/ and args.json")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--exp-path", type=Path, help="a run's folder, with checkpoints/ and args.json")
+    what.add_argument("--sit-ckpt", type=Path, help="a transformer's file, such as SiT's or REPA's; needs --vae")
+    add_vae_name(parser, "--vae", None, "vae_ckpt")
     parser.add_argument("--train-steps", type=step_or_best, help="a checkpoint's step, or best (default: the latest)")
     parser.add_argument("--vae-ckpt", help=f"a frozen-VAE run's VAE, if it is not where its flags say; {VAE_WEIGHTS}")
     add_offline_flag(parser)
@@ -83,6 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--npz", action=BooleanOptionalAction, default=True, help="write all samples into one npz")
     group.add_argument("--grid", action="store_true", help="one picture of the first 64, a row per class of --classes")
     args = parse_flags(parser, argv, "generate")
+    if (args.sit_ckpt is None) != (args.vae is None):
+        parser.error("--sit-ckpt and --vae belong together; with --exp-path the run says which VAE it has")
     if args.guidance_low >= args.guidance_high:
         interval = f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}"
         parser.error(f"{interval}; guidance acts at times between them")
@@ -171,6 +177,7 @@ def describe(args: argparse.Namespace, run: Experiment, titles: list[str]) -> di
         "guidance_low": args.guidance_low if guided else None,
         "guidance_high": args.guidance_high if guided else None,
         "pixels": "rounded",
+        **({"assumed": run.assumed} if run.assumed else {}),
     }
 
 
@@ -279,7 +286,10 @@ def main() -> None:
     use_tf32(args.tf32)
     state = process_state()
     log = print if state.is_main_process else lambda text: None
-    run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), log)
+    if args.sit_ckpt is None:
+        run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), log)
+    else:
+        run = load_transformer_file(args.sit_ckpt, args.vae, args.vae_ckpt, is_offline(args), log)
     titles = check_run(args, run, log)
     files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run, titles), args.png, args.npz)
     files.check()

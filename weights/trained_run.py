@@ -29,7 +29,15 @@ from weights.checkpoint_io import (
     training_flags,
     vae_files,
 )
-from weights.vae import VAESource, known_statistics, latent_shape, load_vae, open_vae, stated_architecture
+from weights.published_sit import convert_published, model_of
+from weights.vae import (
+    VAESource,
+    known_statistics,
+    latent_shape,
+    load_vae,
+    open_vae,
+    stated_architecture,
+)
 
 # the settings of published runs whose flags lack these
 REFERENCE_DEFAULTS = {
@@ -39,6 +47,7 @@ REFERENCE_DEFAULTS = {
     "path_type": "linear",
     "encoder_depth": 8,
 }
+SD_VAE, SD_VAE_SCALE = "f8d4", 0.18215
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 SIT_KEYS = ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE, "final_layer.linear.weight")
 NORMALISER = "bn.running_var"
@@ -49,6 +58,7 @@ class Experiment(NamedTuple):
     """What sampling needs of a run: EMA transformer and VAE, in eval mode on the CPU, and the run's flags.
 
     `class_names` and `class_counts`, the numbers of training images, are by label; empty if the checkpoint lacks them.
+    `assumed` says what was taken for granted of a transformer that is not in a run's folder.
     """
 
     name: str
@@ -58,6 +68,7 @@ class Experiment(NamedTuple):
     vae: AutoencoderKL
     class_names: Sequence[str] = ()
     class_counts: Sequence[int] = ()
+    assumed: str = ""
 
 
 def load_experiment(
@@ -88,9 +99,7 @@ def load_experiment(
         missing = f"the run was trained on the VAE {source.weights}, which is not there"
         raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
     if not is_joint and NORMALISER not in ema:
-        scale, bias = known_statistics(source, log)
-        ema |= {"bn.running_mean": bias.flatten(), NORMALISER: scale.flatten() ** -2}
-        ema["bn.num_batches_tracked"] = torch.tensor(0)
+        ema |= normaliser_weights(*known_statistics(source, log))
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
     refuse_not_finite(sit, f"{path}: {taken}")
     if is_joint:
@@ -108,6 +117,49 @@ def load_experiment(
     return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval(), *of_classes)
 
 
+def load_transformer_file(path: Path, vae: str, vae_ckpt: str | None, offline: bool, log: Log = print) -> Experiment:
+    """A transformer's file and the VAE `vae` (a --vae) with weights `vae_ckpt`, to sample without a run's folder.
+
+    Size, patch, latent and classes are those of the weights. Where these hold no statistics of latents, SD-VAE's are
+    multiplied by its factor, as SiT and REPA do, and those of another VAE normalised by its statistics.
+
+    Raises:
+        UserError: the file is not that of a transformer, or not for latents of this VAE, or the VAE is missing.
+    """
+    where = f"--sit-ckpt {path}"
+    checkpoint = read_weights(path, "transformer weights")
+    ema, taken, flags = read_transformer(checkpoint, path, where)
+    source = open_vae(vae, vae_ckpt, offline)
+    if source.weights is None:
+        raise UserError(f"{where}: needs the weights of its VAE; give --vae-ckpt")
+    channels, patch = ema["x_embedder.proj.weight"].shape[1:3]
+    if channels != source.config.z_channels:
+        what = f"the transformer is for latents of {channels} channels, but --vae {vae} has {source.config.z_channels}"
+        raise UserError(f"{where}: {what}; name the VAE that it was trained on")
+    side = math.isqrt(ema["pos_embed"].shape[1]) * patch
+    flags |= {"model": model_of(ema, where), "vae": vae, "resolution": side * source.config.downsampling}
+    assumed = f"{taken}; path {flags['path_type']}"
+    if NORMALISER not in ema:
+        if vae == SD_VAE:
+            scale, bias = (torch.full((1, channels, 1, 1), value) for value in (SD_VAE_SCALE, 0.0))
+            assumed += f"; latents multiplied by {SD_VAE_SCALE}"
+        else:
+            scale, bias = known_statistics(source, log)
+        ema |= normaliser_weights(scale, bias)
+    sit = load_transformer(ema, flags, (channels, side, side), where)
+    network = load_vae(source)
+    for part, name in ((sit, where), (network, f"VAE {source.weights}")):
+        refuse_not_finite(part, name)
+    log(f"{where}: {flags['model']} for {flags['resolution']} px, {assumed}")
+    return Experiment(path.stem, int(checkpoint.get("steps", 0)), flags, sit, network.eval(), assumed=assumed)
+
+
+def normaliser_weights(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """The normaliser's entries of a transformer's state dict, from a VAE's statistics (1,C,1,1)."""
+    zero = torch.tensor(0)
+    return {"bn.running_mean": bias.flatten(), NORMALISER: scale.flatten() ** -2, "bn.num_batches_tracked": zero}
+
+
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
@@ -123,8 +175,9 @@ def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
 def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[str, Tensor], str, dict]:
     """A transformer's weights in float32 and without wrappers' prefixes; which these are; and its run's flags.
 
-    They are the first of `ema`, `model`, `state_dict` and the checkpoint itself; those of no SiT are a UserError. The
-    number of classes is that of the label table, whatever the flags say.
+    They are the first of `ema`, `model`, `state_dict` and the checkpoint itself; those of no SiT are a UserError.
+    Those that SiT and REPA published are converted. The number of classes is that of the label table, whatever the
+    flags say.
     """
     part = next((key for key in ("ema", "model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if part is None else checkpoint[part]
@@ -132,9 +185,11 @@ def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[st
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if missing := [key for key in SIT_KEYS if key not in state]:
         raise UserError(f"{source}: no {missing[0]} inside; expected the weights of a SiT, alone or as ema")
+    state, converted = convert_published(state, is_bare=part is None)
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
     flags["num_classes"] = len(state[LABEL_TABLE]) - (flags["cfg_prob"] > 0)  # the last row is the null label
-    return state, {"ema": "ema", None: "a bare state dict"}.get(part, f"{part} (no ema inside)"), flags
+    taken = {"ema": "ema", None: "a bare state dict"}.get(part, f"{part} (no ema inside)")
+    return state, f"{taken} {converted}".strip(), flags
 
 
 def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int, int], source: str) -> SiT:
