@@ -1,5 +1,6 @@
 """SiT's and REPA's published transformers, as generate.py samples them and training starts from them."""
 
+import argparse
 import re
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from golden_weights import assert_close, filled, golden
 from models.autoencoder import build_vae
-from models.sit import sincos_pos_embed
+from models.sit import SiT_models, sincos_pos_embed
 from scripts import refusal, run
-from weights.trained_run import load_transformer_file
+from weights.trained_run import load_transformer_file, start_from_trained
 
 FILES = ("sit_sigma", "sit_plain", "repa")
 
@@ -66,6 +67,20 @@ def test_golden_samples(folder, name):
 def test_latents_are_normalised_as_sd_vaes_were(folder):
     scale, bias = loaded(folder, "sit_plain").sit.latent_statistics()
     assert torch.allclose(scale, torch.tensor(0.18215)) and not bias.any()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_training_starts_with_the_loss_of_the_published_transformer(folder, name):
+    g, said = golden("baselines"), []
+    flags = {"sit_ckpt": folder / f"{name}.pt", "continue_train_exp_dir": None, "enc_type": "none"}
+    sit = SiT_models["SiT-S/2"](input_size=8, in_channels=4, num_classes=1000, z_dims=())
+    args = argparse.Namespace(**flags, vae_ckpt="vae.pt", path_type="linear")
+    start_from_trained(sit.eval(), args, folder / "run", said.append)
+    x, y, t = (torch.from_numpy(g[key]) for key in ("x", "y", "t"))
+    is_sit = name != "repa"
+    velocity = sit(x, 1 - t if is_sit else t, y)[0]
+    assert_close(-velocity if is_sit else velocity, g[f"{name}_velocity"])
+    assert ("in SiT's convention" in said[0]) == is_sit
 
 
 def test_late_blocks_of_older_files_are_renumbered(folder):
