@@ -65,7 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--heun", action=BooleanOptionalAction, default=False, help="second-order steps, --mode ode only"
     )
-    group.add_argument("--path-type", choices=PATH_TYPES, help="the run's interpolant (default: that of its flags)")
+    group.add_argument(
+        "--path-type", choices=PATH_TYPES, help="the run's interpolant (default: that of its flags, or linear)"
+    )
     group.add_argument("--cfg-scale", type=number(float, at_least=1), default=1.5, help="1: no guidance (default: 1.5)")
     group.add_argument("--guidance-low", type=number(float, at_least=0), default=0.0, help="guide from t (default: 0)")
     group.add_argument("--guidance-high", type=number(float, at_least=0), default=1.0, help="up to t (default: 1)")
@@ -89,6 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_flags(parser, argv, "generate")
     if (args.sit_ckpt is None) != (args.vae is None):
         parser.error("--sit-ckpt and --vae belong together; with --exp-path the run says which VAE it has")
+    if args.sit_ckpt is not None and args.train_steps is not None:
+        parser.error("--train-steps chooses a checkpoint of --exp-path; --sit-ckpt names a file")
     if args.guidance_low >= args.guidance_high:
         interval = f"--guidance-low {args.guidance_low:g} is not below --guidance-high {args.guidance_high:g}"
         parser.error(f"{interval}; guidance acts at times between them")
@@ -289,7 +293,7 @@ def main() -> None:
     if args.sit_ckpt is None:
         run = load_experiment(args.exp_path, args.train_steps, args.vae_ckpt, is_offline(args), log)
     else:
-        run = load_transformer_file(args.sit_ckpt, args.vae, args.vae_ckpt, is_offline(args), log)
+        run = load_transformer_file(args.sit_ckpt, args.vae, args.vae_ckpt, args.path_type, is_offline(args), log)
     titles = check_run(args, run, log)
     files = SampleFiles(args.sample_dir, set_name(args, run), describe(args, run, titles), args.png, args.npz)
     files.check()

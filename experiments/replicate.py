@@ -51,7 +51,8 @@ def main() -> None:
     args = parse_args()
     settings = Settings(args.steps, round(1.2 * args.steps), args.batch_size, args.samples, SAMPLING_STEPS)
     page_dir, data = args.page_dir or args.output_dir, args.output_dir / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    for folder in (data, page_dir):
+        folder.mkdir(parents=True, exist_ok=True)
     record = Record(args.output_dir / "stages.json", settings._asdict())
     content = open_page(page_dir, settings)
     run = partial(run_stages, record=record)

@@ -56,7 +56,7 @@ def test_weights_as_others_publish_them(form, tmp_path, capsys):
     whole = {"ema": "the average", "model": "model (no ema inside)", "state_dict": "state_dict (no ema inside)"}
     taken = whole["ema" if "ema" in parts else parts[0]] if parts else "a bare state dict"
     assert f"weights.pt: starting from {taken}{' of step 400000' if form == 'REPA' else ''}; " in line
-    assert line.endswith("it has no statistics of latents; those of this run's VAE hold")
+    assert line.endswith("multiply SD-VAE's latents by 0.18215, as --vae-ckpt stabilityai/sd-vae-ft-ema does)")
     assert "classes" not in line and "null label" not in line
 
 

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def loaded(folder, name: str):
-    return load_transformer_file(folder / f"{name}.pt", "f8d4", str(folder / "vae.pt"), offline=True)
+    return load_transformer_file(folder / f"{name}.pt", "f8d4", str(folder / "vae.pt"), None, offline=True)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -102,6 +102,12 @@ def test_generate_samples_a_file_and_says_what_it_assumed(folder, tmp_path):
     name = "sit_sigma_0000000_cfg2.0-0.0-1.0"
     assert np.load(tmp_path / f"{name}.npz")["arr_0"].shape == (2, 64, 64, 3)
     assert "latents multiplied by 0.18215" in (tmp_path / f"{name}.json").read_text()
+    torch.save({"ema": published("sit_plain"), "args": {"path_type": "GVP"}}, folder / "trained.pt")
+    assert loaded(folder, "trained").flags["path_type"] == "cosine"  # SiT's own training checkpoint is converted, too
+    assert "in SiT's convention" in loaded(folder, "trained").assumed
+    torch.save({"ema": published("repa"), "vae": {}}, folder / "joint.pt")
+    line = refusal("generate.py", "--sit-ckpt", folder / "joint.pt", "--vae", "f8d4", "--vae-ckpt", folder / "vae.pt")
+    assert "holds the VAE that it was trained with; name the run's folder by --exp-path" in line
     line = refusal("generate.py", "--sit-ckpt", folder / "repa.pt", "--vae", "f16d32", "--vae-ckpt", folder / "vae.pt")
     assert "is for latents of 4 channels, but --vae f16d32 has 32" in line
     assert "belong together" in refusal("generate.py", "--sit-ckpt", folder / "repa.pt")

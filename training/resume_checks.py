@@ -25,7 +25,7 @@ RESUMABLE = PATH_FLAGS | {
 # what a run that starts from another run's checkpoint (--continue-train-exp-dir) may change as well
 FORKABLE = {
     *("mixed_precision", "learning_rate", "vae_learning_rate", "disc_learning_rate", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("lr_warmup_steps", "lr_schedule", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
 }
 # the fingerprints of a run's identity, in words
 IDENTITY = {

@@ -10,16 +10,14 @@ from models.sit import SIT_SIZES
 
 OUTPUT = "final_layer.linear."
 TIME = "t_embedder.mlp.0.weight"
-SIT_CONVENTION = (
-    "in SiT's convention (t = 1 is data, the network predicts data minus noise), which is converted to ours"
-)
+SIT_CONVENTION = "in SiT's convention (t = 1 is data, the output is data minus noise), converted to ours"
 
 
-def convert_published(state: dict[str, Tensor], is_bare: bool) -> tuple[dict[str, Tensor], str]:
+def convert_published(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """A published state dict in our names and conventions, and in words what was converted, if anything.
 
-    A bare state dict without projectors and normaliser is SiT's (Ma et al., arXiv 2401.08740). DiT's files have the
-    same names but predict noise; they cannot be told from SiT's. Second halves of the output's channels, which SiT
+    A state dict without projectors and normaliser is SiT's (Ma et al., arXiv 2401.08740). DiT's files have the same
+    names but predict noise; they cannot be told from SiT's. Second halves of the output's channels, which SiT
     trained without a loss, are dropped. Older files of REPA count the blocks behind the aligned one from 0 again.
     """
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -31,7 +29,7 @@ def convert_published(state: dict[str, Tensor], is_bare: bool) -> tuple[dict[str
     if len(state[OUTPUT + "weight"]) == 2 * side**2 * channels:
         for key in (OUTPUT + "weight", OUTPUT + "bias"):
             state[key] = state[key].unflatten(0, (side**2, 2 * channels))[:, :channels].flatten(0, 1)
-    if is_bare and not any(key.startswith(("bn.", "projectors.")) for key in state):
+    if not any(key.startswith(("bn.", "projectors.")) for key in state):
         return reverse_time(state), SIT_CONVENTION
     return state, ""
 

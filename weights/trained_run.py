@@ -29,7 +29,7 @@ from weights.checkpoint_io import (
     training_flags,
     vae_files,
 )
-from weights.published_sit import convert_published, model_of
+from weights.published_sit import OUTPUT, TIME, convert_published, model_of
 from weights.vae import (
     VAESource,
     known_statistics,
@@ -48,9 +48,14 @@ REFERENCE_DEFAULTS = {
     "encoder_depth": 8,
 }
 SD_VAE, SD_VAE_SCALE = "f8d4", 0.18215
+SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}  # as SiT's flags name them
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-SIT_KEYS = ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE, "final_layer.linear.weight")
+SIT_KEYS = ("pos_embed", "x_embedder.proj.weight", LABEL_TABLE, TIME, f"{OUTPUT}weight", f"{OUTPUT}bias")
 NORMALISER = "bn.running_var"
+UNNORMALISED = (
+    "it has no statistics of latents, and those of this run's VAE hold (SiT and REPA multiply SD-VAE's latents by "
+    "0.18215, as --vae-ckpt stabilityai/sd-vae-ft-ema does)"
+)
 Log = Callable[[str], None]
 
 
@@ -112,23 +117,30 @@ def load_experiment(
     if taken != "ema":
         log(f"{path}: sampling from {taken}, of {sit.num_classes} classes")
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
-    classes = checkpoint.get("classes") or {}
-    of_classes = (classes.get("names") or (), classes.get("counts") or ())
-    return Experiment(name, int(checkpoint.get("steps", path.stem)), flags, sit, vae.eval(), *of_classes)
+    step = int(checkpoint.get("steps", path.stem))
+    return Experiment(name, step, flags, sit, vae.eval(), *classes_of(checkpoint))
 
 
-def load_transformer_file(path: Path, vae: str, vae_ckpt: str | None, offline: bool, log: Log = print) -> Experiment:
+def load_transformer_file(
+    path: Path, vae: str, vae_ckpt: str | None, path_type: str | None, offline: bool, log: Log = print
+) -> Experiment:
     """A transformer's file and the VAE `vae` (a --vae) with weights `vae_ckpt`, to sample without a run's folder.
 
     Size, patch, latent and classes are those of the weights. Where these hold no statistics of latents, SD-VAE's are
-    multiplied by its factor, as SiT and REPA do, and those of another VAE normalised by its statistics.
+    multiplied by its factor, as SiT and REPA do, and those of another VAE normalised by its statistics. `path_type` is
+    that of its training, where the file does not say it.
 
     Raises:
-        UserError: the file is not that of a transformer, or not for latents of this VAE, or the VAE is missing.
+        UserError: the file is not that of a transformer, or not for latents of this VAE, or holds the VAE that it was
+            trained with, or the VAE is missing.
     """
     where = f"--sit-ckpt {path}"
     checkpoint = read_weights(path, "transformer weights")
+    if isinstance(checkpoint.get("vae"), dict):
+        raise UserError(f"{where}: holds the VAE that it was trained with; name the run's folder by --exp-path")
     ema, taken, flags = read_transformer(checkpoint, path, where)
+    if path_type is not None and not training_flags(checkpoint, path):
+        flags["path_type"] = path_type
     source = open_vae(vae, vae_ckpt, offline)
     if source.weights is None:
         raise UserError(f"{where}: needs the weights of its VAE; give --vae-ckpt")
@@ -139,7 +151,11 @@ def load_transformer_file(path: Path, vae: str, vae_ckpt: str | None, offline: b
     side = math.isqrt(ema["pos_embed"].shape[1]) * patch
     flags |= {"model": model_of(ema, where), "vae": vae, "resolution": side * source.config.downsampling}
     assumed = f"{taken}; path {flags['path_type']}"
-    if NORMALISER not in ema:
+    if NORMALISER in ema:
+        known = (checkpoint.get("identity") or {}).get("vae")
+        network = load_frozen_vae(source, ema_latent_statistics(ema, where), known)
+    else:
+        network = load_vae(source)
         if vae == SD_VAE:
             scale, bias = (torch.full((1, channels, 1, 1), value) for value in (SD_VAE_SCALE, 0.0))
             assumed += f"; latents multiplied by {SD_VAE_SCALE}"
@@ -147,11 +163,17 @@ def load_transformer_file(path: Path, vae: str, vae_ckpt: str | None, offline: b
             scale, bias = known_statistics(source, log)
         ema |= normaliser_weights(scale, bias)
     sit = load_transformer(ema, flags, (channels, side, side), where)
-    network = load_vae(source)
     for part, name in ((sit, where), (network, f"VAE {source.weights}")):
         refuse_not_finite(part, name)
     log(f"{where}: {flags['model']} for {flags['resolution']} px, {assumed}")
-    return Experiment(path.stem, int(checkpoint.get("steps", 0)), flags, sit, network.eval(), assumed=assumed)
+    step = int(checkpoint.get("steps", 0))
+    return Experiment(path.stem, step, flags, sit, network.eval(), *classes_of(checkpoint), assumed)
+
+
+def classes_of(checkpoint: dict) -> tuple[Sequence[str], Sequence[int]]:
+    """Names of the classes and their numbers of training images, by label; empty where a checkpoint lacks them."""
+    classes = checkpoint.get("classes") or {}
+    return classes.get("names") or (), classes.get("counts") or ()
 
 
 def normaliser_weights(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
@@ -185,8 +207,9 @@ def read_transformer(checkpoint: dict, path: Path, source: str) -> tuple[dict[st
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if missing := [key for key in SIT_KEYS if key not in state]:
         raise UserError(f"{source}: no {missing[0]} inside; expected the weights of a SiT, alone or as ema")
-    state, converted = convert_published(state, is_bare=part is None)
+    state, converted = convert_published(state)
     flags = {**REFERENCE_DEFAULTS, **training_flags(checkpoint, path)}
+    flags["path_type"] = SIT_PATHS.get(flags["path_type"], flags["path_type"])
     flags["num_classes"] = len(state[LABEL_TABLE]) - (flags["cfg_prob"] > 0)  # the last row is the null label
     taken = {"ema": "ema", None: "a bare state dict"}.get(part, f"{part} (no ema inside)")
     return state, f"{taken} {converted}".strip(), flags
@@ -206,7 +229,7 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
             num_classes=flags["num_classes"],
             class_dropout_prob=0.1 if has_null else 0.0,
             z_dims=(),
-            encoder_depth=flags["encoder_depth"],
+            encoder_depth=1,  # of projectors, which sampling does not need
             qk_norm=any(".q_norm." in key for key in ema),
         )
     sit.load_state_dict(check_weights(sit, ema, source), assign=True)
@@ -255,7 +278,7 @@ def start_from_trained(sit: SiT, args: argparse.Namespace, run_folder: Path, log
     state, changes = fit_weights(ema, flags, sit, args.enc_type)
     load_weights(sit, state, source)
     step = f" of step {checkpoint['steps']}" if "steps" in checkpoint else ""
-    changes += [] if NORMALISER in ema else ["it has no statistics of latents; those of this run's VAE hold"]
+    changes += [] if NORMALISER in ema else [UNNORMALISED]
     log("; ".join([f"{source}: starting from {'the average' if taken == 'ema' else taken}{step}", *changes]))
     if NORMALISER in ema and not same_statistics(ema_latent_statistics(ema, source), sit.latent_statistics()):
         log(
