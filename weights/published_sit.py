@@ -10,7 +10,10 @@ from models.sit import SIT_SIZES
 
 OUTPUT = "final_layer.linear."
 TIME = "t_embedder.mlp.0.weight"
-SIT_CONVENTION = "in SiT's convention (t = 1 is data, the output is data minus noise), converted to ours"
+SIT_CONVENTION = (
+    "in SiT's convention (t = 1 is data, the output is data minus noise), converted to ours; a file of DiT, which "
+    "predicts noise, looks the same"
+)
 
 
 def convert_published(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
