@@ -44,7 +44,7 @@ from metrics.statistics import (
 )
 from models.autoencoder import image_to_pixels, pixels_to_image
 from models.encoder_table import encoder_spec
-from models.numerics import float64_device, use_tf32
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, float64_device, use_tf32
 from storage.files import replace_text
 from storage.image_sets import describe, open_image_set
 from storage.sample_files import MANIFEST_FORMAT
@@ -74,6 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=types.POSITIVE, default=64, help="per process (default: %(default)s)")
     group.add_argument("--num-workers", type=types.COUNT, default=4, help="reading processes per process (default: 4)")
+    precision = "of encoders in --features; Inception is float32 (default: no)"
+    group.add_argument("--mixed-precision", default="no", choices=tuple(AUTOCAST_DTYPES), help=precision)
     group.add_argument("--output", type=Path, help="the JSON file (default: beside samples or VAE, .metrics.json)")
     group.add_argument("--markdown", action="store_true", help="print the results as rows of a table")
     args = parse_flags(parser, argv, "evaluate")
@@ -142,7 +144,7 @@ def evaluate_samples(args: argparse.Namespace, state, log) -> dict:
     samples = None if args.samples is None else open_image_set(args.samples, "--samples", log)
     wanted = check_wanted(args, reference, names, log)
     check_images(samples, reference, wanted, names, log)
-    networks = load_feature_networks(names, args, state.device)
+    networks = load_feature_networks(names, args, state.device, autocast_factory(state.device, args.mixed_precision))
     reference.check_networks(networks)
     keep = bool(OF_FEATURES & set(wanted)) and (samples is not None or args.metrics is not None)
     reading = ReadOptions(args.batch_size, args.num_workers, state)
@@ -199,7 +201,7 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
         raise UserError(f"--vae-arch {args.vae_arch} needs images of a multiple of {vae.config.downsampling} px")
     names = args.features.split(",")
     warn_of_few(str(data.source), len(data), names, log)
-    networks = load_feature_networks(names, args, state.device)
+    networks = load_feature_networks(names, args, state.device, autocast_factory(state.device, args.mixed_precision))
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
     originals = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
     recons = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
@@ -249,6 +251,7 @@ def environment(args: argparse.Namespace, state) -> dict:
         "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
         "batch_size": args.batch_size,
+        "mixed_precision": args.mixed_precision,
     }
 
 

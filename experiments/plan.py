@@ -148,7 +148,7 @@ def vae_loss_flags(data: Path) -> str:
 
 
 def feature_flags(data: Path) -> str:
-    return f"--features {FEATURES} --enc-ckpt vgg16={data}/vgg16.pt --num-workers 1"
+    return f"--features {FEATURES} --enc-ckpt vgg16={data}/vgg16.pt --mixed-precision bf16 --num-workers 1"
 
 
 def cache_stage(name: str, vae: Path, data: Path, folder: Path) -> Stage:

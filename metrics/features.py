@@ -4,6 +4,8 @@ Each takes uint8 pixels (B,3,H,W) of any size and returns `Features`.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,14 +75,16 @@ class EncoderFeatures(nn.Module):
     by `resize_as_pillow`, positions by `dinov2_positions`.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder, autocast: Callable[[], AbstractContextManager] = nullcontext):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.autocast = encoder, autocast
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Features:
         """uint8 pixels (B,3,H,W) -> pool (B,D)."""
-        return Features(self.encoder.image_features(resize_as_pillow(pixels, self.encoder.size)).float())
+        with self.autocast():
+            features = self.encoder.image_features(resize_as_pillow(pixels, self.encoder.size))
+        return Features(features.float())
 
 
 def dinov2_positions(table: Tensor, grid: int) -> Tensor:

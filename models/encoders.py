@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError, nearest, one_line
+from models.numerics import channels_last
 
 # mean and standard deviation of pixels/255, per channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -125,6 +126,7 @@ class Encoder(nn.Module):
             self.network.prune_intermediate_layers([spec.level])
         for name, values in zip(("mean", "std"), spec.pixels, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        channels_last(self)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Encoder":

@@ -46,9 +46,9 @@ def networks_loaded_once():
     """Inception takes seconds to build."""
     real, loaded = evaluate.load_feature_networks, {}
 
-    def load(names: list[str], args: argparse.Namespace, device: torch.device) -> list:
-        key = (*names, args.inception_weights)
-        loaded[key] = loaded.get(key) or real(names, args, device)
+    def load(names: list[str], args: argparse.Namespace, *rest: object) -> list:
+        key = (*names, args.inception_weights, args.mixed_precision)
+        loaded[key] = loaded.get(key) or real(names, args, *rest)
         return loaded[key]
 
     with mock.patch.object(evaluate, "load_feature_networks", load):

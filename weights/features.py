@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,8 +32,13 @@ def check_feature_names(text: str) -> list[str]:
     return names
 
 
-def load_feature_networks(names: list[str], args: argparse.Namespace, device: torch.device) -> list[FeatureNetwork]:
-    """The networks with these names, on `device`, from --inception-weights, --enc-ckpt or their usual places."""
+def load_feature_networks(
+    names: list[str], args: argparse.Namespace, device: torch.device, autocast: Callable = nullcontext
+) -> list[FeatureNetwork]:
+    """The networks with these names, on `device`, from --inception-weights, --enc-ckpt or their usual places.
+
+    Encoders run within `autocast()`.
+    """
     given, offline = given_files(args), is_offline(args)
 
     def file_of(name: str) -> Path:
@@ -42,7 +49,7 @@ def load_feature_networks(names: list[str], args: argparse.Namespace, device: to
     files = first_on_each_machine(lambda: {name: file_of(name) for name in names})
     networks = []
     for name, path in files.items():
-        module = load_inception(path) if name == "inception" else load_encoder(name, path)
+        module = load_inception(path) if name == "inception" else load_encoder(name, path, autocast)
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         networks.append(FeatureNetwork(name, module.to(device), path, sha256))
@@ -50,7 +57,7 @@ def load_feature_networks(names: list[str], args: argparse.Namespace, device: to
 
 
 @torch.no_grad()
-def load_encoder(name: str, path: Path) -> EncoderFeatures:
+def load_encoder(name: str, path: Path, autocast: Callable = nullcontext) -> EncoderFeatures:
     """An encoder that sees whole images at its usual input size."""
     spec = encoder_spec(name)
     encoder = Encoder(spec, spec.feature_grid)
@@ -58,7 +65,7 @@ def load_encoder(name: str, path: Path) -> EncoderFeatures:
     if name.startswith("dinov2-vit"):  # those with registers are resampled as timm does
         table = unwrapped(content, spec.inside)["pos_embed"]
         encoder.network.pos_embed.copy_(dinov2_positions(table, spec.feature_grid))
-    return EncoderFeatures(encoder)
+    return EncoderFeatures(encoder, autocast)
 
 
 def inception_file(given: str | None, offline: bool) -> Path:
