@@ -25,7 +25,7 @@ from dataset import LATENT_FORMAT, ImageDataset, fingerprint_of, images_director
 from errors import Parser, UserError, run_script
 from flags.config import parse_flags
 from flags.groups import add_caching_flags
-from models.autoencoder import AutoencoderKL, pixels_to_image
+from models.autoencoder import Autoencoder, pixels_to_image
 from models.numerics import compile_in_place, in_full_batches, to_device, to_host, use_tf32
 from progress import progress_bar
 from storage.files import locked, replace_text, require_space, writing_behind
@@ -49,13 +49,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode(vae: Autoencoder, pixels: Tensor) -> Tensor:
     """uint8 pixels (B,3,R,R) -> moments (B,2C,h,w) float32: mean, then standard deviation."""
     posterior = vae.encode(pixels_to_image(pixels))
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def describe(images: ImageDataset, source: VAESource, vae: AutoencoderKL, args: argparse.Namespace) -> dict:
+def describe(images: ImageDataset, source: VAESource, vae: Autoencoder, args: argparse.Namespace) -> dict:
     scale, bias = known_statistics(source)
     index = {
         "format": LATENT_FORMAT,
@@ -161,7 +161,7 @@ def main() -> None:
     vae = load_vae(source).eval().requires_grad_(False)
     index = describe(images, source, vae, args)
     vae.to(state.device)
-    args.compile = compile_in_place([vae.encoder], args.compile, state.device)
+    args.compile = compile_in_place(vae.parts[:1], args.compile, state.device)
     directory = Path(args.output_dir, args.vae_latents_name)
     write_shards(directory, index, images, partial(encode, vae), args, state)
 

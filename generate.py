@@ -198,8 +198,9 @@ def environment(args: argparse.Namespace, state) -> dict:
 
 
 def set_name(args: argparse.Namespace, run: Experiment) -> str:
-    """Name of the set of samples, as in the reference."""
-    return f"{run.name}_{run.step:07d}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
+    """Name of the set of samples, as in the reference; a file without a run's folder is named by itself."""
+    step = "" if run.assumed else f"_{run.step:07d}"
+    return f"{run.name}{step}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
 
 
 def compiles(args: argparse.Namespace, state) -> bool:
@@ -303,7 +304,7 @@ def main() -> None:
         network.to(state.device)
         cast_weights(network, args.mixed_precision)
     args.compile = compiles(args, state)
-    compile_in_place([*run.sit.blocks, run.vae.decoder], args.compile, state.device)
+    compile_in_place([*run.sit.blocks, run.vae.parts[1]], args.compile, state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
             files.begin(environment(args, state))

@@ -3,9 +3,9 @@
     python save_vae_weights.py --repae-ckpt exps/joint/checkpoints/0400000.pt --vae-name e2e-vae --save-dir exps
 
 writes exps/e2e-vae/e2e-vae.pt, e2e-vae-latents-stats.pt and e2e-vae-discriminator-ckpt.pt. With --format diffusers it
-writes config.json and diffusion_pytorch_model.safetensors, which diffusers' AutoencoderKL.from_pretrained loads. Either
-form gets a model card, README.md, with pictures of the run. The statistics are those of the batch normalisation in the
-EMA transformer: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
+writes config.json and diffusion_pytorch_model.safetensors, which from_pretrained of the VAE's class in diffusers loads.
+Either form gets a model card, README.md, with pictures of the run. The statistics are those of the batch normalisation
+in the EMA transformer: scale 1/sqrt(running_var), bias running_mean (Leng et al., arXiv 2504.10483).
 
 Instead of a joint run, --vae and --vae-ckpt name any VAE that training takes; the script then converts its format, and
 writes no card.
@@ -21,7 +21,8 @@ from torch import Tensor
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import parse_flags
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
+from models.autoencoder import VAE_CONFIGS, VAEConfig
+from models.diffusers_vae import DiffusersConfig
 from models.discriminator import PatchDiscriminator
 from weights.checkpoint_io import (
     check_weights,
@@ -41,7 +42,7 @@ from weights.vae import diffusers_files, known_statistics, load_vae, open_vae, s
 class Extracted(NamedTuple):
     """A VAE and what belongs to it."""
 
-    config: VAEConfig | None  # None: the architecture named by the run's flags is unknown
+    config: VAEConfig | DiffusersConfig | None  # None: the architecture named by the run's flags is unknown
     weights: dict[str, Tensor]
     statistics: dict[str, Tensor]
     discriminator: dict[str, Tensor] | None
@@ -77,7 +78,7 @@ def extract(checkpoint: dict, path: Path) -> Extracted:
     with torch.device("meta"):
         networks = {"discriminator": PatchDiscriminator()}
         if config is not None:
-            networks["vae"] = AutoencoderKL(config)
+            networks["vae"] = config.build()
     for key, network in networks.items():
         check_weights(network, checkpoint[key], f"{path}: {key}")
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))

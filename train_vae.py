@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import load_loss_config, parse_flags
-from models.autoencoder import AutoencoderKL, pixels_to_image
+from models.autoencoder import Autoencoder, pixels_to_image
 from models.numerics import autocast_factory
 from training.build import (
     build_vae_nets,
@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def write_vae(args: argparse.Namespace, run: Run, vae: AutoencoderKL, discriminator: nn.Module | None, data) -> None:
+def write_vae(args: argparse.Namespace, run: Run, vae: Autoencoder, discriminator: nn.Module | None, data) -> None:
     """Measure the latents' statistics over all images and write the VAE's files; also a discriminator, if any."""
     rank = run.accelerator.process_index
     statistics = latent_statistics(vae, data, run.micro_batch, args.num_workers, rank, run.world, run.device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.sampling import Sampling, labels_with_images, sample_pixels
-from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
+from models.autoencoder import Autoencoder, image_to_pixels, pixels_to_image
 from models.sit import SiT
 
 Autocast = Callable[[], AbstractContextManager]
@@ -30,7 +30,7 @@ def grid(pixels: Tensor, columns: int = COLUMNS) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
+def reconstruction_grid(vae: Autoencoder, pixels: Tensor, autocast: Autocast = nullcontext) -> Tensor:
     """Rows of originals, each above its row of reconstructions from the posterior mean; (3,H,W) uint8."""
     device = next(vae.parameters()).device
     rows = []
@@ -43,7 +43,7 @@ def reconstruction_grid(vae: AutoencoderKL, pixels: Tensor, autocast: Autocast =
 
 @torch.no_grad()
 def sample_grid(
-    ema: SiT, vae: AutoencoderKL, seed: int, autocast: Autocast = nullcontext, class_counts: Sequence[int] = ()
+    ema: SiT, vae: Autoencoder, seed: int, autocast: Autocast = nullcontext, class_counts: Sequence[int] = ()
 ) -> Tensor:
     """64 samples over all labels with images: Euler, 50 steps, guidance 4, always the same noise; (3,H,W) uint8."""
     known = labels_with_images(class_counts, ema.num_classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from errors import UserError
-from models.autoencoder import AutoencoderKL, image_to_pixels
+from models.autoencoder import Autoencoder, image_to_pixels
 from models.numerics import AUTOCAST_DTYPES, to_device
 from models.sit import SiT
 
@@ -95,7 +95,7 @@ def cast_weights(network: nn.Module, mixed_precision: str) -> None:
 
 @torch.no_grad()
 def sample_pixels(
-    sit: SiT, vae: AutoencoderKL, indices: list[int], sampling: Sampling, rows: int = 0
+    sit: SiT, vae: Autoencoder, indices: list[int], sampling: Sampling, rows: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The samples with these indices, (B,3,R,R) uint8 on the device of the networks; does not wait for a GPU.
 
@@ -131,7 +131,7 @@ def sample_pixels(
 
 
 @torch.no_grad()
-def decode_pixels(vae: AutoencoderKL, z: Tensor) -> tuple[Tensor, Tensor]:
+def decode_pixels(vae: Autoencoder, z: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (N,C,h,w), not normalised, -> uint8 pixels (N,3,R,R); decoded in parts to bound the memory.
 
     Part sizes differ by at most one, so that compiled code sees at most two shapes. The second tensor, (N,) bool, says

@@ -45,6 +45,10 @@ class VAEConfig:
         """The architecture as plain data: VAEConfig(**described) is equal to this one."""
         return {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
+    def build(self) -> "AutoencoderKL":
+        """The autoencoder, freshly initialised."""
+        return AutoencoderKL(self)
+
 
 F8 = (128, 256, 512, 512)
 NO_QUANT = {"quant_conv": False, "post_quant_conv": False}
@@ -61,15 +65,18 @@ VAE_CONFIGS = {
 
 
 class Posterior(NamedTuple):
-    """Diagonal Gaussian over latents: mean and log-variance, (B,C,h,w) each, float32 or wider."""
+    """Diagonal Gaussian over latents: mean and log-variance, (B,C,h,w) each, float32 or wider.
+
+    That of a deterministic autoencoder has no log-variance: its standard deviation and its divergence are 0.
+    """
 
     mean: Tensor
-    logvar: Tensor
+    logvar: Tensor | None = None
 
     @property
     def std(self) -> Tensor:
         """Standard deviation, (B,C,h,w)."""
-        return torch.exp(0.5 * self.logvar)
+        return torch.zeros_like(self.mean) if self.logvar is None else torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std·noise, with N(0,1) `noise` (B,C,h,w)."""
@@ -77,6 +84,8 @@ class Posterior(NamedTuple):
 
     def kl(self) -> Tensor:
         """KL divergence from N(0, I) of each image, (B,): 0.5·sum(mean² + var - 1 - logvar)."""
+        if self.logvar is None:
+            return torch.zeros_like(self.mean[:, 0, 0, 0])
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).sum((1, 2, 3))
 
 
@@ -228,8 +237,22 @@ class Decoder(nn.Module):
         return in_turn([*self.mid.values(), *stages, *self.head], self.conv_in(z), self.recompute)
 
 
-class AutoencoderKL(nn.Module):
-    """The whole autoencoder; `forward` is the one pass that training needs (and that DistributedDataParallel wraps)."""
+class Autoencoder(nn.Module):
+    """An autoencoder of some `config`; `forward` is the one pass that training needs (and that
+    DistributedDataParallel wraps).
+
+    `parts` are its encoder and its decoder, which can be compiled.
+    """
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
+        """Posterior, its sample z made with N(0,1) `noise` (B,C,h,w), and the reconstruction from z."""
+        posterior = self.encode(image)
+        z = posterior.sample(noise)
+        return posterior, z, self.decode(z)
+
+
+class AutoencoderKL(Autoencoder):
+    """The autoencoder of a row of `VAE_CONFIGS`, or of diffusers' class of the same name."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -241,6 +264,14 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.post_quant_conv else nn.Identity()
         channels_last(self)
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [self.encoder, self.decoder]
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass."""
+        self.encoder.recompute = self.decoder.recompute = True
+
     def encode(self, image: Tensor) -> Posterior:
         """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""
         mean, logvar = float32_or_wider(self.quant_conv(self.encoder(image))).chunk(2, dim=1)
@@ -249,12 +280,6 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """un-normalised z (B,C,h,w) -> image (B,3,h·f,w·f), float32 or wider, about [-1, 1]."""
         return float32_or_wider(self.decoder(self.post_quant_conv(z)))
-
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Posterior, Tensor, Tensor]:
-        """Posterior, its sample z made with N(0,1) `noise` (B,C,h,w), and the reconstruction from z."""
-        posterior = self.encode(image)
-        z = posterior.sample(noise)
-        return posterior, z, self.decode(z)
 
 
 def build_vae(name: str) -> AutoencoderKL:

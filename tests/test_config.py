@@ -36,6 +36,7 @@ FROZEN_LINES = {
     "repa-sdvae-xl2": f"{SDVAE} --exp-name=sit-repa-sdvae",
     "sit-sdvae-xl2": f"{SDVAE} --exp-name=sit-sdvae --max-train-steps=7000000 --enc-type=none --proj-coeff=0",
 }
+PUBLISHED_FILES = {"sit-sdvae-xl2": "SiT-XL-2-256x256", "repa-sdvae-xl2": "repa-last"}
 GUIDANCE = {
     "repae-sdvae-xl2": (2.2, 0, 0.65),
     "repae-invae-xl1": (1.8, 0, 0.825),
@@ -80,9 +81,14 @@ def test_presets_sample_as_published_and_measure_that(name):
     assert (flags["mode"], flags["num_steps"], flags["num_fid_samples"], flags["heun"]) == ("sde", 250, 50000, False)
     assert (flags["cfg_scale"], flags["guidance_low"], flags["guidance_high"]) == GUIDANCE[name]
     trained = preset(name, SECTIONS[name][0] if name.startswith("repae") else "train_ldm_only")
-    assert str(flags["exp_path"]) == f"{trained['output_dir']}/{trained['exp_name']}"
-    assert (flags["train_steps"], flags["path_type"]) == (trained["max_train_steps"], trained["path_type"])
-    experiment = Experiment(trained["exp_name"], flags["train_steps"], trained, None, None)
+    assert flags["path_type"] == trained["path_type"]
+    if name in PUBLISHED_FILES:
+        assert (str(flags["sit_ckpt"]), flags["vae"]) == (f"pretrained/{PUBLISHED_FILES[name]}.pt", trained["vae"])
+        experiment = Experiment(PUBLISHED_FILES[name], 0, trained, None, None, assumed="the path")
+    else:
+        assert str(flags["exp_path"]) == f"{trained['output_dir']}/{trained['exp_name']}"
+        assert flags["train_steps"] == trained["max_train_steps"]
+        experiment = Experiment(trained["exp_name"], flags["train_steps"], trained, None, None)
     samples = set_name(argparse.Namespace(**flags), experiment)
     assert str(preset(name, "evaluate")["samples"]) == f"{flags['sample_dir']}/{samples}.npz"
     if name.startswith("repae"):

@@ -242,17 +242,6 @@ def test_rarer_forms_of_a_repository(form, flux, tmp_path, monkeypatch):
         assert sorted(hub.downloads()) == sorted(served)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "AutoencoderTiny"}, "some: _class_name in config.json is 'AutoencoderTiny', expected 'Auto"),
-    ],
-)
-def test_architectures_that_cannot_be(change, message):
-    with pytest.raises(UserError, match=message):
-        from_diffusers_config({**FLUX, **change}, "some")
-
-
 @pytest.mark.slow
 def test_a_vae_of_fluxs_layout_is_tuned_sampled_exported_and_cached(flux, tiny_data, vgg_weights, tmp_path):
     flags = (*TINY, *TINY_SIT, "--data-dir", tiny_data, "--lpips-vgg-ckpt", vgg_weights, "--output-dir", tmp_path)

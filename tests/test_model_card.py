@@ -44,7 +44,7 @@ def test_a_published_checkpoint_alone_gives_a_card_of_what_is_known_and_an_edite
     text = card(source)
     for known in (
         "`f4d4-tiny`: an AutoencoderKL with 293,159 parameters",
-        "has latents\n(4,H/4,W/4)",
+        "has latents (4,H/4,W/4)",
         "means range from\n-0.2 to 0.3, standard deviations from 0.25 to 2.",
         "400,000 steps.",
         "exp_name: sit-repae\n",

@@ -99,7 +99,7 @@ def test_generate_samples_a_file_and_says_what_it_assumed(folder, tmp_path):
     flags = (*flags, "--sample-dir", tmp_path, "--cfg-scale", 2, "--no-png")
     said = run("generate.py", "--sit-ckpt", folder / "sit_sigma.pt", *flags).stdout
     assert "SiT-S/2 for 64 px, a bare state dict in SiT's convention (t = 1 is data" in said
-    name = "sit_sigma_0000000_cfg2.0-0.0-1.0"
+    name = "sit_sigma_cfg2.0-0.0-1.0"
     assert np.load(tmp_path / f"{name}.npz")["arr_0"].shape == (2, 64, 64, 3)
     assert "latents multiplied by 0.18215" in (tmp_path / f"{name}.json").read_text()
     torch.save({"ema": published("sit_plain"), "args": {"path_type": "GVP"}}, folder / "trained.pt")

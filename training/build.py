@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dataset import open_images
 from errors import UserError
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import VAEConfig
+from models.autoencoder import Autoencoder, VAEConfig
+from models.diffusers_vae import DiffusersConfig
 from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory, compile_in_place
@@ -70,7 +71,7 @@ def find_vae(args: argparse.Namespace) -> VAESource:
     return source
 
 
-def choose_patch(args: argparse.Namespace, config: VAEConfig) -> None:
+def choose_patch(args: argparse.Namespace, config: VAEConfig | DiffusersConfig) -> None:
     """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders."""
     if args.model not in SiT_models:
         args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
@@ -134,8 +135,10 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
     # not the discriminator: recomputation would move its running statistics twice
-    vae.encoder.recompute = vae.decoder.recompute = lpips.net.recompute = args.gradient_checkpointing
-    compile_in_place([vae.encoder, vae.decoder, discriminator.main, lpips.net], args.compile, run.device)
+    lpips.net.recompute = args.gradient_checkpointing
+    if args.gradient_checkpointing:
+        recompute(vae)
+    compile_in_place([*vae.parts, discriminator.main, lpips.net], args.compile, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     return VAENets(
         vae=vae,
@@ -145,6 +148,14 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
         opt_disc=build_optimizer(discriminator, args.disc_learning_rate, args, run.device),
         lecam=torch.zeros(2, device=run.device),
     )
+
+
+def recompute(vae: Autoencoder) -> None:
+    """--gradient-checkpointing of a VAE; a UserError if its class in diffusers does not support it."""
+    try:
+        vae.recompute()
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: {error}; leave it out") from None
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, args: argparse.Namespace, device: torch.device):

@@ -12,7 +12,7 @@ from diffusion.previews import evenly_spaced, reconstruction_grid, sample_grid
 from diffusion.sampling import Sampling, sample_pixels
 from metrics.features import extract_features
 from metrics.statistics import ReadOptions, SetStatistics, compare, metric_name, open_reference, statistics_of
-from models.autoencoder import AutoencoderKL
+from models.autoencoder import Autoencoder
 from models.numerics import autocast_factory
 from models.sit import SiT
 from progress import progress_bar
@@ -35,7 +35,7 @@ class Monitor:
         self,
         args: argparse.Namespace,
         run: Run,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         ema: SiT | None = None,
         originals=None,
         reference=None,
@@ -108,7 +108,7 @@ class Evaluation:
         }
 
     @torch.no_grad()
-    def __call__(self, ema: SiT, vae: AutoencoderKL) -> dict[str, float]:
+    def __call__(self, ema: SiT, vae: Autoencoder) -> dict[str, float]:
         """Distances by name (eval_fid, or eval_fd_NAME), on rank 0; NaN if a sample is not finite."""
         bad = torch.zeros((), dtype=torch.bool, device=self.device)
         seen = [SetStatistics(self.count, self.device, keep_features=False) for _ in self.networks]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, update_lecam, vae_loss
 from metrics.images import batch_psnr
-from models.autoencoder import AutoencoderKL, Posterior, pixels_to_image
+from models.autoencoder import Autoencoder, Posterior, pixels_to_image
 from models.numerics import distributed_world_size, float64_device
 from progress import progress_bar
 from training.distributed import frozen_call
@@ -88,8 +88,8 @@ class LatentMoments:
 
     def update(self, posterior: Posterior) -> None:
         """Add the posteriors (B,C,h,w) of some images."""
-        mean, logvar = (x.to(self.sums.device).double() for x in posterior)
-        self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + logvar.exp()).sum((0, 2, 3))])
+        mean, std = (x.to(self.sums.device).double() for x in (posterior.mean, posterior.std))
+        self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))])
         self.count += mean.numel() // mean.shape[1]
 
     def statistics(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class LatentMoments:
 
 @torch.no_grad()
 def latent_statistics(
-    vae: AutoencoderKL, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
+    vae: Autoencoder, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Scale and bias of the latents of all images, as `LatentMoments` gives them; each rank reads its share."""
     share = Subset(data, range(rank, len(data), world))

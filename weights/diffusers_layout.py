@@ -1,7 +1,7 @@
-"""Conversion between our autoencoder and diffusers' AutoencoderKL: keys of the weights and config.json.
+"""Conversion between our autoencoders and diffusers: keys of the weights and config.json.
 
-The networks are the same. diffusers counts decoder levels from the coarsest one, and projects by linear layers in the
-attention, where CompVis uses 1x1 convolutions.
+AutoencoderKL is the same network as ours. diffusers counts decoder levels from the coarsest one, and projects by linear
+layers in the attention, where CompVis uses 1x1 convolutions. Networks of other classes are diffusers' own.
 """
 
 import re
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from models.autoencoder import AutoencoderKL, VAEConfig
+from models.autoencoder import VAEConfig
+from models.diffusers_vae import DiffusersConfig
+
+NETWORK = "network."  # prefix of the keys of DiffusersAutoencoder
+BATCH_NORM = "bn.running_"  # of AutoencoderKLFlux2, over patches of 2x2 latents
+PATCH = 4
 
 # patterns of our keys -> diffusers', applied in this order
 RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
@@ -44,8 +49,10 @@ def is_diffusers_state(state: dict[str, Tensor]) -> bool:
     return any(key.startswith("encoder.down_blocks.") for key in state)
 
 
-def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
     """Our weights under diffusers' keys, values unchanged, contiguous as safetensors needs them."""
+    if isinstance(config, DiffusersConfig):
+        return {key.removeprefix(NETWORK): value.contiguous() for key, value in state.items()}
     renamed = {diffusers_key(key, len(config.widths)): value for key, value in state.items()}
     return {
         key: (value.flatten(1) if ".attentions." in key and value.ndim == 4 else value).contiguous()
@@ -53,10 +60,14 @@ def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str,
     }
 
 
-def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """Weights with diffusers' keys, also earlier ones, under our keys; unknown keys stay."""
+def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
+    """Weights with diffusers' keys, also earlier ones, or ours, under our keys; unknown keys stay."""
+    if isinstance(config, DiffusersConfig):
+        return {NETWORK + key.removeprefix(NETWORK): value for key, value in state.items()}
+    if not is_diffusers_state(state):
+        return state
     with torch.device("meta"):
-        expected = AutoencoderKL(config).state_dict()
+        expected = config.build().state_dict()
     ours = {diffusers_key(key, len(config.widths)): key for key in expected}
     found = {}
     for key, value in state.items():
@@ -69,17 +80,37 @@ def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig) -> dict[st
     return found
 
 
-def from_diffusers_config(found: dict, where: str) -> VAEConfig:
-    """The architecture in a config.json of diffusers' AutoencoderKL, with its scaling and shift factor.
+def batch_norm_statistics(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale 1/std and bias mean of each latent channel, (1,C,1,1) float32, from AutoencoderKLFlux2's batch norm.
+
+    It normalises the 4·C channels of patches of 2x2 latents; its patches are taken together.
+    """
+    mean, var = (state[BATCH_NORM + name].double().reshape(1, -1, 1, PATCH) for name in ("mean", "var"))
+    bias = mean.mean(dim=3, keepdim=True)
+    var = (var + (mean - bias).square()).mean(dim=3, keepdim=True)
+    return torch.rsqrt(var).float(), bias.float()
+
+
+def to_batch_norm(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """The entries of AutoencoderKLFlux2's batch norm of which `batch_norm_statistics` are `scale` and `bias`."""
+    values = {"mean": bias, "var": scale.double() ** -2}
+    return {BATCH_NORM + name: value.float().flatten().repeat_interleave(PATCH) for name, value in values.items()}
+
+
+def from_diffusers_config(found: dict, where: str) -> VAEConfig | DiffusersConfig:
+    """The architecture in a config.json of an autoencoder of diffusers, with its scaling and shift factor.
 
     Raises:
-        UserError: it is of another class; the message names `where`.
+        UserError: it is of no class that works; the message names `where`.
     """
+    if (kind := found.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        try:
+            return DiffusersConfig.from_json(found)
+        except ValueError as error:
+            raise UserError(f"VAE {where}: _class_name {kind} in config.json: {error}") from None
     # diffusers' defaults for missing settings
     defaults = {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32}
     config = {**defaults, "scaling_factor": 0.18215, **{k: value for k, value in found.items() if value is not None}}
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise UserError(f"VAE {where}: _class_name in config.json is {kind!r}, expected 'AutoencoderKL'")
     blocks = config.get("down_block_types", ())
     return VAEConfig(
         z_channels=int(config["latent_channels"]),
@@ -95,12 +126,21 @@ def from_diffusers_config(found: dict, where: str) -> VAEConfig:
     )
 
 
-def to_diffusers_config(config: VAEConfig, scale: Tensor, bias: Tensor, resolution: int) -> dict:
-    """config.json of diffusers' AutoencoderKL, with the latents' statistics: scale 1/std and bias mean, (1,C,1,1) each.
+def to_diffusers_config(config: VAEConfig | DiffusersConfig, scale: Tensor, bias: Tensor, resolution: int) -> dict:
+    """config.json of an autoencoder of diffusers, with the latents' statistics: scale 1/std and bias mean, (1,C,1,1).
 
-    diffusers' pipelines normalise by (z - latents_mean)·scaling_factor/latents_std; scaling_factor is therefore 1.
-    `resolution` is the side in pixels of the training images.
+    diffusers' pipelines normalise by (z - latents_mean)·scaling_factor/latents_std; scaling_factor is therefore 1. Of a
+    class that knows only the factor, it is 1 over the standard deviation of all channels; its pipelines do not read the
+    other two, but known_statistics of weights/vae.py does. `resolution` is the side in pixels of the training images.
     """
+    statistics = {"latents_mean": bias.flatten().tolist(), "latents_std": (1 / scale.double()).flatten().tolist()}
+    if isinstance(config, DiffusersConfig):
+        if config.takes("batch_norm_eps"):  # it holds them
+            statistics = {}
+        if config.takes("scaling_factor"):
+            both = config.takes("latents_mean")
+            statistics["scaling_factor"] = 1.0 if both else float(scale.double().pow(-2).mean().rsqrt())
+        return {**config.settings, **statistics}
     levels = range(len(config.widths))
     prefix = {level: "Attn" if level in config.attention_levels else "" for level in levels}
     return {
@@ -119,6 +159,5 @@ def to_diffusers_config(config: VAEConfig, scale: Tensor, bias: Tensor, resoluti
         "use_post_quant_conv": config.post_quant_conv,
         "sample_size": resolution,
         "scaling_factor": 1.0,
-        "latents_mean": bias.flatten().tolist(),
-        "latents_std": (1 / scale.double()).flatten().tolist(),
+        **statistics,
     }

@@ -4,7 +4,6 @@ configs/model_card.md is the template; `card_facts` gathers what stands in it.
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import yaml
 from torch import Tensor
 
 from errors import UserError
+from models.autoencoder import VAE_CONFIGS
 from storage.files import replace_text, written_whole
 from weights.checkpoint_io import ema_latent_statistics, fingerprint, training_flags, vae_files
-from weights.vae import CONFIG, DIFFUSERS, DIFFUSERS_FILES
+from weights.vae import CONFIG, DIFFUSERS, DIFFUSERS_FILES, stated_architecture
 
 TEMPLATE = Path(__file__).parent.parent / "configs/model_card.md"
 TO_FILL_IN = "**FILL IN.**"  # the template's placeholder for the license; a card without it has been edited
@@ -54,8 +54,7 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     vae_hash = vae_fingerprint(state)
     files = vae_files(folder / f"{name}.pt")
     is_diffusers = (folder / CONFIG).is_file() and (folder / DIFFUSERS_FILES[0]).is_file()
-    row = flags.get("vae") if not str(flags.get("vae")).startswith(DIFFUSERS) else None
-    halvings = [key for key in state if re.search(r"\bencoder\.down\.\d+\.downsample\.conv\.bias$", key)]
+    config = stated_architecture(checkpoint) or VAE_CONFIGS.get(flags.get("vae"))
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
     repeated = {key: value for key, value in flags.items() if value is not None and key not in NOT_REPEATED}
     hashes = {"images": identity.get("data"), **(identity.get("encoders") or {})}
@@ -63,14 +62,15 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     return {
         "name": name,
         "is_diffusers": is_diffusers,
-        "arch": f"{DIFFUSERS}{name}" if is_diffusers else row,
+        "class_name": getattr(config, "settings", {}).get("_class_name", "AutoencoderKL"),
+        "arch": f"{DIFFUSERS}{name}" if is_diffusers else flags.get("vae"),
         "weights": name if is_diffusers else f"{name}/{files.weights.name}",
         "statistics": files.statistics.name if files.statistics.is_file() else None,
         "discriminator": files.discriminator.name if files.discriminator.is_file() else None,
-        "vae": row,
+        "vae": flags.get("vae") if flags.get("vae") in VAE_CONFIGS else None,
         "parameters": f"{sum(value.numel() for value in state.values()):,}",
         "channels": bias.numel(),
-        "downsampling": 2 ** len(halvings),
+        "downsampling": config and config.downsampling,
         "mean_range": f"{bias.min():.3g} to {bias.max():.3g}",
         "std_range": f"{1 / scale.max():.3g} to {1 / scale.min():.3g}",
         "steps": f"{step:,}",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import AutoencoderKL
+from models.autoencoder import Autoencoder
 from models.encoder_table import encoder_specs
 from models.sit import SiT, SiT_models
 from weights.checkpoint_io import (
@@ -70,7 +70,7 @@ class Experiment(NamedTuple):
     step: int
     flags: dict
     sit: SiT
-    vae: AutoencoderKL
+    vae: Autoencoder
     class_names: Sequence[str] = ()
     class_counts: Sequence[int] = ()
     assumed: str = ""
@@ -108,7 +108,7 @@ def load_experiment(
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
     refuse_not_finite(sit, f"{path}: {taken}")
     if is_joint:
-        vae = AutoencoderKL(source.config)
+        vae = source.config.build()
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
         refuse_not_finite(vae, f"{path}: vae")
     else:
@@ -236,7 +236,7 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
     return sit.eval().requires_grad_(False)
 
 
-def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> AutoencoderKL:
+def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> Autoencoder:
     """The VAE of a frozen-VAE run; a UserError if it is not the one that the transformer was trained with.
 
     `trained` is scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.

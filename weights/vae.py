@@ -1,7 +1,7 @@
 """A VAE from the command line: its architecture, weights in any published form, and the statistics of its latents.
 
 Weights have the keys of CompVis (as ours and the single files of SD-VAE, FLUX and SD 3.5 do, alone or inside a whole
-model's checkpoint) or those of a diffusers AutoencoderKL: a folder, a file in it, or a repository of the hub.
+model's checkpoint) or those of an autoencoder of diffusers: a folder, a file in it, or a repository of the hub.
 """
 
 import json
@@ -14,13 +14,24 @@ import torch
 from torch import Tensor
 
 from errors import UserError, unknown_name
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, VAEConfig
+from models.autoencoder import VAE_CONFIGS, Autoencoder, VAEConfig
+from models.diffusers_vae import DiffusersConfig
 from models.discriminator import PatchDiscriminator
-from weights.checkpoint_io import load_weights, neighbours, read_checkpoint, read_weights, strip_prefixes, vae_files
+from weights.checkpoint_io import (
+    load_weights,
+    neighbours,
+    read_checkpoint,
+    read_weights,
+    same_statistics,
+    strip_prefixes,
+    vae_files,
+)
 from weights.diffusers_layout import (
+    BATCH_NORM,
+    batch_norm_statistics,
     from_diffusers_config,
     from_diffusers_state,
-    is_diffusers_state,
+    to_batch_norm,
     to_diffusers_config,
     to_diffusers_state,
 )
@@ -45,12 +56,14 @@ class VAESource(NamedTuple):
     """Where a VAE's architecture, weights and statistics come from, for `load_vae` and `known_statistics`."""
 
     name: str  # row of VAE_CONFIGS, or diffusers:PATH_OR_ID
-    config: VAEConfig
+    config: VAEConfig | DiffusersConfig
     weights: Path | None = None  # None: freshly initialised
     published: dict | None = None  # the content of diffusers' config.json, if it lies beside the weights
 
 
-def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | None = None) -> VAESource:
+def open_vae(
+    name: str, weights: str | None, offline: bool, known: VAEConfig | DiffusersConfig | None = None
+) -> VAESource:
     """Find the VAE `name` (a --vae) with `weights` (a --vae-ckpt), or freshly initialised. All processes call this.
 
     `known` is the architecture, where a checkpoint states it.
@@ -77,10 +90,12 @@ def open_vae(name: str, weights: str | None, offline: bool, known: VAEConfig | N
     return VAESource(name, config, path, published)
 
 
-def stated_architecture(checkpoint: dict) -> VAEConfig | None:
+def stated_architecture(checkpoint: dict) -> VAEConfig | DiffusersConfig | None:
     """The architecture of its run's VAE that a checkpoint of ours states; None for published checkpoints."""
     architecture = (checkpoint.get("identity") or {}).get("architecture")
-    return None if architecture is None else VAEConfig(**architecture)
+    if architecture is None:
+        return None
+    return (DiffusersConfig if "settings" in architecture else VAEConfig)(**architecture)
 
 
 def find_weights(text: str, offline: bool) -> tuple[Path, dict | None]:
@@ -126,16 +141,16 @@ def shards(path: Path) -> list[Path]:
     return [path.with_name(name) for name in sorted(set(names))]
 
 
-def load_vae(source: VAESource) -> AutoencoderKL:
+def load_vae(source: VAESource) -> Autoencoder:
     """The autoencoder with its weights, or freshly initialised, in float32 whatever the file's dtype."""
-    vae = AutoencoderKL(source.config)
+    vae = source.config.build()
     if source.weights is not None:
         state = read_vae_state(source.weights, source.config)
         load_weights(vae, state, f"VAE weights {source.weights} for the architecture {source.name}")
     return vae
 
 
-def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
+def read_vae_state(path: Path, config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
     """The weights of a VAE under our keys, from a file in any published form."""
     state = {key: value for file in shards(path) for key, value in read_weights(file, "VAE weights").items()}
     if isinstance(state.get("vae"), dict):
@@ -148,22 +163,30 @@ def read_vae_state(path: Path, config: VAEConfig) -> dict[str, Tensor]:
             state = inside
             break
     state = {key: value for key, value in state.items() if not key.startswith(TRAINING_PREFIXES)}
-    return from_diffusers_state(state, config) if is_diffusers_state(state) else state
+    return from_diffusers_state(state, config)
 
 
 def diffusers_files(
-    folder: Path, weights: dict[str, Tensor], config: VAEConfig, statistics: dict[str, Tensor], resolution: int
+    folder: Path,
+    weights: dict[str, Tensor],
+    config: VAEConfig | DiffusersConfig,
+    statistics: dict[str, Tensor],
+    resolution: int,
 ) -> dict[Path, bytes]:
-    """A VAE as diffusers' AutoencoderKL.from_pretrained reads it: the files to be written to `folder`.
+    """A VAE as from_pretrained of its class in diffusers reads it: the files to be written to `folder`.
 
     `statistics` are latents_scale and latents_bias, (1,C,1,1) each; `resolution` is the side of the training images.
     """
     from safetensors.torch import save
 
-    described = to_diffusers_config(config, statistics["latents_scale"], statistics["latents_bias"], resolution)
+    scale, bias = statistics["latents_scale"], statistics["latents_bias"]
+    state = to_diffusers_state(weights, config)
+    if BATCH_NORM + "var" in state and not same_statistics(batch_norm_statistics(state), (scale, bias)):
+        state |= to_batch_norm(scale, bias)
+    described = to_diffusers_config(config, scale, bias, resolution)
     return {
         folder / CONFIG: json.dumps(described, indent=2).encode() + b"\n",
-        folder / DIFFUSERS_FILES[0]: save(to_diffusers_state(weights, config), metadata={"format": "pt"}),
+        folder / DIFFUSERS_FILES[0]: save(state, metadata={"format": "pt"}),
     }
 
 
@@ -177,46 +200,53 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
 
 def has_statistics(source: VAESource) -> bool:
     """Whether `known_statistics` finds any, for a VAE with weights."""
-    return vae_files(source.weights).statistics.is_file() or published_factors(source) is not None
+    return vae_files(source.weights).statistics.is_file() or published_statistics(source) is not None
 
 
-def published_factors(source: VAESource) -> VAEConfig | None:
-    """A config with the published scaling and shift factor of a VAE's weights, if they are known.
+def published_statistics(source: VAESource) -> tuple[Tensor, Tensor, str] | None:
+    """Scale and bias, (1,C,1,1) float32 each, that a VAE was published with, and where they are found; None if not.
 
-    It is the config.json beside the weights, or the row of the architecture. `.pt` files, which this project writes,
-    were trained further: the row's factors do not hold for them.
+    `.pt` files, which this project writes, were trained further: what their architecture was published with does not
+    hold for them.
     """
+    shape, published, config = (1, source.config.z_channels, 1, 1), source.published or {}, source.config
+    if published.get("latents_mean") is not None and published.get("latents_std") is not None:
+        keys = ("latents_mean", "latents_std")
+        mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
+        return (1 / std).float(), mean.float(), f"latents_mean and latents_std in {CONFIG}"
+    if source.weights.suffix == ".pt":
+        return None
+    if isinstance(config, DiffusersConfig) and config.takes("batch_norm_eps"):
+        state = to_diffusers_state(read_vae_state(source.weights, config), config)
+        return *batch_norm_statistics(state), "its batch normalisation"
     if source.published is not None:
-        return from_diffusers_config(source.published, str(source.weights))
-    row = VAE_CONFIGS.get(source.name)
-    return None if row is None or row.scaling_factor is None or source.weights.suffix == ".pt" else row
+        config = from_diffusers_config(source.published, str(source.weights))
+    elif (config := VAE_CONFIGS.get(source.name)) is None:
+        return None
+    if (scaling := config.scaling_factor) is None:
+        return None
+    where = f"the published scaling factor {scaling:g} and shift {config.shift_factor:g}"
+    advice = "train_vae.py --stats-only measures them on your images"
+    return torch.full(shape, scaling), torch.full(shape, config.shift_factor), f"{where}; {advice}"
 
 
 def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> tuple[Tensor, Tensor]:
     """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE; a UserError if they are not known.
 
     They come from the file beside its weights, else from latents_mean and latents_std in diffusers' config.json, else
-    from the published scaling and shift factor. `log` prints which, unless it is the file.
+    from a batch normalisation in the weights, else from the published scaling and shift factor. `log` prints which,
+    unless it is the file.
     """
-    shape = (1, source.config.z_channels, 1, 1)
     beside = vae_files(source.weights).statistics
     if beside.is_file():
         return read_latent_statistics(source.weights, source.config.z_channels)
-    published = source.published or {}
-    if published.get("latents_mean") is not None and published.get("latents_std") is not None:
-        log(f"latent statistics of {source.weights}: latents_mean and latents_std in {CONFIG}")
-        keys = ("latents_mean", "latents_std")
-        mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
-        return (1 / std).float(), mean.float()
-    if (factors := published_factors(source)) is None:
+    if (found := published_statistics(source)) is None:
         raise UserError(
             f"latent statistics {beside}: no such file; train_vae.py --stats-only measures them and writes both files"
         )
-    log(
-        f"latent statistics of {source.weights}: the published scaling factor {factors.scaling_factor:g} and shift "
-        f"{factors.shift_factor:g}; train_vae.py --stats-only measures them on your images"
-    )
-    return torch.full(shape, factors.scaling_factor), torch.full(shape, factors.shift_factor)
+    scale, bias, where = found
+    log(f"latent statistics of {source.weights}: {where}")
+    return scale, bias
 
 
 def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tensor, Tensor]:
