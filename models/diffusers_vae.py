@@ -148,6 +148,7 @@ def decode(network: nn.Module, z: Tensor, is_video: bool) -> Tensor:
     return float32_or_wider(recon[:, :, 0] if is_video else recon)
 
 
+@torch.enable_grad()
 def probed(settings: dict, is_video: bool) -> Probe:
     """A `Probe` of the network that takes images, or videos of one frame.
 

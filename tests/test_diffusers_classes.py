@@ -164,7 +164,7 @@ def test_recomputation_where_the_class_supports_it(folders, tiny_data, vgg_weigh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"AutoencoderKLWan"}))  # built as Qwen-Image's
 def test_every_script(name, folders, tiny_data, vgg_weights, tmp_path):
     """Statistics, joint tuning on two processes, samples, extraction, caching, frozen training, reconstructions."""
     flags, given = training_flags(tiny_data, tmp_path), ("--vae", f"diffusers:{folders[name]}")
@@ -185,7 +185,7 @@ def test_every_script(name, folders, tiny_data, vgg_weights, tmp_path):
         run("save_vae_weights.py", *extraction, "--vae-name", form, "--format", form)
     theirs, before = (getattr(diffusers, name).from_pretrained(f) for f in (tmp_path / "diffusers", folders[name]))
     tuned = load_vae(published(tmp_path / "diffusers"))
-    assert changed(theirs, before) == set(tuned.config.probe.unused)  # nothing else stayed
+    assert unchanged(theirs, before) == set(tuned.config.probe.unused)  # nothing else stayed
     statistics = read_checkpoint(tmp_path / "pt/pt-latents-stats.pt")
     for found, wanted in zip(known_statistics(published(tmp_path / "diffusers")), statistics.values(), strict=True):
         torch.testing.assert_close(found, wanted)
@@ -222,6 +222,6 @@ def flags_of_a_vae(flags: tuple) -> tuple:
     return tuple(word for pair in pairs if pair[0] not in TINY_SIT for word in pair)
 
 
-def changed(network: nn.Module, before: nn.Module) -> set[str]:
+def unchanged(network: nn.Module, before: nn.Module) -> set[str]:
     """Names of parameters that are still the same."""
     return {name for name, value in network.named_parameters() if torch.equal(value, before.get_parameter(name))}

@@ -82,8 +82,8 @@ def load_experiment(
     """The experiment in a run's folder at `step` ("best", or None for its latest checkpoint).
 
     The checkpoint of a joint run holds its VAE. A frozen-VAE run's VAE is `vae_ckpt`, any value that --vae-ckpt takes,
-    or the one named by the run's flags; it supplies the statistics of latents that a published checkpoint lacks. `log`
-    prints where these come from, and which weights are taken where there is no EMA.
+    or the one named by the run's flags. A published checkpoint without statistics of latents gets `assumed_statistics`.
+    `log` prints where these come from, and which weights are taken where there is no EMA.
 
     Raises:
         UserError: something is missing, damaged or of another architecture, or the VAE is not the one trained with.
@@ -104,7 +104,7 @@ def load_experiment(
         missing = f"the run was trained on the VAE {source.weights}, which is not there"
         raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
     if not is_joint and NORMALISER not in ema:
-        ema |= normaliser_weights(*known_statistics(source, log))
+        ema |= normaliser_weights(*assumed_statistics(source, log))
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
     refuse_not_finite(sit, f"{path}: {taken}")
     if is_joint:
@@ -126,9 +126,8 @@ def load_transformer_file(
 ) -> Experiment:
     """A transformer's file and the VAE `vae` (a --vae) with weights `vae_ckpt`, to sample without a run's folder.
 
-    Size, patch, latent and classes are those of the weights. Where these hold no statistics of latents, SD-VAE's are
-    multiplied by its factor, as SiT and REPA do, and those of another VAE normalised by its statistics. `path_type` is
-    that of its training, where the file does not say it.
+    Size, patch, latent and classes are those of the weights, the statistics of latents those of `assumed_statistics`
+    where the weights hold none. `path_type` is that of its training, where the file does not say it.
 
     Raises:
         UserError: the file is not that of a transformer, or not for latents of this VAE, or holds the VAE that it was
@@ -155,13 +154,9 @@ def load_transformer_file(
         known = (checkpoint.get("identity") or {}).get("vae")
         network = load_frozen_vae(source, ema_latent_statistics(ema, where), known)
     else:
-        network = load_vae(source)
-        if vae == SD_VAE:
-            scale, bias = (torch.full((1, channels, 1, 1), value) for value in (SD_VAE_SCALE, 0.0))
-            assumed += f"; latents multiplied by {SD_VAE_SCALE}"
-        else:
-            scale, bias = known_statistics(source, log)
-        ema |= normaliser_weights(scale, bias)
+        network, notes = load_vae(source), []
+        ema |= normaliser_weights(*assumed_statistics(source, notes.append))
+        assumed = "; ".join([assumed, *notes])
     sit = load_transformer(ema, flags, (channels, side, side), where)
     for part, name in ((sit, where), (network, f"VAE {source.weights}")):
         refuse_not_finite(part, name)
@@ -174,6 +169,16 @@ def classes_of(checkpoint: dict) -> tuple[Sequence[str], Sequence[int]]:
     """Names of the classes and their numbers of training images, by label; empty where a checkpoint lacks them."""
     classes = checkpoint.get("classes") or {}
     return classes.get("names") or (), classes.get("counts") or ()
+
+
+def assumed_statistics(source: VAESource, log: Log) -> tuple[Tensor, Tensor]:
+    """Scale and bias, (1,C,1,1), of the latents of a transformer that has none: SD-VAE's latents are multiplied by its
+    factor, as SiT and REPA do, and those of another VAE normalised by its statistics."""
+    if source.name != SD_VAE:
+        return known_statistics(source, log)
+    log(f"latents multiplied by {SD_VAE_SCALE}")
+    shape = (1, source.config.z_channels, 1, 1)
+    return torch.full(shape, SD_VAE_SCALE), torch.zeros(shape)
 
 
 def normaliser_weights(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
