@@ -26,13 +26,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion.previews import COLUMNS, PADDING, grid
-from diffusion.sampling import Sampling, cast_weights, check_finite, labels_with_images, sample_pixels
+from diffusion.sampling import Sampling, check_finite, labels_with_images, sample_pixels
 from diffusion.transport import PATH_TYPES, TIME_CONVENTION
 from errors import Parser, UserError, nearest, run_script
 from flags.config import parse_flags
 from flags.groups import add_offline_flag, add_vae_name
 from flags.types import COUNT, POSITIVE, VAE_WEIGHTS, number
-from models.numerics import AUTOCAST_DTYPES, autocast_factory, compile_in_place, to_host, use_tf32
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, cast_weights, compile_in_place, to_host, use_tf32
 from progress import progress_bar
 from storage.files import Action, locked, require_space, writing_behind, written_whole
 from storage.sample_files import SampleFiles

@@ -16,11 +16,11 @@ import train_repae
 from benchmarks.workspace import Setting, training_flags
 from cache_latents import encode
 from dataset import open_images
-from diffusion.sampling import Sampling, cast_weights, decode_pixels, sample_pixels
+from diffusion.sampling import Sampling, decode_pixels, sample_pixels
 from diffusion.transport import diffusion_loss, interpolate
 from loss.alignment import alignment_loss
 from models.autoencoder import pixels_to_image
-from models.numerics import compile_in_place, to_device
+from models.numerics import cast_weights, compile_in_place, to_device
 from models.sit import SiT
 from preprocessing import preprocess
 from storage.files import writing_behind

@@ -9,12 +9,12 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from errors import UserError
 from models.autoencoder import Autoencoder, image_to_pixels
-from models.numerics import AUTOCAST_DTYPES, to_device
+from models.numerics import to_device
 from models.sit import SiT
 
 DECODE_BATCH = 16
@@ -80,17 +80,6 @@ def sampling_noise(seed: int, indices: list[int], shape: tuple[int, int, int]) -
         for row, generator in zip(noise, generators, strict=True):
             row.normal_(generator=generator)
         yield noise
-
-
-def cast_weights(network: nn.Module, mixed_precision: str) -> None:
-    """Cast once the weights that autocast would cast in every call; results do not change.
-
-    Autocast caches its casts only where gradients are computed.
-    """
-    if (dtype := AUTOCAST_DTYPES[mixed_precision]) is not None:
-        for module in network.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
 
 
 @torch.no_grad()

@@ -134,12 +134,25 @@ def autocast_factory(device: torch.device, mixed_precision: str) -> Callable[[],
     return partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def cast_weights(network: nn.Module, mixed_precision: str) -> None:
+    """Cast once the weights of a frozen network that autocast would cast in every call; results do not change.
+
+    Autocast caches its casts only where gradients are computed.
+    """
+    if (dtype := AUTOCAST_DTYPES[mixed_precision]) is not None:
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                module.to(dtype)
+
+
 def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.device) -> bool:
     """torch.compile every module in place, so that state-dict keys stay; on GPUs only, and if `wanted`.
 
     Returns whether they are compiled.
     """
     compiled = wanted and device.type == "cuda"
+    if compiled:  # DDP's graph splits, at the borders of its buckets, are for networks that are compiled whole
+        torch._dynamo.config.optimize_ddp = False
     for module in modules if compiled else ():
         module.compile(dynamic=False)  # previews and guided batches get graphs of their own
     return compiled
@@ -175,4 +188,9 @@ def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
     host.copy_(tensor.contiguous(), non_blocking=True)
     arrived = torch.cuda.Event(blocking=True)
     arrived.record()
-    return host.numpy(), arrived.synchronize
+
+    def wait() -> None:
+        torch.cuda.set_device(tensor.device)  # of this thread, which would otherwise wake the first GPU
+        arrived.synchronize()
+
+    return host.numpy(), wait

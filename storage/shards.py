@@ -3,13 +3,14 @@
 A shard holds `labels` (rows,) int64 and other tensors with as many rows. Its metadata hold the `plan` it was made by (a
 hash of everything that decides its content, so that interrupted work continues and shards of other content are refused)
 and a `digest` of its tensors. The index lists the rows and digests of 00000.safetensors, 00001.safetensors, ... in this
-order. Each row is read from its file by `pread`: no file stays open or mapped, so that any number of workers, forked or
-spawned, may read any number of shards.
+order. Each row is read from its file by `pread`, as forked workers may on one descriptor. The files of up to KEPT_OPEN
+shards stay open.
 """
 
 import hashlib
 import json
 import os
+import resource
 from array import array
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from storage.files import sync_folder, written_whole
 
 SUFFIX = ".safetensors"
 DTYPES = {"uint8": "U8", "int64": "I64", "float16": "F16", "float32": "F32"}  # numpy's names -> those of safetensors
+KEPT_OPEN = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4  # a set of shards
 THREADS = 8  # that read headers, for file systems with a delay
 METADATA_KEY = "shard"  # the only one: safetensors writes several keys in random order
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> numpy's name of its dtype, and the shape of a row
@@ -168,6 +170,14 @@ class Shards:
         if not len(self):
             raise UserError(f"{directory} holds no images")
         self.labels = np.concatenate([labels for _, labels in opened])
+        self.files: dict[int, int] = {}  # shard -> descriptor, of those that stay open
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "files": {}}  # descriptors are of one process and those that it forks
+
+    def __del__(self):
+        for file in getattr(self, "files", {}).values():
+            os.close(file)
 
     def _open(self, number: int) -> tuple[Header, np.ndarray]:
         path = os.path.join(self.directory, shard_name(number))
@@ -187,11 +197,11 @@ class Shards:
         dtype, shape = self.layout[name]
         row = np.empty(shape, dtype)
         path = os.path.join(self.directory, shard_name(number))
-        file = os.open(path, os.O_RDONLY)
-        try:
-            read = os.preadv(file, [row], self.offsets[name][number] + row_in_shard * row.nbytes)
-        finally:
-            os.close(file)
+        if number not in self.files:
+            if len(self.files) == KEPT_OPEN:
+                os.close(self.files.pop(next(iter(self.files))))  # the one that was opened first
+            self.files[number] = os.open(path, os.O_RDONLY)
+        read = os.preadv(self.files[number], [row], self.offsets[name][number] + row_in_shard * row.nbytes)
         if read != row.nbytes:
             raise UserError(f"{path}: was cut short meanwhile; {self.remedy}")
         return row, int(self.labels[i])

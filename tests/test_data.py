@@ -7,12 +7,14 @@ import pickle
 import shutil
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch.utils.data import DataLoader
 
 import cache_latents
 import preprocessing
@@ -173,16 +175,30 @@ def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_rows(data, monkeyp
         torch.testing.assert_close(compiled[i][2], plain[i][2], rtol=1e-4, atol=1e-5)
 
 
-def test_many_shards_are_read_without_keeping_any_open_or_in_memory(tmp_path):
+def test_many_shards_are_read_with_few_open_and_none_in_memory(tmp_path, monkeypatch):
+    """By this process, one that it forks, and one that unpickles the set."""
+    monkeypatch.setattr("storage.shards.KEPT_OPEN", 7)
     count = 300
     for i in range(count):
         pixels = np.full((2, 3, 4, 4), i % 256, np.uint8)
         write_shard(tmp_path / shard_name(i), {"pixels": pixels, "labels": np.array([0, 1])}, {"plan": ""})
     index = {"shards": [{"images": 2}] * count}
-    in_use = len(os.listdir("/proc/self/fd"))
+
+    def files_open() -> int:
+        return sum(str(tmp_path) in os.path.realpath(file) for file in Path("/proc/self/fd").iterdir())
+
+    def read(shards: Shards, i: int) -> np.ndarray:
+        pixels, label = shards.row(i, "pixels")
+        assert label == i % 2
+        return pixels
+
     shards = Shards(tmp_path, index, {"pixels": ("uint8", (3, 4, 4))}, "")
-    rows = [shards.row(i, "pixels") for i in range(2 * count)]
-    assert all((pixels == i // 2 % 256).all() and label == i % 2 for i, (pixels, label) in enumerate(rows))
-    assert len(os.listdir("/proc/self/fd")) <= in_use + 1
+    worker = DataLoader(range(2 * count), num_workers=1, collate_fn=lambda numbers, rows=shards: read(rows, *numbers))
+    copy = pickle.loads(pickle.dumps(shards))
+    for rows in (map(partial(read, shards), range(2 * count)), worker, map(partial(read, copy), range(2 * count))):
+        assert all((pixels == i // 2 % 256).all() for i, pixels in enumerate(rows))
+    assert files_open() == 14
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert len(pickle.dumps(shards)) < 100 * count
+    del shards, copy, worker, rows
+    assert files_open() == 0

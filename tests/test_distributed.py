@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import test_ldm_step
@@ -16,6 +18,7 @@ from loss.vae_loss import VAELossConfig
 from metrics.features import Features
 from metrics.statistics import METRICS, SetStatistics, compare
 from models.discriminator import PatchDiscriminator
+from models.numerics import compile_in_place
 from test_joint_step import small_batch, small_nets
 from train_ldm_only import ldm_step
 from train_repae import JointNets, repae_step
@@ -209,3 +212,26 @@ def test_batch_statistics_over_processes_are_compiled_whole(tmp_path):
         assert (one["graphs"], other["graphs"], other["breaks"]) == (0, 2, 0)  # the frozen pass, and the trained one
         for a, b in zip(one["gradients"], other["gradients"], strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def graphs_of_blocks(rank: int, world: int) -> dict:
+    """How many graphs two equal blocks, compiled one by one, make within DistributedDataParallel, whose buckets are
+    smaller than a block."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = nn.Module.compile
+    blocks = [nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512)) for _ in range(2)]
+    with mock.patch.object(nn.Module, "compile", lambda module, **options: real(module, backend=count, **options)):
+        compile_in_place(blocks, True, torch.device("cuda"))
+    network = DistributedDataParallel(nn.Sequential(*blocks), bucket_cap_mb=1)
+    for _ in range(2):
+        network(torch.randn(4, 512, requires_grad=True)).sum().backward()
+    return {"graphs": torch.tensor(len(graphs))}
+
+
+def test_blocks_that_are_compiled_one_by_one_are_not_split_at_the_borders_of_buckets(tmp_path):
+    assert [int(found["graphs"]) for found in in_two_processes(graphs_of_blocks, tmp_path)] == [1, 1]

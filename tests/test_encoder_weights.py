@@ -1,6 +1,6 @@
 """Encoders' weights: which files are read, which are refused, and what training does with them."""
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from originals import original, tiny_encoder
 from published import write_vae
 from scripts import TINY, TINY_SIT, refusal, run
 from weights.checkpoint_io import read_checkpoint, vae_files
-from weights.encoders import encoder_fingerprints, load_encoder_weights
+from weights.encoders import load_encoder_weights, load_encoders, weights_fingerprint
 
 CPU = torch.device("cpu")
 
@@ -30,10 +30,22 @@ def test_weights_are_known_by_a_hash_that_other_processors_share(tmp_path):
         load_encoder_weights(encoder, "mae-vit-l", save(original("mae-vit-l"), tmp_path / "weights.pth"))
     encoders[1].network.pos_embed += 1e-7  # as another processor rounds
     encoders[2].network.blocks[0].norm1.bias[3] += 1e-7
-    first, rounded, other = (
-        encoder_fingerprints(argparse.Namespace(enc_type="mae-vit-l"), [encoder]) for encoder in encoders
-    )
+    first, rounded, other = map(weights_fingerprint, encoders)
     assert first == rounded != other
+
+
+def test_weights_are_cast_once_and_known_by_the_hash_of_float32():
+    def loaded(precision: str):
+        flags = {"enc_type": "efficientnet-lite0", "enc_ckpt": [], "resolution": 32, "offline": True}
+        (encoder,) = load_encoders(Namespace(**flags, mixed_precision=precision), 4, CPU)
+        return encoder
+
+    wide, cast = loaded("no"), loaded("bf16")
+    assert wide.fingerprint == cast.fingerprint
+    assert cast.network.conv_stem.weight.dtype == torch.bfloat16
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(wide(pixels), cast(pixels))
 
 
 def refused(name: str, path: Path) -> str:

@@ -18,7 +18,6 @@ from diffusion.samplers import Guidance, sample_ode
 from diffusion.sampling import (
     DECODE_BATCH,
     Sampling,
-    cast_weights,
     decode_pixels,
     generator_for,
     sample_pixels,
@@ -26,7 +25,7 @@ from diffusion.sampling import (
 )
 from errors import UserError
 from models.autoencoder import image_to_pixels
-from models.numerics import AUTOCAST_DTYPES
+from models.numerics import AUTOCAST_DTYPES, cast_weights
 from models.sit import SiT_models
 from scripts import refusal, run
 from storage.files import WAITING

@@ -24,7 +24,7 @@ from training.transformer_step import TransformerNets, copy_for_ema
 from training.vae_step import VAENets
 from weights.checkpoint_io import numbered_checkpoints, read_checkpoint, training_flags
 from weights.downloads import is_offline
-from weights.encoders import encoder_fingerprints, load_encoders
+from weights.encoders import load_encoders
 from weights.features import load_lpips
 from weights.trained_run import REFERENCE_DEFAULTS, start_from_trained
 from weights.vae import VAESource, load_discriminator, load_vae, open_vae
@@ -81,7 +81,8 @@ def identity_of(args: argparse.Namespace, source: VAESource, nets, **fingerprint
     """The fingerprints of data and weights that must stay the same when a run continues (training/resume_checks.py)."""
     identity = {"architecture": source.config.described(), **fingerprints}
     if isinstance(nets, TransformerNets):
-        identity["encoders"] = encoder_fingerprints(args, nets.encoders)
+        hashes = [encoder.fingerprint for encoder in nets.encoders]
+        identity["encoders"] = dict(zip(encoder_specs(args.enc_type), hashes, strict=True))
     return identity
 
 

@@ -14,6 +14,7 @@ import torch
 from errors import UserError, one_line
 from models.encoder_table import encoder_specs
 from models.encoders import Encoder, EncoderSpec, token_shape
+from models.numerics import cast_weights
 from weights.checkpoint_io import fingerprint, load_weights, read_weights
 from weights.downloads import first_on_each_machine, hub_file, is_offline, local_or_download
 
@@ -26,6 +27,8 @@ def load_encoders(
     args: argparse.Namespace, grid: int, device: torch.device, log: Callable[[str], None] = print
 ) -> list[Encoder]:
     """The frozen encoders of --enc-type, each giving grid x grid tokens for images of --resolution pixels.
+
+    Their weights have the precision that they compute in; `fingerprint` is the hash of the float32 ones.
 
     Raises:
         UserError: an encoder cannot give this token grid, or its weights are missing or another network's.
@@ -42,6 +45,8 @@ def load_encoders(
         encoder = Encoder(spec, grids[name], grid)
         load_encoder_weights(encoder, name, files[name])
         log(f"encoder {name}, weights from {files[name]}")
+        encoder.fingerprint = weights_fingerprint(encoder)
+        cast_weights(encoder, args.mixed_precision)
         encoders.append(encoder.to(device))
     return encoders
 
@@ -74,15 +79,10 @@ def network_grid(name: str, spec: EncoderSpec, args: argparse.Namespace, grid: i
     return asked
 
 
-def encoder_fingerprints(args: argparse.Namespace, encoders: list[Encoder]) -> dict[str, str]:
-    """Hash of the weights of each of a run's encoders, by name.
-
-    Position tables are left out: they are resampled, and the rounding differs between processors.
-    """
-    return {
-        name: fingerprint({key: value for key, value in encoder.state_dict().items() if "pos" not in key})
-        for name, encoder in zip(encoder_specs(args.enc_type), encoders, strict=True)
-    }
+def weights_fingerprint(encoder: Encoder) -> str:
+    """Hash of an encoder's weights but for its position tables: they are resampled, and the rounding differs between
+    processors."""
+    return fingerprint({key: value for key, value in encoder.state_dict().items() if "pos" not in key})
 
 
 def load_encoder_weights(encoder: Encoder, name: str, path: Path) -> dict:
