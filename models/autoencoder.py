@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.numerics import channels_last, checkpointed_call, float32_or_wider
 
 LOGVAR_RANGE = (-30.0, 20.0)
+EVERYTHING = 100  # levels
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,10 @@ def middle(config: VAEConfig) -> nn.ModuleDict:
 class Encoder(nn.Module):
     """Image (B,3,R,R) -> features (B, 2·z_channels, r, r).
 
-    With `recompute`, all but the first layer are computed again in the backward pass.
+    The `recompute` finest levels are computed again in the backward pass; more than there are: all but the first layer.
     """
 
-    recompute = False
+    recompute = 0
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -205,17 +206,19 @@ class Encoder(nn.Module):
         self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, x: Tensor) -> Tensor:
-        stages = [stage for level in self.down for stage in level.stages()]
-        return in_turn([*stages, *self.mid.values(), *self.head], self.conv_in(x), self.recompute)
+        x = self.conv_in(x)
+        for number, level in enumerate(self.down):
+            x = in_turn(level.stages(), x, number < self.recompute)
+        return in_turn([*self.mid.values(), *self.head], x, self.recompute > len(self.down))
 
 
 class Decoder(nn.Module):
     """Features (B, z_channels, r, r) -> image (B,3,R,R). `up` is indexed by resolution: up.0 is the finest level.
 
-    With `recompute`, all but the first layer are computed again in the backward pass.
+    The `recompute` finest levels are computed again in the backward pass; more than there are: all but the first layer.
     """
 
-    recompute = False
+    recompute = 0
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -233,8 +236,10 @@ class Decoder(nn.Module):
         self.head = (nn.Sequential(self.norm_out, nn.SiLU(), self.conv_out),)  # in a tuple: adds no state-dict keys
 
     def forward(self, z: Tensor) -> Tensor:
-        stages = [stage for level in reversed(self.up) for stage in level.stages()]
-        return in_turn([*self.mid.values(), *stages, *self.head], self.conv_in(z), self.recompute)
+        x = in_turn(list(self.mid.values()), self.conv_in(z), self.recompute > len(self.up))
+        for number, level in reversed(list(enumerate(self.up))):
+            x = in_turn(level.stages(), x, number < self.recompute)
+        return in_turn(list(self.head), x, self.recompute > 0)
 
 
 class Autoencoder(nn.Module):
@@ -268,9 +273,9 @@ class AutoencoderKL(Autoencoder):
     def parts(self) -> list[nn.Module]:
         return [self.encoder, self.decoder]
 
-    def recompute(self) -> None:
-        """Compute activations again in the backward pass."""
-        self.encoder.recompute = self.decoder.recompute = True
+    def recompute(self, levels: int) -> None:
+        """Compute the activations of the finest `levels` again in the backward pass; of all, from EVERYTHING on."""
+        self.encoder.recompute = self.decoder.recompute = levels
 
     def encode(self, image: Tensor) -> Posterior:
         """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""

@@ -109,9 +109,11 @@ class DiffusersAutoencoder(Autoencoder):
     def parts(self) -> list[nn.Module]:
         return [self.network.encoder, self.network.decoder]
 
-    def recompute(self) -> None:
-        """Compute activations again in the backward pass; a ValueError if the class does not support it."""
-        self.network.enable_gradient_checkpointing()
+    def recompute(self, levels: int) -> None:
+        """Compute all activations again in the backward pass, unless `levels` is 0; a ValueError if the class does not
+        support it."""
+        if levels:
+            self.network.enable_gradient_checkpointing()
 
     def encode(self, image: Tensor) -> Posterior:
         """image (B,3,R,R) in [-1, 1] -> posterior over (B,C,R/f,R/f)."""

@@ -160,7 +160,7 @@ def test_recomputation_where_the_class_supports_it(folders, tiny_data, vgg_weigh
     assert plain == pytest.approx(recomputed, rel=1e-5)
     wan = ("--vae", f"diffusers:{folders['AutoencoderKLWan']}", "--gradient-checkpointing", "--exp-name", "wan")
     line = refusal("train_repae.py", *flags, *wan)
-    assert "--gradient-checkpointing: AutoencoderKLWan does not support" in line and line.endswith("; leave it out")
+    assert "--recompute-levels: AutoencoderKLWan does not support" in line and line.endswith("; leave them out")
 
 
 @pytest.mark.slow

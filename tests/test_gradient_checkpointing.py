@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import train_ldm_only
 import train_repae
 from loss.lpips import LPIPS, VGG16Features
-from models.autoencoder import Decoder, Encoder, build_vae
+from models.autoencoder import EVERYTHING, Decoder, Encoder, build_vae
 from models.sit import SiT
 from published import STATISTICS, write_vae
 from scripts import assert_same_run, equal, run
@@ -30,11 +30,11 @@ RUN = SimpleNamespace(device=torch.device("cpu"), directory=Path("nowhere"), pre
 
 
 @contextmanager
-def checkpointing(on: bool = True):
-    """Every network, whenever it was built, computes its activations again in the backward pass."""
+def checkpointing(on: bool = True, levels: int = EVERYTHING):
+    """Every network, whenever it was built, computes its activations again in the backward pass; the VAE so many."""
     with pytest.MonkeyPatch.context() as patch:
         for network in (SiT, Encoder, Decoder, VGG16Features):
-            patch.setattr(network, "recompute", on)
+            patch.setattr(network, "recompute", on * (levels if network in (Encoder, Decoder) else True))
         yield
 
 
@@ -89,9 +89,9 @@ class Meter(TorchDispatchMode):
         self.live -= count
 
 
-def peak_memory(make_loss, on: bool) -> int:
+def peak_memory(make_loss, on: bool, levels: int = EVERYTHING) -> int:
     """Bytes at the peak of a forward and a backward pass, gradients among them, parameters not."""
-    with checkpointing(on), Meter() as memory:
+    with checkpointing(on, levels), Meter() as memory:
         make_loss().backward()
     return memory.peak
 
@@ -125,17 +125,33 @@ def test_the_peak_of_memory_is_many_times_lower(make_loss, times):
     assert without > times * with_it, f"{without} bytes without, {with_it} with gradient checkpointing"
 
 
+def test_the_finest_level_holds_most_of_a_vaes_memory_and_its_recomputation_changes_nothing():
+    torch.manual_seed(0)
+    loss = vae_loss()
+    without, finest, with_it = (peak_memory(loss, levels > 0, levels) for levels in (0, 1, EVERYTHING))
+    assert without > 1.5 * finest and finest > with_it
+    vae, image, noise = build_vae("f8d4-small"), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    gradients = []
+    for levels in (0, 1, 2, EVERYTHING):
+        vae.recompute(levels)
+        vae(image, noise)[2].square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in vae.named_parameters()})
+        vae.zero_grad()
+    assert all(equal(found, gradients[0]) for found in gradients)
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_the_flag_reaches_the_networks(tmp_path, vgg_weights, on):
     flags = f"""--exp-name x --resolution 32 --vae f4d4-tiny --model SiT-XXS/2 --encoder-depth 2 --enc-type none
         --num-classes 3 --vae-ckpt {write_vae(tmp_path)} {"--gradient-checkpointing" if on else ""}"""
-    joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights)])
+    joint = train_repae.parse_args([*flags.split(), "--lpips-vgg-ckpt", str(vgg_weights), "--recompute-levels", "1"])
     nets = train_repae.build(joint, RUN, open_vae(joint.vae, joint.vae_ckpt, offline=True))
     networks = (nets.sit, nets.vae.encoder, nets.vae.decoder, nets.lpips.net)
     statistics = tuple(value.reshape(1, -1, 1, 1) for value in STATISTICS.values())
     args = train_ldm_only.parse_args(flags.split())
     frozen = build_transformer_nets(args, RUN, (4, 8, 8), statistics).sit
-    assert [network.recompute for network in (*networks, frozen)] == [on] * 5
+    levels = EVERYTHING if on else 1
+    assert [network.recompute for network in (*networks, frozen)] == [on, levels, levels, on, on]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dataset import open_images
 from errors import UserError
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import Autoencoder, VAEConfig
+from models.autoencoder import EVERYTHING, VAEConfig
 from models.diffusers_vae import DiffusersConfig
 from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
@@ -137,8 +137,10 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)
     # not the discriminator: recomputation would move its running statistics twice
     lpips.net.recompute = args.gradient_checkpointing
-    if args.gradient_checkpointing:
-        recompute(vae)
+    try:
+        vae.recompute(EVERYTHING if args.gradient_checkpointing else args.recompute_levels)
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing, --recompute-levels: {error}; leave them out") from None
     compile_in_place([*vae.parts, discriminator.main, lpips.net], args.compile, run.device)
     vae, discriminator = run.prepare(vae), run.prepare(discriminator)
     return VAENets(
@@ -149,14 +151,6 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
         opt_disc=build_optimizer(discriminator, args.disc_learning_rate, args, run.device),
         lecam=torch.zeros(2, device=run.device),
     )
-
-
-def recompute(vae: Autoencoder) -> None:
-    """--gradient-checkpointing of a VAE; a UserError if its class in diffusers does not support it."""
-    try:
-        vae.recompute()
-    except ValueError as error:
-        raise UserError(f"--gradient-checkpointing: {error}; leave it out") from None
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, args: argparse.Namespace, device: torch.device):

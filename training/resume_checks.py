@@ -19,7 +19,7 @@ PATH_FLAGS = {
 RESUMABLE = PATH_FLAGS | {
     *("exp_name", "report_to", "max_train_steps", "epochs", "sampling_steps", "resume_step"),
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks", "dry_run"),
-    *("compile", "gradient_checkpointing", "eval_steps", "eval_samples", "eval_features"),
+    *("compile", "gradient_checkpointing", "recompute_levels", "eval_steps", "eval_samples", "eval_features"),
     "gradient_accumulation_steps",  # changes batch statistics, which are only taken where a VAE is trained
 }
 # what a run that starts from another run's checkpoint (--continue-train-exp-dir) may change as well
