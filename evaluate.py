@@ -53,7 +53,7 @@ from training.vae_step import LatentMoments
 from weights.checkpoint_io import fingerprint, refuse_not_finite
 from weights.downloads import is_offline
 from weights.features import load_feature_networks, load_lpips
-from weights.vae import VAESource, has_statistics, known_statistics, load_vae, open_vae
+from weights.vae import VAESource, find_statistics, load_vae, open_vae
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -236,8 +236,8 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
 def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, list[float]]:
     """Mean and standard deviation of each latent channel on these images, and as stored with the VAE."""
     measured = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
-    if has_statistics(source):
-        scale, bias = known_statistics(source)
+    if (known := find_statistics(source)) is not None:
+        scale, bias = known
         measured |= {"stored_mean": bias, "stored_std": 1 / scale}
     return {name: values.flatten().tolist() for name, values in measured.items()}
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import parse_flags
-from models.autoencoder import VAE_CONFIGS, VAEConfig
-from models.diffusers_vae import DiffusersConfig
+from models.autoencoder import VAE_CONFIGS
+from models.diffusers_vae import Architecture
 from models.discriminator import PatchDiscriminator
 from weights.checkpoint_io import (
     check_weights,
@@ -42,7 +42,7 @@ from weights.vae import diffusers_files, known_statistics, load_vae, open_vae, s
 class Extracted(NamedTuple):
     """A VAE and what belongs to it."""
 
-    config: VAEConfig | DiffusersConfig | None  # None: the architecture named by the run's flags is unknown
+    config: Architecture | None  # None: the architecture named by the run's flags is unknown
     weights: dict[str, Tensor]
     statistics: dict[str, Tensor]
     discriminator: dict[str, Tensor] | None

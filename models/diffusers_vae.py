@@ -5,19 +5,21 @@ A video network encodes an image as a video of one frame. One without a posterio
 
 import inspect
 import json
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.autoencoder import Autoencoder, Posterior
+from errors import one_line
+from models.autoencoder import Autoencoder, Posterior, VAEConfig
 from models.numerics import channels_last, float32_or_wider
 
 # of config.json: what describes latents, not the network
-FACTORS = ("scaling_factor", "shift_factor")
-STATISTICS = {*FACTORS, "latents_mean", "latents_std"}
+STATISTICS = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 PROBE_SIDE = 256  # a multiple of every published factor
 
 
@@ -32,14 +34,10 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class DiffusersConfig:
-    """An architecture of diffusers: `settings` is its config.json, complete and without the statistics of latents.
-
-    The factors are as in `VAEConfig`.
-    """
+    """An architecture of diffusers: `settings` are the class and those of config.json that differ from its defaults,
+    without the statistics of latents."""
 
     settings: dict
-    scaling_factor: float | None = field(default=None, compare=False)
-    shift_factor: float = field(default=0.0, compare=False)
 
     @classmethod
     def from_json(cls, found: dict) -> "DiffusersConfig":
@@ -48,13 +46,9 @@ class DiffusersConfig:
         Raises:
             ValueError: it is of no autoencoder of diffusers, or of none that reconstructs single images.
         """
-        known = inspect.signature(type_of(found)).parameters.keys() - STATISTICS
-        own = {key: value for key, value in found.items() if key in known or key == "_class_name"}
-        with torch.device("meta"):
-            complete = json.loads(json.dumps(dict(network_of(own).config)))
-        settings = {key: value for key, value in complete.items() if key in known}
-        factors = {key: float(found[key]) for key in FACTORS if found.get(key) is not None}
-        config = cls({"_class_name": found["_class_name"], **settings}, **factors)
+        defaults = defaults_of(found)
+        own = {key: value for key, value in found.items() if key in defaults and value != defaults[key]}
+        config = cls({"_class_name": found["_class_name"], **own})
         _ = config.probe  # raises
         return config
 
@@ -68,13 +62,13 @@ class DiffusersConfig:
 
     @cached_property
     def probe(self) -> Probe:
-        """Found by a pass of one image and its gradients on the meta device, without data."""
+        """Found by a pass of one image and its gradients, on tensors without memory."""
         failures = []
         for is_video, form in enumerate(("an image", "a video of one frame")):
             try:
                 return probed(self.settings, bool(is_video))
-            except (RuntimeError, TypeError, ValueError) as error:
-                failures.append(f"{form} ({str(error).splitlines()[0]})")
+            except Exception as error:  # whatever a class of diffusers raises
+                failures.append(f"{form} ({type(error).__name__}: {one_line(error)})")
         raise ValueError(f"reconstructs neither {' nor '.join(failures)}")
 
     @property
@@ -86,13 +80,21 @@ class DiffusersConfig:
         """Ratio of the sides of image and latent."""
         return self.probe.downsampling
 
+    def to_json(self) -> dict:
+        """All settings, as config.json has them."""
+        return {**defaults_of(self.settings), **self.settings}
+
     def takes(self, setting: str) -> bool:
         """Whether the class has this setting."""
         return setting in inspect.signature(type_of(self.settings)).parameters
 
 
+Architecture = VAEConfig | DiffusersConfig
+
+
 class DiffusersAutoencoder(Autoencoder):
-    """A network of diffusers, in its own state-dict keys below `network.`.
+    """A network of diffusers, in its own state-dict keys below `network.`, always in eval mode: as its batch norms,
+    noise and dropout are when it is used.
 
     Parameters that no image reaches have no gradients: DistributedDataParallel would wait for them.
     """
@@ -100,10 +102,16 @@ class DiffusersAutoencoder(Autoencoder):
     def __init__(self, config: DiffusersConfig):
         super().__init__()
         self.config = config
-        self.network = network_of(config.settings)
+        self.network = network_of(config.settings).eval()
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in config.probe.unused)
+        for module in self.network.modules():
+            if hasattr(module, "apply_linear_attention"):  # of DC-AE, whose denominator is 0 in half precision
+                module.apply_linear_attention = partial(in_float32, module.apply_linear_attention)
         channels_last(self)
+
+    def train(self, mode: bool = True) -> "DiffusersAutoencoder":
+        return super().train(False)
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -134,35 +142,48 @@ def type_of(settings: dict) -> type:
     return getattr(diffusers, name)
 
 
+def defaults_of(settings: dict) -> dict:
+    """The settings of a class and their defaults as JSON has them, None where there is none; without statistics."""
+    parameters = inspect.signature(type_of(settings)).parameters.values()
+    known = {p.name: None if p.default is p.empty else p.default for p in parameters if p.name not in STATISTICS}
+    return json.loads(json.dumps(known))
+
+
 def network_of(settings: dict) -> nn.Module:
     return type_of(settings).from_config(settings)
+
+
+def in_float32(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function` of `inputs`, computed in float32 also where autocast is on."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return function(*(x.float() for x in inputs))
 
 
 def encode(network: nn.Module, image: Tensor, is_video: bool) -> Posterior:
     output = network.encode(image[:, :, None] if is_video else image)
     found = output.latent_dist if hasattr(output, "latent_dist") else output[0]
-    moments = (found.mean, found.logvar) if hasattr(found, "logvar") else (found,)
+    if isinstance(found, Tensor):
+        moments = (found,)
+    else:
+        moments = (found.mean, found.logvar) if hasattr(found, "logvar") else (found.mode(),)
     return Posterior(*(float32_or_wider(x[:, :, 0] if is_video else x) for x in moments))
 
 
 def decode(network: nn.Module, z: Tensor, is_video: bool) -> Tensor:
-    recon = network.decode(z[:, :, None] if is_video else z).sample
+    frames = {"num_frames": 1} if "num_frames" in inspect.signature(network.decode).parameters else {}
+    recon = network.decode(z[:, :, None] if is_video else z, **frames).sample
     return float32_or_wider(recon[:, :, 0] if is_video else recon)
 
 
 @torch.enable_grad()
 def probed(settings: dict, is_video: bool) -> Probe:
-    """A `Probe` of the network that takes images, or videos of one frame.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: it does not take those, or reconstructs another shape.
-    """
-    with torch.device("meta"):
+    """A `Probe` of the network that takes images, or videos of one frame; raises an Exception if it does not."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
         network, image = network_of(settings), torch.empty(1, 3, PROBE_SIDE, PROBE_SIDE)
         posterior = encode(network, image, is_video)
         recon = decode(network, posterior.sample(torch.empty_like(posterior.mean)), is_video)
-    if recon.shape != image.shape:
-        raise ValueError(f"reconstructions are of shape {tuple(recon.shape)}")
-    recon.sum().backward()
+        if recon.shape != image.shape:
+            raise ValueError(f"reconstructions are of shape {tuple(recon.shape)}")
+        recon.sum().backward()
     unused = frozenset(name for name, parameter in network.named_parameters() if parameter.grad is None)
     return Probe(is_video, posterior.mean.shape[1], PROBE_SIDE // posterior.mean.shape[-1], unused)

@@ -29,7 +29,7 @@ def float64_device(device: torch.device) -> torch.device:
 def channels_last(module: nn.Module) -> None:
     """Store the kernels of `module` in channels-last layout, the fastest one on tensor cores. Values stay the same."""
     for parameter in module.parameters():
-        if parameter.ndim == 4:
+        if parameter.ndim == 4 and parameter.shape[1] > 1:  # of one channel both layouts are the same
             parameter.data = parameter.contiguous(memory_format=torch.channels_last)
 
 

@@ -21,7 +21,7 @@ from scripts import TINY, TINY_SIT, equal, records, run
 from training.build import choose_patch
 from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically, write_new
 from weights.diffusers_layout import EARLIER_NAMES, from_diffusers_config, to_diffusers_state
-from weights.vae import diffusers_files, find_weights, has_statistics, known_statistics, load_vae, open_vae
+from weights.vae import diffusers_files, find_statistics, find_weights, known_statistics, load_vae, open_vae
 
 # FLUX's and SD 3.5's layout, small: 16 channels, no quant convolutions, shift and scaling factor
 FLUX = {
@@ -136,7 +136,7 @@ def test_published_normalisers(tmp_path, flux, capsys):
     write_atomically(AutoencoderKL(source.config).state_dict(), tmp_path / "tuned.pt")
     for name in (f"diffusers:{flux}", "flux-f8d16", "sd35-f8d16"):
         source = open_vae(name, str(tmp_path / "tuned.pt"), offline=True)
-        assert not has_statistics(source)
+        assert find_statistics(source) is None
         with pytest.raises(UserError, match="tuned-latents-stats.pt: no such file"):
             known_statistics(source)
 

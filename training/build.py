@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dataset import open_images
 from errors import UserError
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import EVERYTHING, VAEConfig
-from models.diffusers_vae import DiffusersConfig
+from models.autoencoder import EVERYTHING
+from models.diffusers_vae import Architecture
 from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory, compile_in_place
@@ -71,7 +71,7 @@ def find_vae(args: argparse.Namespace) -> VAESource:
     return source
 
 
-def choose_patch(args: argparse.Namespace, config: VAEConfig | DiffusersConfig) -> None:
+def choose_patch(args: argparse.Namespace, config: Architecture) -> None:
     """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders."""
     if args.model not in SiT_models:
         args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"

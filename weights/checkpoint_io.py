@@ -30,6 +30,7 @@ VALUE_CLASSES = re.compile(
     r"(collections|datetime|decimal|enum|fractions|pathlib(\._local)?|typing|uuid)\.\w+|types\.SimpleNamespace|torch\.([a-z]\w*\.)+[A-Z]\w*|"
     r"builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)"
 )
+LATENT_NORM = "network.bn."  # of AutoencoderKLFlux2 in models/diffusers_vae.py
 INERT = {"__init__": lambda *args: None, "__setstate__": lambda *args: None, "__hash__": object.__hash__}
 
 
@@ -169,9 +170,14 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """Hash of a state dict's keys, dtypes, shapes and values, whatever wrappers' prefixes and order of keys it has."""
+    """Hash of a state dict's keys, dtypes, shapes and values, whatever wrappers' prefixes and order of keys it has.
+
+    The statistics of latents that FLUX.2's VAE holds are left out: they are no weights, and change when it is exported.
+    """
     digest = hashlib.sha256()
     for key, value in sorted(strip_prefixes(state).items()):
+        if key.startswith(LATENT_NORM):
+            continue
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

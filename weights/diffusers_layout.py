@@ -12,11 +12,10 @@ from torch import Tensor
 
 from errors import UserError
 from models.autoencoder import VAEConfig
-from models.diffusers_vae import DiffusersConfig
+from models.diffusers_vae import Architecture, DiffusersConfig
+from weights.checkpoint_io import same_statistics
 
 NETWORK = "network."  # prefix of the keys of DiffusersAutoencoder
-BATCH_NORM = "bn.running_"  # of AutoencoderKLFlux2, over patches of 2x2 latents
-PATCH = 4
 
 # patterns of our keys -> diffusers', applied in this order
 RENAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
@@ -49,7 +48,7 @@ def is_diffusers_state(state: dict[str, Tensor]) -> bool:
     return any(key.startswith("encoder.down_blocks.") for key in state)
 
 
-def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
+def to_diffusers_state(state: dict[str, Tensor], config: Architecture) -> dict[str, Tensor]:
     """Our weights under diffusers' keys, values unchanged, contiguous as safetensors needs them."""
     if isinstance(config, DiffusersConfig):
         return {key.removeprefix(NETWORK): value.contiguous() for key, value in state.items()}
@@ -60,7 +59,7 @@ def to_diffusers_state(state: dict[str, Tensor], config: VAEConfig | DiffusersCo
     }
 
 
-def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
+def from_diffusers_state(state: dict[str, Tensor], config: Architecture) -> dict[str, Tensor]:
     """Weights with diffusers' keys, also earlier ones, or ours, under our keys; unknown keys stay."""
     if isinstance(config, DiffusersConfig):
         return {NETWORK + key.removeprefix(NETWORK): value for key, value in state.items()}
@@ -80,24 +79,36 @@ def from_diffusers_state(state: dict[str, Tensor], config: VAEConfig | Diffusers
     return found
 
 
-def batch_norm_statistics(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale 1/std and bias mean of each latent channel, (1,C,1,1) float32, from AutoencoderKLFlux2's batch norm.
+def statistics_inside(state: dict[str, Tensor], channels: int) -> tuple[Tensor, Tensor] | None:
+    """Scale 1/std and bias mean of each latent channel, (1,C,1,1) float32, if weights with diffusers' keys hold them.
 
-    It normalises the 4·C channels of patches of 2x2 latents; its patches are taken together.
+    FLUX.2's are a batch norm over the channels of patches of latents, which are taken together here; LTX-Video's are
+    buffers.
     """
-    mean, var = (state[BATCH_NORM + name].double().reshape(1, -1, 1, PATCH) for name in ("mean", "var"))
+    if "latents_std" in state:
+        std, mean = (state[f"latents_{name}"].double().reshape(1, -1, 1, 1) for name in ("std", "mean"))
+        return (1 / std).float(), mean.float()
+    if "bn.running_var" not in state:
+        return None
+    mean, var = (state[f"bn.running_{name}"].double().reshape(1, channels, 1, -1) for name in ("mean", "var"))
     bias = mean.mean(dim=3, keepdim=True)
     var = (var + (mean - bias).square()).mean(dim=3, keepdim=True)
     return torch.rsqrt(var).float(), bias.float()
 
 
-def to_batch_norm(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """The entries of AutoencoderKLFlux2's batch norm of which `batch_norm_statistics` are `scale` and `bias`."""
-    values = {"mean": bias, "var": scale.double() ** -2}
-    return {BATCH_NORM + name: value.float().flatten().repeat_interleave(PATCH) for name, value in values.items()}
+def with_statistics(state: dict[str, Tensor], scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """`state` with those of `statistics_inside` replaced, if it has any and they are others."""
+    found = statistics_inside(state, scale.numel())
+    if found is None or same_statistics(found, (scale, bias)):
+        return state
+    if "latents_std" in state:
+        return {**state, "latents_std": (1 / scale).flatten(), "latents_mean": bias.flatten()}
+    patch = state["bn.running_var"].numel() // scale.numel()
+    values = {"bn.running_mean": bias, "bn.running_var": scale**-2}
+    return {**state, **{key: value.flatten().repeat_interleave(patch) for key, value in values.items()}}
 
 
-def from_diffusers_config(found: dict, where: str) -> VAEConfig | DiffusersConfig:
+def from_diffusers_config(found: dict, where: str) -> Architecture:
     """The architecture in a config.json of an autoencoder of diffusers, with its scaling and shift factor.
 
     Raises:
@@ -126,7 +137,7 @@ def from_diffusers_config(found: dict, where: str) -> VAEConfig | DiffusersConfi
     )
 
 
-def to_diffusers_config(config: VAEConfig | DiffusersConfig, scale: Tensor, bias: Tensor, resolution: int) -> dict:
+def to_diffusers_config(config: Architecture, scale: Tensor, bias: Tensor, resolution: int) -> dict:
     """config.json of an autoencoder of diffusers, with the latents' statistics: scale 1/std and bias mean, (1,C,1,1).
 
     diffusers' pipelines normalise by (z - latents_mean)·scaling_factor/latents_std; scaling_factor is therefore 1. Of a
@@ -135,12 +146,12 @@ def to_diffusers_config(config: VAEConfig | DiffusersConfig, scale: Tensor, bias
     """
     statistics = {"latents_mean": bias.flatten().tolist(), "latents_std": (1 / scale.double()).flatten().tolist()}
     if isinstance(config, DiffusersConfig):
-        if config.takes("batch_norm_eps"):  # it holds them
+        if config.takes("batch_norm_eps"):  # its weights hold them
             statistics = {}
         if config.takes("scaling_factor"):
             both = config.takes("latents_mean")
             statistics["scaling_factor"] = 1.0 if both else float(scale.double().pow(-2).mean().rsqrt())
-        return {**config.settings, **statistics}
+        return {**config.to_json(), **statistics}
     levels = range(len(config.widths))
     prefix = {level: "Attn" if level in config.attention_levels else "" for level in levels}
     return {

@@ -55,6 +55,7 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     files = vae_files(folder / f"{name}.pt")
     is_diffusers = (folder / CONFIG).is_file() and (folder / DIFFUSERS_FILES[0]).is_file()
     config = stated_architecture(checkpoint) or VAE_CONFIGS.get(flags.get("vae"))
+    class_name = getattr(config, "settings", {}).get("_class_name", "AutoencoderKL")
     scale, bias = ema_latent_statistics(checkpoint["ema"], str(path))
     repeated = {key: value for key, value in flags.items() if value is not None and key not in NOT_REPEATED}
     hashes = {"images": identity.get("data"), **(identity.get("encoders") or {})}
@@ -62,7 +63,8 @@ def card_facts(folder: Path, name: str, checkpoint: dict, path: Path, metrics: l
     return {
         "name": name,
         "is_diffusers": is_diffusers,
-        "class_name": getattr(config, "settings", {}).get("_class_name", "AutoencoderKL"),
+        "class_name": class_name,
+        "inside": class_name == "AutoencoderKLFlux2",
         "arch": f"{DIFFUSERS}{name}" if is_diffusers else flags.get("vae"),
         "weights": name if is_diffusers else f"{name}/{files.weights.name}",
         "statistics": files.statistics.name if files.statistics.is_file() else None,

@@ -15,25 +15,23 @@ from torch import Tensor
 
 from errors import UserError, unknown_name
 from models.autoencoder import VAE_CONFIGS, Autoencoder, VAEConfig
-from models.diffusers_vae import DiffusersConfig
+from models.diffusers_vae import Architecture, DiffusersConfig
 from models.discriminator import PatchDiscriminator
 from weights.checkpoint_io import (
     load_weights,
     neighbours,
     read_checkpoint,
     read_weights,
-    same_statistics,
     strip_prefixes,
     vae_files,
 )
 from weights.diffusers_layout import (
-    BATCH_NORM,
-    batch_norm_statistics,
     from_diffusers_config,
     from_diffusers_state,
-    to_batch_norm,
+    statistics_inside,
     to_diffusers_config,
     to_diffusers_state,
+    with_statistics,
 )
 from weights.downloads import first_on_each_machine, hub_file
 
@@ -56,14 +54,12 @@ class VAESource(NamedTuple):
     """Where a VAE's architecture, weights and statistics come from, for `load_vae` and `known_statistics`."""
 
     name: str  # row of VAE_CONFIGS, or diffusers:PATH_OR_ID
-    config: VAEConfig | DiffusersConfig
+    config: Architecture
     weights: Path | None = None  # None: freshly initialised
     published: dict | None = None  # the content of diffusers' config.json, if it lies beside the weights
 
 
-def open_vae(
-    name: str, weights: str | None, offline: bool, known: VAEConfig | DiffusersConfig | None = None
-) -> VAESource:
+def open_vae(name: str, weights: str | None, offline: bool, known: Architecture | None = None) -> VAESource:
     """Find the VAE `name` (a --vae) with `weights` (a --vae-ckpt), or freshly initialised. All processes call this.
 
     `known` is the architecture, where a checkpoint states it.
@@ -84,13 +80,13 @@ def open_vae(
         config = from_diffusers_config(found, own)
     else:
         raise UserError(unknown_name("vae", name, VAE_CONFIGS))
-    if published is not None and from_diffusers_config(published, str(weights)) != config:
+    if published is not None and name != DIFFUSERS + weights and from_diffusers_config(published, weights) != config:
         what = f"{CONFIG} describes another architecture than {name}"
         raise UserError(f"VAE weights {weights}: {what}; take --vae {DIFFUSERS}{weights}")
     return VAESource(name, config, path, published)
 
 
-def stated_architecture(checkpoint: dict) -> VAEConfig | DiffusersConfig | None:
+def stated_architecture(checkpoint: dict) -> Architecture | None:
     """The architecture of its run's VAE that a checkpoint of ours states; None for published checkpoints."""
     architecture = (checkpoint.get("identity") or {}).get("architecture")
     if architecture is None:
@@ -150,7 +146,7 @@ def load_vae(source: VAESource) -> Autoencoder:
     return vae
 
 
-def read_vae_state(path: Path, config: VAEConfig | DiffusersConfig) -> dict[str, Tensor]:
+def read_vae_state(path: Path, config: Architecture) -> dict[str, Tensor]:
     """The weights of a VAE under our keys, from a file in any published form."""
     state = {key: value for file in shards(path) for key, value in read_weights(file, "VAE weights").items()}
     if isinstance(state.get("vae"), dict):
@@ -169,7 +165,7 @@ def read_vae_state(path: Path, config: VAEConfig | DiffusersConfig) -> dict[str,
 def diffusers_files(
     folder: Path,
     weights: dict[str, Tensor],
-    config: VAEConfig | DiffusersConfig,
+    config: Architecture,
     statistics: dict[str, Tensor],
     resolution: int,
 ) -> dict[Path, bytes]:
@@ -180,9 +176,7 @@ def diffusers_files(
     from safetensors.torch import save
 
     scale, bias = statistics["latents_scale"], statistics["latents_bias"]
-    state = to_diffusers_state(weights, config)
-    if BATCH_NORM + "var" in state and not same_statistics(batch_norm_statistics(state), (scale, bias)):
-        state |= to_batch_norm(scale, bias)
+    state = with_statistics(to_diffusers_state(weights, config), scale, bias)
     described = to_diffusers_config(config, scale, bias, resolution)
     return {
         folder / CONFIG: json.dumps(described, indent=2).encode() + b"\n",
@@ -198,55 +192,49 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
     return source.config.z_channels, resolution // factor, resolution // factor
 
 
-def has_statistics(source: VAESource) -> bool:
-    """Whether `known_statistics` finds any, for a VAE with weights."""
-    return vae_files(source.weights).statistics.is_file() or published_statistics(source) is not None
-
-
-def published_statistics(source: VAESource) -> tuple[Tensor, Tensor, str] | None:
-    """Scale and bias, (1,C,1,1) float32 each, that a VAE was published with, and where they are found; None if not.
-
-    `.pt` files, which this project writes, were trained further: what their architecture was published with does not
-    hold for them.
-    """
-    shape, published, config = (1, source.config.z_channels, 1, 1), source.published or {}, source.config
-    if published.get("latents_mean") is not None and published.get("latents_std") is not None:
-        keys = ("latents_mean", "latents_std")
-        mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
-        return (1 / std).float(), mean.float(), f"latents_mean and latents_std in {CONFIG}"
-    if source.weights.suffix == ".pt":
-        return None
-    if isinstance(config, DiffusersConfig) and config.takes("batch_norm_eps"):
-        state = to_diffusers_state(read_vae_state(source.weights, config), config)
-        return *batch_norm_statistics(state), "its batch normalisation"
-    if source.published is not None:
-        config = from_diffusers_config(source.published, str(source.weights))
-    elif (config := VAE_CONFIGS.get(source.name)) is None:
-        return None
-    if (scaling := config.scaling_factor) is None:
-        return None
-    where = f"the published scaling factor {scaling:g} and shift {config.shift_factor:g}"
-    advice = "train_vae.py --stats-only measures them on your images"
-    return torch.full(shape, scaling), torch.full(shape, config.shift_factor), f"{where}; {advice}"
-
-
 def known_statistics(source: VAESource, log: Callable[[str], None] = print) -> tuple[Tensor, Tensor]:
-    """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE; a UserError if they are not known.
+    """`find_statistics` of a VAE; a UserError if there are none."""
+    if (found := find_statistics(source, log)) is None:
+        raise UserError(
+            f"latent statistics {vae_files(source.weights).statistics}: no such file; train_vae.py --stats-only "
+            "measures them and writes both files"
+        )
+    return found
+
+
+def find_statistics(source: VAESource, log: Callable[[str], None] = print) -> tuple[Tensor, Tensor] | None:
+    """latents_scale and latents_bias, (1,C,1,1) float32 each, of a VAE with weights; None if they are not known.
 
     They come from the file beside its weights, else from latents_mean and latents_std in diffusers' config.json, else
-    from a batch normalisation in the weights, else from the published scaling and shift factor. `log` prints which,
-    unless it is the file.
+    from the weights, else from the published scaling and shift factor. `log` prints which, unless it is the file. What
+    an architecture was published with does not hold for `.pt` files, which this project writes: they were trained
+    further.
     """
-    beside = vae_files(source.weights).statistics
-    if beside.is_file():
+    if vae_files(source.weights).statistics.is_file():
         return read_latent_statistics(source.weights, source.config.z_channels)
-    if (found := published_statistics(source)) is None:
-        raise UserError(
-            f"latent statistics {beside}: no such file; train_vae.py --stats-only measures them and writes both files"
-        )
-    scale, bias, where = found
-    log(f"latent statistics of {source.weights}: {where}")
-    return scale, bias
+    shape, published, config = (1, source.config.z_channels, 1, 1), source.published or {}, source.config
+    what = f"latent statistics of {source.weights}"
+    if published.get("latents_mean") is not None and published.get("latents_std") is not None:
+        log(f"{what}: latents_mean and latents_std in {CONFIG}")
+        keys = ("latents_mean", "latents_std")
+        mean, std = (torch.tensor(published[key], dtype=torch.float64).reshape(shape) for key in keys)
+        return (1 / std).float(), mean.float()
+    if source.weights.suffix == ".pt":
+        return None
+    if isinstance(config, DiffusersConfig):
+        state = to_diffusers_state(read_vae_state(source.weights, config), config)
+        if (inside := statistics_inside(state, config.z_channels)) is not None:
+            log(f"{what}: those in its weights")
+            return inside
+        scaling, shift = published.get("scaling_factor"), published.get("shift_factor") or 0.0
+    else:
+        row = from_diffusers_config(published, "") if published else VAE_CONFIGS.get(source.name)
+        scaling, shift = (None, 0.0) if row is None else (row.scaling_factor, row.shift_factor)
+    if scaling is None:
+        return None
+    where = f"the published scaling factor {scaling:g} and shift {shift:g}"
+    log(f"{what}: {where}; train_vae.py --stats-only measures them on your images")
+    return torch.full(shape, scaling), torch.full(shape, shift)
 
 
 def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tensor, Tensor]:
