@@ -46,6 +46,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed-precision", choices=tuple(AUTOCAST_DTYPES), help="(default: no on the CPU, bf16 on a GPU)"
     )
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="let cuDNN try its convolutions, which training does not"
+    )
     parser.add_argument("--seconds", type=WEIGHT, default=6.0, help="a stage, at least three runs (default: 6)")
     parser.add_argument("--num-workers", type=COUNT, default=2, help="for reading and preprocessing (default: 2)")
     parser.add_argument("--json", type=Path, help="also write everything there")
@@ -109,6 +112,7 @@ def main() -> None:
     if args.mixed_precision is not None:
         setting = replace(setting, precision=args.mixed_precision)
     use_tf32(True)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     peak = matrix_peak(device, setting.precision)
     report = {"machine": machine(device, setting, peak), "stages": {}}
     print(json.dumps(report["machine"], indent=1))

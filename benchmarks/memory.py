@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.flops import build_batch, build_nets
 from errors import Parser, run_script
+from flags.types import COUNT
 from models.autoencoder import AutoencoderKL, pixels_to_image
 from models.numerics import AUTOCAST_DTYPES, autocast_factory
 from train_repae import JointNets
@@ -133,8 +134,10 @@ def main() -> None:
     parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--mixed-precision", choices=tuple(AUTOCAST_DTYPES), default="bf16", help="(default: bf16)")
+    parser.add_argument("--recompute-levels", type=COUNT, default=0, help="as of train_repae.py (default: 0)")
     args = parser.parse_args()
     with simulated_gpu(args.vae, args.model, args.enc_type, args.resolution) as nets:
+        nets.vae.recompute(args.recompute_levels)
         one, two = (
             kept_bytes(nets, *build_batch(args.vae, args.resolution, images), args.mixed_precision) for images in (1, 2)
         )
