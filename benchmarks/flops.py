@@ -137,13 +137,18 @@ def stage_flops(
     return found
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def add_network_flags(parser: Parser) -> None:
+    """The arguments of `build_nets`."""
     parser.add_argument("--vae", default="f8d4", help="name of a VAE")
     parser.add_argument("--model", default="SiT-XL/2", help="name of a transformer")
     parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
     parser.add_argument("--encoder-depth", type=int, default=8, help="block whose tokens are aligned")
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add_network_flags(parser)
     args = parser.parse_args()
     with torch.device("meta"):
         nets = build_nets(**vars(args))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.flops import build_batch, build_nets
+from benchmarks.flops import add_network_flags, build_batch, build_nets
 from errors import Parser, run_script
 from flags.types import COUNT
 from models.autoencoder import AutoencoderKL, pixels_to_image
@@ -129,14 +129,11 @@ def fixed_bytes(nets: JointNets) -> dict[str, int]:
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--vae", default="f8d4", help="name of a VAE")
-    parser.add_argument("--model", default="SiT-XL/2", help="name of a transformer")
-    parser.add_argument("--enc-type", default="dinov2-vit-b", help="encoders to align to, or none")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side")
+    add_network_flags(parser)
     parser.add_argument("--mixed-precision", choices=tuple(AUTOCAST_DTYPES), default="bf16", help="(default: bf16)")
     parser.add_argument("--recompute-levels", type=COUNT, default=0, help="as of train_repae.py (default: 0)")
     args = parser.parse_args()
-    with simulated_gpu(args.vae, args.model, args.enc_type, args.resolution) as nets:
+    with simulated_gpu(args.vae, args.model, args.enc_type, args.resolution, args.encoder_depth) as nets:
         nets.vae.recompute(args.recompute_levels)
         one, two = (
             kept_bytes(nets, *build_batch(args.vae, args.resolution, images), args.mixed_precision) for images in (1, 2)
