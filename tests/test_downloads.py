@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 def flags(**changes: object) -> argparse.Namespace:
     """Flags of a run that load_encoders looks at."""
     values = {"enc_type": TIMM, "enc_ckpt": [], "resolution": 256, "resample_tokens": False, "offline": False}
+    values["mixed_precision"] = "no"
     return argparse.Namespace(**{**values, **changes})
 
 
