@@ -63,8 +63,8 @@ def main() -> None:
         run(vae_stages(settings, seed, data, folder))
         for name in args.arms:
             run(arm_stages(name, settings, seed, data, folder))
-            add_results(content, record, settings, seed, folder)
-            write_page(content, page_dir)
+        add_results(content, record, settings, seed, folder)
+        write_page(content, page_dir)
         if seed == min(map(int, content["results"][VAE])):
             draw_pictures(settings, args.output_dir, seed, page_dir)
 

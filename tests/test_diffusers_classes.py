@@ -186,7 +186,7 @@ def test_recomputation_where_the_class_supports_it(folders, tiny_data, vgg_weigh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"AutoencoderKLWan"}))  # built as Qwen-Image's
+@pytest.mark.parametrize("name", CLASSES)
 def test_every_script(name, folders, tiny_data, vgg_weights, tmp_path):
     """Statistics, joint tuning on two processes, samples, extraction, caching, frozen training, reconstructions."""
     flags, given = training_flags(tiny_data, tmp_path), ("--vae", f"diffusers:{folders[name]}")
