@@ -179,8 +179,11 @@ class Shards:
         for file in getattr(self, "files", {}).values():
             os.close(file)
 
+    def _path(self, number: int) -> str:
+        return os.path.join(self.directory, shard_name(number))
+
     def _open(self, number: int) -> tuple[Header, np.ndarray]:
-        path = os.path.join(self.directory, shard_name(number))
+        path = self._path(number)
         header = open_shard(path, self.layout, self.sizes[number], self.remedy)
         offset = header.start + header.tensors["labels"]["data_offsets"][0]
         return header, np.fromfile(path, np.int64, self.sizes[number], offset=offset)
@@ -196,12 +199,11 @@ class Shards:
         row_in_shard = i - (self.ends[number] - self.sizes[number])
         dtype, shape = self.layout[name]
         row = np.empty(shape, dtype)
-        path = os.path.join(self.directory, shard_name(number))
         if number not in self.files:
             if len(self.files) == KEPT_OPEN:
                 os.close(self.files.pop(next(iter(self.files))))  # the one that was opened first
-            self.files[number] = os.open(path, os.O_RDONLY)
+            self.files[number] = os.open(self._path(number), os.O_RDONLY)
         read = os.preadv(self.files[number], [row], self.offsets[name][number] + row_in_shard * row.nbytes)
         if read != row.nbytes:
-            raise UserError(f"{path}: was cut short meanwhile; {self.remedy}")
+            raise UserError(f"{self._path(number)}: was cut short meanwhile; {self.remedy}")
         return row, int(self.labels[i])
