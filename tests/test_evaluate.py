@@ -85,6 +85,15 @@ def test_metrics_are_named_for_their_network_and_mean_something(sets, first):
     assert metrics_of(sets / "noise.metrics.json")[FD] > 2 * first[FD]
 
 
+def test_features_in_half_precision_are_nearly_the_same(sets, first):
+    flags = ("--samples", sets / "a.npz", "--reference", sets / "b.npz", *LITE0, "--mixed-precision", "bf16")
+    evaluated(*flags, "--output", sets / "half.json")
+    half = metrics_of(sets / "half.json")
+    assert half[FD] == pytest.approx(first[FD], rel=0.02)
+    assert half[FD] != first[FD]
+    assert json.loads((sets / "half.json").read_text())["mixed_precision"] == "bf16"
+
+
 def test_batches_order_of_files_and_processes_do_not_matter(sets, first):
     order = np.random.RandomState(3).permutation(40)
     np.savez(sets / "shuffled.npz", arr_0=photos(40, first=1000)[order])
