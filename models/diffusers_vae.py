@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -60,16 +60,10 @@ class DiffusersConfig:
         """The architecture as plain data: DiffusersConfig(**described) is equal to this one."""
         return {"settings": self.settings}
 
-    @cached_property
+    @property
     def probe(self) -> Probe:
         """Found by a pass of one image and its gradients, on tensors without memory."""
-        failures = []
-        for is_video, form in enumerate(("an image", "a video of one frame")):
-            try:
-                return probed(self.settings, bool(is_video))
-            except Exception as error:  # whatever a class of diffusers raises
-                failures.append(f"{form} ({type(error).__name__}: {one_line(error)})")
-        raise ValueError(f"reconstructs neither {' nor '.join(failures)}")
+        return probe_of(json.dumps(self.settings, sort_keys=True))
 
     @property
     def z_channels(self) -> int:
@@ -173,6 +167,18 @@ def decode(network: nn.Module, z: Tensor, is_video: bool) -> Tensor:
     frames = {"num_frames": 1} if "num_frames" in inspect.signature(network.decode).parameters else {}
     recon = network.decode(z[:, :, None] if is_video else z, **frames).sample
     return float32_or_wider(recon[:, :, 0] if is_video else recon)
+
+
+@cache
+def probe_of(settings: str) -> Probe:
+    """The `Probe` of an architecture whose settings are this JSON; a ValueError if no image passes through it."""
+    failures = []
+    for is_video, form in enumerate(("an image", "a video of one frame")):
+        try:
+            return probed(json.loads(settings), bool(is_video))
+        except Exception as error:  # whatever a class of diffusers raises
+            failures.append(f"{form} ({type(error).__name__}: {one_line(error)})")
+    raise ValueError(f"reconstructs neither {' nor '.join(failures)}")
 
 
 @torch.enable_grad()

@@ -46,7 +46,6 @@ def command(script: str, *flags: object, launcher: tuple[str, ...] = ()) -> list
 
 def run_in_process(script: str, *flags: object) -> subprocess.CompletedProcess:
     """Run a script's main in this process, without the seconds that a process takes to start."""
-    gc.collect()  # a run that failed here still holds the lock on its folder, which a process would have released
     module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
