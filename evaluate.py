@@ -44,7 +44,7 @@ from metrics.statistics import (
 )
 from models.autoencoder import image_to_pixels, pixels_to_image
 from models.encoder_table import encoder_spec
-from models.numerics import AUTOCAST_DTYPES, autocast_factory, float64_device, use_tf32
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, use_tf32
 from storage.files import replace_text
 from storage.image_sets import describe, open_image_set
 from storage.sample_files import MANIFEST_FORMAT
@@ -205,15 +205,14 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(state.device)
     originals = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
     recons = [SetStatistics(len(data), state.device, keep_features=False) for _ in networks]
-    sums = torch.zeros(3, dtype=torch.float64, device=float64_device(state.device))
+    sums = torch.zeros(3, dtype=torch.float64, device=state.device)
     latents = LatentMoments(vae.config.z_channels, state.device)
     for indices, pixels in batches(data, "reconstructing", ReadOptions(args.batch_size, args.num_workers, state)):
         posterior = vae.encode(pixels_to_image(pixels))
         recon = image_to_pixels(vae.decode(posterior.mean))
         latents.update(posterior)
-        distance = lpips(pixels_to_image(pixels), pixels_to_image(recon)).to(sums.device)
-        a, b = pixels.to(sums.device), recon.to(sums.device)
-        sums += torch.stack([psnr(a, b).sum(), ssim(a, b).sum(), distance.double().sum()])
+        distance = lpips(pixels_to_image(pixels), pixels_to_image(recon))
+        sums += torch.stack([psnr(pixels, recon).sum(), ssim(pixels, recon).sum(), distance.double().sum()])
         for network, original, reconstructed in zip(networks, originals, recons, strict=True):
             original.update(indices, extract_features(network.module, pixels))
             reconstructed.update(indices, extract_features(network.module, recon))

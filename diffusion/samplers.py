@@ -1,6 +1,6 @@
 """Samplers from noise to latents, as pure functions of `velocity_fn(x, t, y)`.
 
-The state is float64 (float32 on devices without it); `velocity_fn` gets it in float32 and may compute in any precision.
+The state is float64; `velocity_fn` gets it in float32 and may compute in any precision.
 Euler and Heun integrate the probability-flow ODE, Euler-Maruyama the SDE with the same marginals and diffusion
 w(t) = 2t (SiT, Ma et al., arXiv 2401.08740). Guidance is restricted to an interval of times (Kynkäänniemi et al.,
 2404.07724). `sample_pixels` in diffusion/sampling.py chooses the sampler by `--mode` of generate.py.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffusion.transport import score_from_velocity
-from models.numerics import float64_device
 
 VelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 LAST_SDE_STEP = 0.04
@@ -37,11 +36,6 @@ def guidance_at(guidance: Guidance | None, t: float) -> Guidance | None:
     return guidance if acts else None
 
 
-def state_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device without it."""
-    return torch.float64 if float64_device(device) == device else torch.float32
-
-
 def guided_velocity(velocity_fn: VelocityFn, x: Tensor, t: float, y: Tensor, guidance: Guidance | None) -> Tensor:
     """Velocity at x (B,C,h,w) and time t, in x's dtype; with guidance, both velocities come from one batch."""
     dtype, x, time = x.dtype, x.float(), x.new_full((len(x),), t, dtype=torch.float32)
@@ -58,9 +52,9 @@ def sample_ode(
 ) -> Tensor:
     """Euler from t = 1 to 0 on a uniform grid; with `heun`, a trapezoidal correction of all steps but the last.
 
-    `x` is N(0,1) noise (B,C,h,w) and `y` (B,) int64 labels; returns normalised latents (B,C,h,w) of the state's dtype.
+    `x` is N(0,1) noise (B,C,h,w) and `y` (B,) int64 labels; returns normalised latents (B,C,h,w) in float64.
     """
-    x = x.to(state_dtype(x.device))
+    x = x.double()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     for i, (t, t_next) in enumerate(pairwise(times)):
         active = guidance_at(guidance, t)
@@ -87,7 +81,7 @@ def sample_sde(
     0..steps-2. The drift v - w/2·score is affine in v, and the weights of guidance sum to one, so that guidance of the
     velocity is guidance of the drift.
     """
-    x = x.to(state_dtype(x.device))
+    x = x.double()
     times = [*torch.linspace(1, LAST_SDE_STEP, steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(pairwise(times)):
         w, dt = 2 * t, t_next - t

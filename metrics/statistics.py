@@ -15,7 +15,7 @@ from errors import UserError
 from metrics.features import FeatureNetwork, Features, extract_features
 from metrics.frechet import Moments, frechet_distance
 from metrics.scores import InceptionScore, kernel_distance, precision_and_recall
-from models.numerics import distributed_world_size, float64_device
+from models.numerics import distributed_world_size
 from progress import progress_bar
 from storage.files import written_whole
 from storage.image_sets import map_member, npz_arrays, open_image_set
@@ -29,14 +29,13 @@ MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # names in ADM's reference files
 class SetStatistics:
     """Statistics of `count` images, whose features come in batches, in any order, on any number of processes.
 
-    The sums are on `device`, or on the CPU if it has no float64; with `keep_features` the features of every image are
-    kept, for the metrics of OF_FEATURES.
+    The sums are on `device`; with `keep_features` the features of every image are kept, for the metrics of OF_FEATURES.
     """
 
     def __init__(self, count: int, device: torch.device, keep_features: bool):
-        self.device, self.keep_features = float64_device(device), keep_features
-        self.pool, self.spatial = Moments(self.device), Moments(self.device)
-        self.inception_score = InceptionScore(count, self.device)
+        self.device, self.keep_features = device, keep_features
+        self.pool, self.spatial = Moments(device), Moments(device)
+        self.inception_score = InceptionScore(count, device)
         self.rows: list[tuple[Tensor, Tensor]] = []
         self.features: Tensor | None = None
 

@@ -20,11 +20,6 @@ def float32_or_wider(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def float64_device(device: torch.device) -> torch.device:
-    """`device`, or the CPU for an Apple GPU, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 @torch.no_grad()
 def channels_last(module: nn.Module) -> None:
     """Store the kernels of `module` in channels-last layout, the fastest one on tensor cores. Values stay the same."""

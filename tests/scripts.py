@@ -1,7 +1,6 @@
 """Runs the scripts at tiny settings with real command lines, in this process or in processes of their own."""
 
 import contextlib
-import gc
 import importlib
 import io
 import json

@@ -9,13 +9,10 @@ from PIL import Image
 
 from golden_weights import assert_close, golden
 from images import photos
-from metrics.features import Features, resize_as_pillow
+from metrics.features import resize_as_pillow
 from metrics.frechet import Moments, frechet_distance
 from metrics.images import batch_psnr, psnr, ssim
 from metrics.scores import InceptionScore, kernel_distance, precision_and_recall
-from metrics.statistics import SetStatistics, compare
-from models.autoencoder import Posterior
-from training.vae_step import LatentMoments
 
 GOLDEN = golden("metrics")
 
@@ -119,22 +116,3 @@ def test_images_are_resized_as_pillow_does(size):
         difference = np.asarray(image).astype(int) - ours[i].permute(1, 2, 0).numpy()
         assert np.abs(difference).max() <= 1
         assert (difference != 0).mean() < 0.01
-
-
-def test_statistics_of_a_device_without_float64_are_on_the_cpu():
-    """Apple's GPUs refuse float64; here there is none, so that anything made on it would fail."""
-    apple, features = torch.device("mps"), torch.rand(9, 5)
-    statistics, expected = SetStatistics(9, apple, True), SetStatistics(9, torch.device("cpu"), True)
-    posterior = Posterior(torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2))
-    latents, expected_latents = LatentMoments(4, apple), LatentMoments(4, torch.device("cpu"))
-    for one in (statistics, expected):
-        one.update(torch.arange(9), Features(features, features, features.softmax(1)))
-        one.over_processes()
-    for one in (latents, expected_latents):
-        one.update(posterior)
-    wanted = ["fid", "sfid", "is", "precision", "recall", "kid"]
-    reference = expected.moments("inception")
-    values = [compare(one, reference, features, wanted, "inception") for one in (statistics, expected)]
-    assert values[0] == values[1] and len(values[0]) == len(wanted)
-    for name, value in latents.statistics().items():
-        assert torch.equal(value, expected_latents.statistics()[name])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from diffusion.transport import coefficients, interpolate, sample_time
@@ -74,29 +73,3 @@ def test_times(path):
     logs = torch.log(c.sigma / c.alpha)
     assert abs(logs.mean()) < 0.01
     assert abs(logs.std() - 1) < 0.01
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_on_a_device_without_float64_samplers_use_float32(monkeypatch, path):
-    x, y, made = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), set()
-
-    def velocity(x, t, y):
-        return torch.tanh(x) * t[:, None, None, None] + y[:, None, None, None] / 10
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            made.update([result.dtype] if getattr(result, "ndim", 0) == 4 else [])
-            return result
-
-    def sample() -> list[torch.Tensor]:
-        ode = [sample_ode(velocity, x, y, 7, Guidance(2.0, 10), heun) for heun in (False, True)]
-        return [*ode, sample_sde(velocity, x, y, 7, path, lambda i: x, Guidance(2.0, 10))]
-
-    expected = sample()
-    monkeypatch.setattr("diffusion.samplers.float64_device", lambda device: torch.device("meta"))
-    with Record():
-        found = sample()
-    assert torch.float32 in made and torch.float64 not in made
-    for value, wide in zip(found, expected, strict=True):
-        torch.testing.assert_close(value.double(), wide, rtol=1e-4, atol=1e-4)

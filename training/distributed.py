@@ -27,7 +27,7 @@ def process_state():
     from accelerate import PartialState
 
     # cpu: else several processes would not find each other on CPUs; ranks wait for each other until all shares are done
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def follow_launcher() -> None:

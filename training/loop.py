@@ -74,7 +74,7 @@ class Run:
         self.directory = Path(args.output_dir, args.exp_name)
         self.checkpoints = CheckpointFolder(self.directory / "checkpoints", self.print)
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes would not find each other on CPUs
+            cpu=not torch.cuda.is_available(),  # else several processes would not find each other on CPUs
             mixed_precision="no",  # training/optimizer.py does it
             dynamo_backend="no",  # --compile does it
             log_with=None if args.report_to == "none" else args.report_to,

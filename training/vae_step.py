@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, update_lecam, vae_loss
 from metrics.images import batch_psnr
 from models.autoencoder import Autoencoder, Posterior, pixels_to_image
-from models.numerics import distributed_world_size, float64_device
+from models.numerics import distributed_world_size
 from progress import progress_bar
 from training.distributed import frozen_call
 from training.optimizer import Optimizer
@@ -83,12 +83,12 @@ class LatentMoments:
     """
 
     def __init__(self, channels: int, device: torch.device):
-        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=float64_device(device))
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device=device)
         self.count = torch.zeros_like(self.sums[0, 0])
 
     def update(self, posterior: Posterior) -> None:
         """Add the posteriors (B,C,h,w) of some images."""
-        mean, std = (x.to(self.sums.device).double() for x in (posterior.mean, posterior.std))
+        mean, std = (x.double() for x in (posterior.mean, posterior.std))
         self.sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))])
         self.count += mean.numel() // mean.shape[1]
 
