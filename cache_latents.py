@@ -55,8 +55,11 @@ def encode(vae: Autoencoder, pixels: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def describe(images: ImageDataset, source: VAESource, vae: Autoencoder, args: argparse.Namespace) -> dict:
-    scale, bias = known_statistics(source)
+def latent_index(
+    images: ImageDataset, source: VAESource, statistics: tuple[Tensor, Tensor], vae: Autoencoder, args
+) -> dict:
+    """The content of index.json; `statistics` are scale and bias of the VAE's latents, (1,C,1,1) each."""
+    scale, bias = statistics
     index = {
         "format": LATENT_FORMAT,
         "resolution": images.resolution,
@@ -159,7 +162,8 @@ def main() -> None:
     state = process_state()
     source = open_vae(args.vae_arch, args.vae_ckpt_path, is_offline(args))
     vae = load_vae(source).eval().requires_grad_(False)
-    index = describe(images, source, vae, args)
+    statistics = known_statistics(source, print if state.is_main_process else lambda text: None)
+    index = latent_index(images, source, statistics, vae, args)
     vae.to(state.device)
     args.compile = compile_in_place(vae.parts[:1], args.compile, state.device)
     directory = Path(args.output_dir, args.vae_latents_name)

@@ -2,7 +2,7 @@
 
 Images are shards written by preprocessing.py (196 kB an image at 256 px), latents shards of the same rows written by
 cache_latents.py. `python dataset.py --verify data` reads all shards of a data directory and names each that is damaged.
-It can be deleted: the script that made it makes it again.
+A damaged shard can be deleted; the script that made it makes it again.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class ImageDataset:
         source: the folder, for messages.
         resolution: R.
         num_classes: one more than the highest label, or the number of class folders if that is more.
-        class_counts: images of each class, num_classes integers; empty if the index lacks them.
+        class_counts: images of each class, num_classes integers.
         classes: their names, or None.
         fingerprint: a hash of all pixels and labels.
         sizes: rows of each shard.
@@ -73,7 +73,7 @@ class ImageDataset:
         self.source = images_directory(data_dir)
         index, self.shards = open_shards(self.source, IMAGE_FORMAT)
         self.resolution, self.num_classes = index["resolution"], index["num_classes"]
-        self.class_counts, self.classes = index.get("class_counts", []), index["classes"]
+        self.class_counts, self.classes = index["class_counts"], index["classes"]
         self.fingerprint = index["fingerprint"]
         self.sizes = self.shards.sizes
 
@@ -112,7 +112,7 @@ class LatentDataset:
         self.source, self.images = Path(data_dir) / name, images
         index, self.shards = open_shards(self.source, LATENT_FORMAT)
         self.num_classes, self.fingerprint = index["num_classes"], index["fingerprint"]
-        self.class_counts, self.classes = index.get("class_counts", []), index["classes"]
+        self.class_counts, self.classes = index["class_counts"], index["classes"]
         self.image_fingerprint = index["image_fingerprint"]
         self.shape, self.mirrored = tuple(index["shape"]), index["mirrored"]
         self.vae_fingerprint, self.statistics = index["vae_fingerprint"], index["statistics"]
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument(
         "--verify", type=Path, required=True, metavar="DIR", help="a data directory, or one folder of shards"
     )
-    verify(parser.parse_args().verify)
+    verify(parser.parse_args().verify.absolute())
 
 
 if __name__ == "__main__":

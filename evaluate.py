@@ -46,7 +46,7 @@ from models.autoencoder import image_to_pixels, pixels_to_image
 from models.encoder_table import encoder_spec
 from models.numerics import AUTOCAST_DTYPES, autocast_factory, use_tf32
 from storage.files import replace_text
-from storage.image_sets import describe, open_image_set
+from storage.image_sets import open_image_set, size_text
 from storage.sample_files import MANIFEST_FORMAT
 from training.distributed import process_state
 from training.vae_step import LatentMoments
@@ -118,7 +118,7 @@ def check_images(samples: Dataset | None, reference: Reference, wanted: list[str
     """Raise a UserError if samples and reference cannot be compared; warn about few images."""
     images = reference.images
     if samples is not None and images is not None and images.size != samples.size:
-        sizes = f"--samples are of {describe(samples.size)}, but --reference of {describe(images.size)}"
+        sizes = f"--samples are of {size_text(samples.size)}, but --reference of {size_text(images.size)}"
         raise UserError(f"{sizes}; resize one of them first")
     least = 4 if {"precision", "recall"} & set(wanted) else 2
     counts = {"--samples": samples and len(samples), "--reference": reference.count if images is None else len(images)}
@@ -225,17 +225,17 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
         values |= {f"r{name}": distance for name, distance in found.items()}
     return {
         "metrics": values,
-        "latents": compared_latents(latents.statistics(), source),
+        "latents": compared_latents(latents.statistics(), source, log),
         "vae": {"path": str(args.vae), "arch": args.vae_arch, "fingerprint": fingerprint(vae.state_dict())},
         "images": {"path": str(args.data_dir), "count": len(data), "fingerprint": data.fingerprint},
         "features": describe_networks(networks),
     }
 
 
-def compared_latents(found: dict[str, Tensor], source: VAESource) -> dict[str, list[float]]:
+def compared_latents(found: dict[str, Tensor], source: VAESource, log) -> dict[str, list[float]]:
     """Mean and standard deviation of each latent channel on these images, and as stored with the VAE."""
     measured = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
-    if (known := find_statistics(source)) is not None:
+    if (known := find_statistics(source, log)) is not None:
         scale, bias = known
         measured |= {"stored_mean": bias, "stored_std": 1 / scale}
     return {name: values.flatten().tolist() for name, values in measured.items()}

@@ -203,11 +203,6 @@ def set_name(args: argparse.Namespace, run: Experiment) -> str:
     return f"{run.name}{step}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
 
 
-def compiles(args: argparse.Namespace, state) -> bool:
-    pays = args.num_fid_samples >= COMPILE_FROM * state.num_processes
-    return args.compile and pays and state.device.type == "cuda"
-
-
 def sampling_settings(args: argparse.Namespace, run: Experiment, device: torch.device) -> Sampling:
     """The settings of the sampler that the flags give."""
     same = ("mode", "num_steps", "heun", "cfg_scale", "guidance_low", "guidance_high", "labels")
@@ -303,8 +298,8 @@ def main() -> None:
     for network in (run.sit, run.vae):
         network.to(state.device)
         cast_weights(network, args.mixed_precision)
-    args.compile = compiles(args, state)
-    compile_in_place([*run.sit.blocks, run.vae.parts[1]], args.compile, state.device)
+    pays = args.num_fid_samples >= COMPILE_FROM * state.num_processes
+    args.compile = compile_in_place([*run.sit.blocks, run.vae.parts[1]], args.compile and pays, state.device)
     with locked(files.parts) if state.is_main_process else nullcontext():
         if state.is_main_process:
             files.begin(environment(args, state))

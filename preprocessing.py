@@ -4,7 +4,7 @@
 
 The source is a tree with one folder a class (label = index of the sorted top-level folders that give an image), any
 tree with a `dataset.json` of labels at its top: {"labels": [["path/in/tree.png", 7], ...]}, or the reference's
-images.h5. Hidden files, and such that are no readable image, are counted and listed. Shards are written atomically by
+images.h5. Hidden files and files that are not readable images are counted and listed. Shards are written atomically by
 parallel workers; running the same command again continues where it stopped.
 """
 

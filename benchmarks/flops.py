@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from errors import Parser, run_script
 from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import build_vae, pixels_to_image
+from models.autoencoder import VAE_CONFIGS, pixels_to_image
 from models.discriminator import PatchDiscriminator
 from models.encoder_table import encoder_specs
 from models.encoders import Encoder
@@ -64,7 +64,7 @@ def build_nets(
     """The untrained networks of the joint step, by their names, on torch's default device."""
     channels, side, _ = latent_shape(open_vae(vae, None, offline=True), resolution)
     specs = encoder_specs(enc_type).values()
-    vae, discriminator = build_vae(vae), PatchDiscriminator()
+    vae, discriminator = VAE_CONFIGS[vae].build(), PatchDiscriminator()
     widths = tuple(spec.embed_dim for spec in specs)
     sit = SiT_models[model](input_size=side, in_channels=channels, z_dims=widths, encoder_depth=encoder_depth)
     return JointNets(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from loss.lpips import LPIPS
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.encoder_table import ENCODERS
 from preprocessing import preprocess
 from weights.checkpoint_io import vae_files, write_atomically
@@ -65,7 +65,7 @@ def write_weights(folder: Path, setting: Setting) -> None:
     import timm
 
     torch.manual_seed(0)
-    vae = build_vae(setting.vae)
+    vae = VAE_CONFIGS[setting.vae].build()
     ones = torch.ones(1, vae.config.z_channels, 1, 1)
     write_atomically(vae.state_dict(), folder / "vae.pt")
     statistics = {"latents_scale": ones, "latents_bias": torch.zeros_like(ones)}

@@ -7,7 +7,6 @@ pictures and replication.json to --page-dir; docs/ is the published page. It con
 be measured in parts, also on several machines: the results that --page-dir already has are kept.
 """
 
-from functools import partial
 from pathlib import Path
 
 from demo.runner import Record, run_stage
@@ -54,8 +53,13 @@ def main() -> None:
     for folder in (data, page_dir):
         folder.mkdir(parents=True, exist_ok=True)
     record = Record(args.output_dir / "stages.json", settings._asdict())
-    content = open_page(page_dir, settings)
-    run = partial(run_stages, record=record)
+    open_page(page_dir, settings)  # refuses other settings before hours of work
+
+    def run(stages: list) -> None:
+        for stage in stages:
+            if not record.is_done(stage):
+                run_stage(stage, record, again="python -m experiments.replicate ...")
+
     run(data_stages(args.data_dir, data))
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         folder = args.output_dir / f"seed-{seed}"
@@ -63,17 +67,11 @@ def main() -> None:
         run(vae_stages(settings, seed, data, folder))
         for name in args.arms:
             run(arm_stages(name, settings, seed, data, folder))
+        content = open_page(page_dir, settings)  # now, because another machine may have added results meanwhile
         add_results(content, record, settings, seed, folder)
         write_page(content, page_dir)
         if seed == min(map(int, content["results"][VAE])):
             draw_pictures(settings, args.output_dir, seed, page_dir)
-
-
-def run_stages(stages: list, record: Record) -> None:
-    """Run those stages that are not done."""
-    for stage in stages:
-        if not record.is_done(stage):
-            run_stage(stage, record, again="python -m experiments.replicate ...")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def add_alignment_flags(parser: Parser) -> None:
     from models.sit import PROJECTORS
 
     group = parser.add_argument_group("alignment")
-    names = "encoders to align to: rows of the README's table, timm:MODEL, or none"
+    names = "encoders to align to: names in docs/networks.md, timm:MODEL, or none"
     add(group, "--enc-type", "dinov2-vit-b", enc_type, names, metavar="NAME[,NAME...]")
     add_enc_ckpt_flag(group)
     resample = "interpolate an encoder's tokens where its grid is not the transformer's, instead of stopping"

@@ -86,21 +86,3 @@ def unit(features: Tensor) -> Tensor:
     """
     norm = features.square().sum(1, keepdim=True).clamp_min(1e-30).sqrt()
     return features / (norm + EPS)
-
-
-def trained_lpips(vgg: dict[str, Tensor], heads: dict[str, Tensor]) -> LPIPS:
-    """LPIPS with trained weights, in eval mode.
-
-    Args:
-        vgg: state dict of torchvision's VGG16; its `features.*` convolutions suffice.
-        heads: the v0.1 linear heads, `lin0.model.1.weight` and so on; other keys are ignored.
-    """
-    model = LPIPS()
-    state = {}
-    for key, value in model.state_dict().items():
-        if key.startswith("net."):  # net.slice3.10.weight is torchvision's features.10.weight
-            state[key] = vgg["features." + key.split(".", 2)[2]]
-        else:
-            state[key] = heads[key] if key.startswith("lin") else value
-    model.load_state_dict(state)
-    return model.eval()

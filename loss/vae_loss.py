@@ -35,11 +35,6 @@ class VAELossConfig:
     quantizer_weight: float = 1.0
 
 
-def gan_active(cfg: VAELossConfig, step: int, warmup: int = 0) -> bool:
-    """Whether a GAN term is active at 0-based `step`: from `warmup` steps after `discriminator_start`."""
-    return step >= cfg.discriminator_start + warmup
-
-
 def first_gan_step(cfg: VAELossConfig) -> float:
     """The first 1-based step in which the discriminator is trained; infinity if it never is."""
     return cfg.discriminator_start + 1 if cfg.discriminator_factor > 0 else math.inf
@@ -70,7 +65,7 @@ def vae_loss(
     image, recon = float32_or_wider(image), float32_or_wider(recon)
     difference = F.l1_loss(recon, image) if cfg.reconstruction_loss == "l1" else F.mse_loss(recon, image)
     gan = -float32_or_wider(logits_fake).mean()
-    factor = cfg.discriminator_factor if gan_active(cfg, step, disc_warmup_steps) else 0.0
+    factor = cfg.discriminator_factor if step >= cfg.discriminator_start + disc_warmup_steps else 0.0
     terms = {
         "reconstruction_loss": cfg.reconstruction_weight * difference / math.exp(cfg.logvar_init),
         "perceptual_loss": cfg.perceptual_weight * float32_or_wider(perceptual).mean(),
@@ -99,7 +94,7 @@ def discriminator_loss(
     if cfg.lecam_regularization_weight > 0:
         lecam_loss = F.relu(mean_real - lecam[1]).square() + F.relu(lecam[0] - mean_fake).square()
         lecam_loss = cfg.lecam_regularization_weight * lecam_loss
-    factor = cfg.discriminator_factor if gan_active(cfg, step) else 0.0
+    factor = cfg.discriminator_factor if step >= cfg.discriminator_start else 0.0
     total = factor * (hinge + lecam_loss)
     terms = {"d_loss": total, "logits_real": mean_real, "logits_fake": mean_fake, "lecam_loss": lecam_loss}
     return total, terms

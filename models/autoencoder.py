@@ -287,11 +287,6 @@ class AutoencoderKL(Autoencoder):
         return float32_or_wider(self.decoder(self.post_quant_conv(z)))
 
 
-def build_vae(name: str) -> AutoencoderKL:
-    """The autoencoder of row `name`, freshly initialised."""
-    return AutoencoderKL(VAE_CONFIGS[name])
-
-
 def pixels_to_image(pixels: Tensor) -> Tensor:
     """uint8 pixels (B,3,R,R) -> float32 image in [-1, 1]: pixels/127.5 - 1. The only place where this is done.
 

@@ -146,10 +146,11 @@ def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.d
     Returns whether they are compiled.
     """
     compiled = wanted and device.type == "cuda"
-    if compiled:  # DDP's graph splits, at the borders of its buckets, are for networks that are compiled whole
+    if compiled:
+        # DDP's graph splits, at the borders of its buckets, are for networks that are compiled whole
         torch._dynamo.config.optimize_ddp = False
-    for module in modules if compiled else ():
-        module.compile(dynamic=False)  # previews and guided batches get graphs of their own
+        for module in modules:
+            module.compile(dynamic=False)  # previews and guided batches get graphs of their own
     return compiled
 
 

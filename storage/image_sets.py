@@ -62,8 +62,8 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         pixels = self.read(self.files[index])
         if pixels.shape[:2] != self.size:
-            size = describe(pixels.shape[:2])
-            raise UserError(f"{self.files[index]}: {size}, but {self.files[0]} is {describe(self.size)}")
+            size = size_text(pixels.shape[:2])
+            raise UserError(f"{self.files[index]}: {size}, but {self.files[0]} is {size_text(self.size)}")
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     @staticmethod
@@ -75,7 +75,7 @@ class FolderImages(Dataset):
             raise UserError(f"{path}: not a readable image ({error})") from None
 
 
-def describe(size: tuple[int, int]) -> str:
+def size_text(size: tuple[int, int]) -> str:
     """Height and width as text."""
     return f"{size[0]}x{size[1]} px"
 

@@ -7,7 +7,7 @@ import torch
 from golden_weights import fill, golden, lpips_state
 from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.discriminator import PatchDiscriminator
 from models.numerics import compile_in_place
 from models.sit import SiT_models
@@ -33,7 +33,7 @@ def golden_nets(
     vae: str = "f8d4", sit: str = "SiT-S/2", depth: int = 4, z_dims: tuple[int, ...] = (48,), **optimizer
 ) -> JointNets:
     """The networks of the golden joint step, compiled on GPUs; other rows of the registries make smaller ones."""
-    vae = fill(build_vae(vae))
+    vae = fill(VAE_CONFIGS[vae].build())
     discriminator = fill(PatchDiscriminator(), "discriminator.")
     size = 32 // vae.config.downsampling
     sit = SiT_models[sit](

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import AutoencoderKL, build_vae
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT, SiT_models
 
@@ -36,7 +36,7 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def fresh_vae(seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
-    return build_vae(VAE).eval()
+    return VAE_CONFIGS[VAE].build().eval()
 
 
 def fresh_sit(seed: int = 1) -> SiT:

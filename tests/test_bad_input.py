@@ -80,6 +80,7 @@ CASES = {
     "sit-ckpt-model": "--sit-ckpt {joint_ckpt} --model SiT-XS/2",
     "loss-missing": "--loss-cfg-path nowhere.yaml",
     "lpips-missing": "--lpips-vgg-ckpt nowhere.pt",
+    "lpips-other": "--lpips-vgg-ckpt {vae}",
     "output-is-a-file": "--output-dir README.md --exp-name bad",
     "latents-missing": "--vae-latents-name nothing",
     "latents-other-size": "--vae f8d4-small",

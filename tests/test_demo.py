@@ -14,7 +14,7 @@ from demo import run as demo
 from demo import runner
 from demo.report import write_report
 from images import make_tree
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from preprocessing import preprocess
 from weights.checkpoint_io import write_atomically
 
@@ -74,7 +74,7 @@ def make_demo_folder(root) -> tuple:
     preprocess(make_tree(root / "tree", per_class=8), root / "data-demo/test", 32, 1, None)
     for seed, name in enumerate(("vae", "e2e-vae")):
         torch.manual_seed(seed)
-        write_atomically(build_vae("f4d4-small").state_dict(), folder / name / f"{name}.pt")
+        write_atomically(VAE_CONFIGS["f4d4-small"].build().state_dict(), folder / name / f"{name}.pt")
     of_vae, frozen = ("reconstruction_loss", "perceptual_loss", "psnr", "d_loss"), ("denoising_loss", "proj_loss")
     joint = (*of_vae, *frozen, "vae_align_loss")
     for run, names in {"vae": of_vae, "joint": joint, "frozen": frozen}.items():

@@ -15,7 +15,7 @@ import train_repae
 from dataset import open_images
 from errors import UserError
 from hub import Hub, serving, use_hub
-from models.autoencoder import VAE_CONFIGS, AutoencoderKL, build_vae, pixels_to_image
+from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
 from models.sit import SiT_models
 from scripts import TINY, TINY_SIT, equal, records, run
 from training.build import choose_patch
@@ -59,7 +59,7 @@ def assert_same_network(ours: AutoencoderKL, theirs: diffusers.AutoencoderKL, si
 @pytest.mark.parametrize("name", ["f16d32", "flux-f8d16"])
 def test_ours_to_diffusers_and_back(name, tmp_path):
     torch.manual_seed(1)
-    vae, config = build_vae(name), VAE_CONFIGS[name]
+    vae, config = VAE_CONFIGS[name].build(), VAE_CONFIGS[name]
     scale = torch.rand(1, config.z_channels, 1, 1) + 0.3
     bias = torch.randn(1, config.z_channels, 1, 1)
     statistics = {"latents_scale": scale, "latents_bias": bias}
@@ -79,7 +79,7 @@ def test_ours_to_diffusers_and_back(name, tmp_path):
 
 def test_earlier_names_of_attention(tmp_path):
     """SD-VAE is published with them; diffusers itself renames them."""
-    vae = build_vae("f4d4-tiny")
+    vae = VAE_CONFIGS["f4d4-tiny"].build()
     state = to_diffusers_state(vae.state_dict(), vae.config)
     for earlier, present in EARLIER_NAMES.items():
         state = {key.replace(f".{present}.", f".{earlier}."): value for key, value in state.items()}
@@ -92,7 +92,7 @@ def test_earlier_names_of_attention(tmp_path):
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 def test_a_vae_that_was_aligned_to_a_foundation_model(wrapper, tmp_path):
     """LightningDiT publishes VA-VAE with what it was aligned to; what nobody knows is still refused."""
-    vae, path, one = build_vae("f4d4-tiny"), tmp_path / "vavae.pt", torch.ones(1)
+    vae, path, one = VAE_CONFIGS["f4d4-tiny"].build(), tmp_path / "vavae.pt", torch.ones(1)
     training = {"foundation_model.model.cls_token": one, "linear_proj.weight": one, "loss.logvar": one}
     state = {**vae.state_dict(), **training}
     write_atomically({wrapper: state} if wrapper else state, path)
@@ -106,7 +106,7 @@ def test_a_vae_that_was_aligned_to_a_foundation_model(wrapper, tmp_path):
 @pytest.mark.parametrize("form", ["ckpt", "whole model", "half"])
 def test_single_files(form, tmp_path):
     torch.manual_seed(0)
-    vae = build_vae("f4d4-tiny")
+    vae = VAE_CONFIGS["f4d4-tiny"].build()
     state, path = vae.state_dict(), tmp_path / ("vae.ckpt" if form == "ckpt" else "vae.safetensors")
     if form == "ckpt":  # an autoencoder of latent diffusion, with its loss and average
         other = {"loss.discriminator.main.0.weight": torch.ones(1), "model_ema.decay": torch.ones(1)}
@@ -182,7 +182,7 @@ def test_rarer_forms_of_a_folder(form, flux, tmp_path):
 
 def test_a_config_beside_a_file_of_another_name_may_be_of_something_else(flux, tmp_path):
     """It is ignored."""
-    vae = build_vae("f4d4-tiny")
+    vae = VAE_CONFIGS["f4d4-tiny"].build()
     state = {key: value.contiguous() for key, value in vae.state_dict().items()}
     save_file(state, tmp_path / "vae.safetensors")
     write_atomically(state, tmp_path / "vae.pt")

@@ -282,15 +282,16 @@ def test_what_a_writing_thread_cannot_do_ends_sampling_in_one_line(runs, tmp_pat
 def test_compiled_networks_see_the_same_shapes_in_every_batch(runs, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
 
-    def compile_on_cpus(modules, wanted, device):
+    def compile_on_cpus(modules, wanted, device) -> bool:
         for module in modules:
             module.compile(backend="eager", fullgraph=True)
+        return wanted
 
     flags = ("--cfg-scale", 2, "--guidance-high", 0.5, "--no-png")
     plain = pixels_of(sample(runs / "joint", tmp_path / "plain", *flags, count=7))
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(generate, "compiles", lambda args, state: args.compile)
+    monkeypatch.setattr(generate, "COMPILE_FROM", 1)
     monkeypatch.setattr(generate, "compile_in_place", compile_on_cpus)
     # batches of 3, of which the last one has one sample; blocks see 3 and 6 rows, the decoder 3
     path = sample(runs / "joint", tmp_path / "compiled", *flags, "--pproc-batch-size", 3, count=7)

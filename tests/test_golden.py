@@ -17,7 +17,7 @@ from joint_golden import golden_lpips
 from loss.alignment import alignment_loss
 from loss.lpips import LPIPS
 from loss.vae_loss import VAELossConfig, discriminator_loss, update_lecam, vae_loss
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT, SiT_models, SiTBlock
 from storage.photographs import center_crop
@@ -46,7 +46,7 @@ def test_sit_keys_and_size(name):
 def test_keys_and_sizes_of_vaes_discriminator_and_lpips():
     for name in ("f8d4", "f16d32"):
         with torch.device("meta"):
-            vae = build_vae(name)
+            vae = VAE_CONFIGS[name].build()
         assert shapes(vae) == KEYS[f"vae:{name}"]
         assert sum(p.numel() for p in vae.parameters()) == KEYS[f"vae:{name}:parameters"]
     assert shapes(PatchDiscriminator()) == KEYS["discriminator"]
@@ -100,7 +100,7 @@ def test_sit(name, path):
 @pytest.mark.parametrize("name", ["f8d4", "f16d32"])
 def test_vae(name):
     g = golden(f"vae_{name}")
-    vae = fill(build_vae(name))
+    vae = fill(VAE_CONFIGS[name].build())
     with torch.no_grad():
         posterior = vae.encode(torch.tensor(g["x"]))
         recon = vae.decode(posterior.mean)
@@ -168,7 +168,7 @@ def test_attributes_that_golden_values_cannot_see():
         assert block.mlp.act.approximate == "tanh"
         assert block.attn.fused_attn
     assert sit.final_layer.norm_final.eps == 1e-6
-    assert all(m.eps == 1e-6 for m in build_vae("f8d4").modules() if isinstance(m, nn.GroupNorm))
+    assert all(m.eps == 1e-6 for m in VAE_CONFIGS["f8d4"].build().modules() if isinstance(m, nn.GroupNorm))
     assert all(m.eps == 1e-5 for m in PatchDiscriminator().modules() if isinstance(m, nn.BatchNorm2d))
     assert all(m.negative_slope == 0.2 for m in PatchDiscriminator().modules() if isinstance(m, nn.LeakyReLU))
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import train_ldm_only
 import train_repae
 from loss.lpips import LPIPS, VGG16Features
-from models.autoencoder import EVERYTHING, Decoder, Encoder, build_vae
+from models.autoencoder import EVERYTHING, VAE_CONFIGS, Decoder, Encoder
 from models.sit import SiT
 from published import STATISTICS, write_vae
 from scripts import assert_same_run, equal, run
@@ -104,7 +104,7 @@ def sit_loss(frozen: bool):
 
 
 def vae_loss():
-    vae, image, noise = build_vae("f8d4-small"), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    vae, image, noise = VAE_CONFIGS["f8d4-small"].build(), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
     return lambda: vae(image, noise)[2].square().mean()
 
 
@@ -130,7 +130,7 @@ def test_the_finest_level_holds_most_of_a_vaes_memory_and_its_recomputation_chan
     loss = vae_loss()
     without, finest, with_it = (peak_memory(loss, levels > 0, levels) for levels in (0, 1, EVERYTHING))
     assert without > 1.5 * finest and finest > with_it
-    vae, image, noise = build_vae("f8d4-small"), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
+    vae, image, noise = VAE_CONFIGS["f8d4-small"].build(), torch.randn(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
     gradients = []
     for levels in (0, 1, 2, EVERYTHING):
         vae.recompute(levels)

@@ -14,7 +14,7 @@ from dataset import open_latents
 from forked import run_ranks
 from good import cache_flags
 from images import make_data
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.sit import SiT_models
 from scripts import (
     TINY,
@@ -191,7 +191,7 @@ def test_our_own_joint_run_goes_the_same_way(whole_run, tmp_path):
     checkpoint = max((whole_run / "checkpoints").glob("*.pt"))
     run("save_vae_weights.py", "--repae-ckpt", checkpoint, "--vae-name", "own", "--save-dir", tmp_path)
     saved = read_checkpoint(checkpoint)
-    vae = build_vae(published.VAE)
+    vae = VAE_CONFIGS[published.VAE].build()
     load_weights(vae, read_checkpoint(tmp_path / "own/own.pt"), "own")
     assert all(torch.equal(vae.state_dict()[key], value) for key, value in saved["vae"].items())
     scale, bias = read_latent_statistics(tmp_path / "own/own.pt", 4)

@@ -1,7 +1,9 @@
 """SiT's and REPA's published transformers, as generate.py samples them and training starts from them."""
 
 import argparse
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ import torch
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
 from golden_weights import assert_close, filled, golden
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.sit import SiT_models, sincos_pos_embed
 from scripts import refusal, run
-from weights.trained_run import load_transformer_file, start_from_trained
+from weights.trained_run import load_experiment, load_transformer_file, start_from_trained
 
 FILES = ("sit_sigma", "sit_plain", "repa")
 
@@ -35,7 +37,7 @@ def folder(tmp_path_factory):
         state = published(name)
         torch.save({"ema": state, "steps": 5} if name == "repa" else state, folder / f"{name}.pt")
     torch.manual_seed(0)
-    torch.save(build_vae("f8d4").state_dict(), folder / "vae.pt")
+    torch.save(VAE_CONFIGS["f8d4"].build().state_dict(), folder / "vae.pt")
     return folder
 
 
@@ -67,6 +69,23 @@ def test_golden_samples(folder, name):
 def test_latents_are_normalised_as_sd_vaes_were(folder):
     scale, bias = loaded(folder, "sit_plain").sit.latent_statistics()
     assert torch.allclose(scale, torch.tensor(0.18215)) and not bias.any()
+
+
+def test_a_runs_folder_is_normalised_as_the_file_is(folder, tmp_path):
+    """Also where the VAE has measured statistics beside it, with which the transformer was not trained."""
+    torch.save(
+        {"latents_scale": torch.ones(1, 4, 1, 1), "latents_bias": torch.zeros(1, 4, 1, 1)},
+        tmp_path / "vae-latents-stats.pt",
+    )
+    vae = shutil.copy(folder / "vae.pt", tmp_path)
+    (tmp_path / "repa/checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "repa.pt", tmp_path / "repa/checkpoints/0000005.pt")
+    (tmp_path / "repa/args.json").write_text(json.dumps({"model": "SiT-S/2", "vae": "f8d4", "resolution": 64}))
+    run = load_experiment(tmp_path / "repa", None, vae, offline=True)
+    for found, expected in zip(
+        run.sit.latent_statistics(), loaded(folder, "repa").sit.latent_statistics(), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", FILES)

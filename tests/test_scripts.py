@@ -11,7 +11,7 @@ from PIL import Image
 
 from forked import run_ranks
 from images import make_data
-from models.autoencoder import build_vae
+from models.autoencoder import VAE_CONFIGS
 from models.discriminator import PatchDiscriminator
 from models.sit import SiT_models
 from scripts import (
@@ -40,7 +40,7 @@ JOINT_METRICS = (
 def test_train_vae_writes_the_three_files(tiny_vae):
     output, weights = tiny_vae
     files = vae_files(weights)
-    load_weights(build_vae("f4d4-tiny"), read_checkpoint(files.weights), "weights")
+    load_weights(VAE_CONFIGS["f4d4-tiny"].build(), read_checkpoint(files.weights), "weights")
     load_weights(PatchDiscriminator(), read_checkpoint(files.discriminator), "discriminator")
     stats = read_checkpoint(files.statistics)
     shapes = {key: tuple(value.shape) for key, value in stats.items()}

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.watched_training import READS
 from joint_golden import CONFIG
-from models.autoencoder import build_vae, pixels_to_image
+from models.autoencoder import VAE_CONFIGS, pixels_to_image
 from models.discriminator import PatchDiscriminator
 from models.numerics import autocast_factory
 from scripts import ROOT
@@ -41,7 +41,7 @@ print([name for name in ("timm", "torchvision", "diffusers", "wandb") if name in
 def test_convolutions_get_channels_last_images_and_weights():
     last = torch.channels_last
     assert pixels_to_image(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)).is_contiguous(memory_format=last)
-    for network in (build_vae("f4d4-tiny"), PatchDiscriminator()):
+    for network in (VAE_CONFIGS["f4d4-tiny"].build(), PatchDiscriminator()):
         assert all(p.is_contiguous(memory_format=last) for p in network.parameters() if p.ndim == 4)
         assert not all(p.is_contiguous() for p in network.parameters())
 

@@ -36,10 +36,12 @@ def verified(directory: Path, code: int = 0) -> tuple[list[str], str]:
     return done.stdout.splitlines(), done.stderr.splitlines()[-1]
 
 
-def test_verify_says_what_it_checked(copied):
+def test_verify_says_what_it_checked(copied, monkeypatch):
     lines = [f"{copied / name}: all shards are as index.json says" for name in ("images", "latents")]
     assert verified(copied)[0] == lines
     assert verified(copied / "latents")[0] == lines[1:]
+    monkeypatch.chdir(copied / "images")
+    assert verified(Path("."))[0] == lines[:1]
     assert "no shards below it" in verified(copied.parent / "nothing", code=2)[1]
 
 

@@ -97,12 +97,14 @@ def write_atomically(data: object, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = True, inert: bool = True) -> dict:
+def read_checkpoint(
+    path: str | Path, what: str = "checkpoint", verify: bool = True, refuse_unknown: bool = False
+) -> dict:
     """The plain data of a `.pt` file, on the CPU, memory-mapped: only the parts that are used take memory.
 
     Nothing is executed: argparse.Namespace, in which published files hold `args`, is the only class that is built.
-    Objects of other classes lose their content, or are refused if not `inert`. With `verify`, the checksums of the zip
-    archive are checked.
+    Objects of other classes lose their content, or are refused with `refuse_unknown`. With `verify`, the checksums of
+    the zip archive are checked.
 
     Raises:
         UserError: the file is missing, damaged or not a checkpoint.
@@ -116,7 +118,7 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
         if is_zip and verify:
             with zipfile.ZipFile(path) as archive:
                 check_zip(archive, f"{what} {path}")
-        content = read_inertly(path, is_zip, f"{what} {path}", inert)
+        content = read_inertly(path, is_zip, f"{what} {path}", refuse_unknown)
     except (UserError, MemoryError):
         raise
     except Exception as error:
@@ -130,12 +132,12 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint", verify: bool = T
     return content
 
 
-def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
+def read_inertly(path: Path, mmap: bool, source: str, refuse_unknown: bool) -> object:
     """torch.load of weights, with classes that accept all and do nothing in place of those that it does not know.
 
-    A function of Python or PyTorch is a UserError, and so is an unknown class unless `others`.
+    A function of Python or PyTorch is a UserError, and with `refuse_unknown` so is a class that it does not know.
     """
-    inert: dict[str, type] = {}
+    inert: dict[str, type] = {}  # stand-ins by the name of the class
     while True:
         stubs = [(stub, name) for name, stub in inert.items()]
         try:
@@ -151,7 +153,7 @@ def read_inertly(path: Path, mmap: bool, source: str, others: bool) -> object:
             if name is None or name in inert:
                 raise
         is_known = name.split(".")[0] in {*sys.stdlib_module_names, "commands", "torch"}
-        if not others or is_known and not VALUE_CLASSES.fullmatch(name):
+        if refuse_unknown or is_known and not VALUE_CLASSES.fullmatch(name):
             raise UserError(f"{source}: holds {name!r}, which could run code; expected tensors and plain data")
         inert[name] = type(name, (list,), INERT)
 

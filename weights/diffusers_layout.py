@@ -97,7 +97,7 @@ def statistics_inside(state: dict[str, Tensor], channels: int) -> tuple[Tensor, 
 
 
 def with_statistics(state: dict[str, Tensor], scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """`state` with those of `statistics_inside` replaced, if it has any and they are others."""
+    """`state` with the statistics that it holds replaced by these, if it holds any and they differ."""
     found = statistics_inside(state, scale.numel())
     if found is None or same_statistics(found, (scale, bias)):
         return state

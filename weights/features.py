@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from loss.lpips import LPIPS, trained_lpips
+from loss.lpips import LPIPS
 from metrics.features import (
     EncoderFeatures,
     FeatureNetwork,
@@ -18,7 +18,7 @@ from metrics.features import (
 )
 from models.encoder_table import encoder_spec
 from models.encoders import Encoder, unwrapped
-from weights.checkpoint_io import read_checkpoint
+from weights.checkpoint_io import load_weights, read_checkpoint
 from weights.downloads import first_on_each_machine, is_offline, torch_hub_file
 from weights.encoders import given_files, load_encoder_weights, weights_file
 
@@ -80,7 +80,7 @@ def inception_file(given: str | None, offline: bool) -> Path:
 
 def load_inception(path: Path) -> Inception:
     """Inception-2015 with a file's weights, which are checked to be plain data before torch-fidelity reads them."""
-    read_checkpoint(path, "weights of inception", inert=False)
+    read_checkpoint(path, "weights of inception", refuse_unknown=True)
     return Inception(path)
 
 
@@ -95,6 +95,14 @@ def load_lpips(vgg_path: str | None, offline: bool = False) -> LPIPS:
         url = VGG16_Weights.IMAGENET1K_V1.url
         advice = "put torchvision's {name} at {path}, or name the file by --lpips-vgg-ckpt"
         vgg_path = first_on_each_machine(lambda: torch_hub_file("VGG16 for LPIPS", url, offline, advice))
-    vgg = read_checkpoint(vgg_path, "VGG16 weights")
     package = Path(importlib.util.find_spec("lpips").origin).parent
-    return trained_lpips(vgg, read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads"))
+    model, vgg = LPIPS(), read_checkpoint(vgg_path, "VGG16 weights")
+    state = read_checkpoint(package / "weights/v0.1/vgg.pth", "LPIPS heads")
+    for key, value in model.state_dict().items():
+        name = "features." + key.split(".", 2)[-1]  # net.slice3.10.weight is torchvision's features.10.weight
+        if key.startswith("scaling_layer."):
+            state[key] = value
+        elif name in vgg:
+            state[key] = vgg[name]
+    load_weights(model, state, f"VGG16 weights {vgg_path}")
+    return model.eval()

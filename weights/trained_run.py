@@ -101,19 +101,16 @@ def load_experiment(
     weights = None if is_joint else vae_ckpt or flags.get("vae_ckpt")
     source = open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
     if not is_joint and (source.weights is None or not source.weights.is_file()):
-        missing = f"the run was trained on the VAE {source.weights}, which is not there"
+        missing = f"the run was trained on the VAE {source.weights or 'that its flags do not name'}, which is not there"
         raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
-    if not is_joint and NORMALISER not in ema:
-        ema |= normaliser_weights(*assumed_statistics(source, log))
-    sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
-    refuse_not_finite(sit, f"{path}: {taken}")
     if is_joint:
         vae = source.config.build()
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
         refuse_not_finite(vae, f"{path}: vae")
     else:
-        known = (checkpoint.get("identity") or {}).get("vae")
-        vae = load_frozen_vae(source, ema_latent_statistics(ema, str(path)), known)
+        vae = load_frozen_vae(source, checkpoint, ema, str(path), log)
+    sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
+    refuse_not_finite(sit, f"{path}: {taken}")
     if taken != "ema":
         log(f"{path}: sampling from {taken}, of {sit.num_classes} classes")
     name = Path(os.path.abspath(exp_path)).name  # the name of a link, not of its target
@@ -149,17 +146,11 @@ def load_transformer_file(
         raise UserError(f"{where}: {what}; name the VAE that it was trained on")
     side = math.isqrt(ema["pos_embed"].shape[1]) * patch
     flags |= {"model": model_of(ema, where), "vae": vae, "resolution": side * source.config.downsampling}
-    assumed = f"{taken}; path {flags['path_type']}"
-    if NORMALISER in ema:
-        known = (checkpoint.get("identity") or {}).get("vae")
-        network = load_frozen_vae(source, ema_latent_statistics(ema, where), known)
-    else:
-        network, notes = load_vae(source), []
-        ema |= normaliser_weights(*assumed_statistics(source, notes.append))
-        assumed = "; ".join([assumed, *notes])
+    notes = [f"{taken}; path {flags['path_type']}"]
+    network = load_frozen_vae(source, checkpoint, ema, where, notes.append)
     sit = load_transformer(ema, flags, (channels, side, side), where)
-    for part, name in ((sit, where), (network, f"VAE {source.weights}")):
-        refuse_not_finite(part, name)
+    refuse_not_finite(sit, where)
+    assumed = "; ".join(notes)
     log(f"{where}: {flags['model']} for {flags['resolution']} px, {assumed}")
     step = int(checkpoint.get("steps", 0))
     return Experiment(path.stem, step, flags, sit, network.eval(), *classes_of(checkpoint), assumed)
@@ -241,17 +232,21 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
     return sit.eval().requires_grad_(False)
 
 
-def load_frozen_vae(source: VAESource, trained: tuple[Tensor, Tensor], known: str | None) -> Autoencoder:
-    """The VAE of a frozen-VAE run; a UserError if it is not the one that the transformer was trained with.
+def load_frozen_vae(source: VAESource, checkpoint: dict, ema: dict, where: str, log: Log) -> Autoencoder:
+    """The VAE of a transformer that was trained on a frozen one. A published transformer, whose weights `ema` have no
+    statistics of latents, gets `assumed_statistics`.
 
-    `trained` is scale and bias of the latents that the transformer was trained on; those beside the VAE must be equal.
-    `known` is the fingerprint of the VAE's weights, if the checkpoint states it.
+    Raises:
+        UserError: the VAE's weights or the statistics beside them are not those that the transformer was trained with.
     """
     path, vae = source.weights, load_vae(source)
     refuse_not_finite(vae, f"VAE {path}")
-    same = known in (None, fingerprint(vae.state_dict()))
+    if NORMALISER not in ema:
+        ema |= normaliser_weights(*assumed_statistics(source, log))
+        return vae
+    same = (checkpoint.get("identity") or {}).get("vae") in (None, fingerprint(vae.state_dict()))
     if vae_files(path).statistics.is_file():
-        same &= same_statistics(trained, known_statistics(source))
+        same &= same_statistics(ema_latent_statistics(ema, where), known_statistics(source))
     if not same:
         raise UserError(f"VAE {path}: the transformer was trained on another one; name that by --vae-ckpt FILE")
     return vae
@@ -300,10 +295,12 @@ def fit_weights(ema: dict[str, Tensor], flags: dict, sit: SiT, enc_type: str) ->
     Label embeddings are taken if both have as many classes, and that of the null label, the last row, if both have it.
     A projector is taken if it is for the same encoder and of the same kind. `enc_type` is the --enc-type of `sit`.
     """
+    from timm.layers import resample_abs_pos_embed
+
     own, fresh, changes = sit.state_dict(), [], []
     state = {key: value for key, value in ema.items() if not key.startswith(("bn.", "projectors."))}
     state |= {key: value for key, value in own.items() if key.startswith("bn.")}
-    state["pos_embed"] = resample_positions(ema["pos_embed"], sit.grid)
+    state["pos_embed"] = resample_abs_pos_embed(ema["pos_embed"], [sit.grid] * 2, num_prefix_tokens=0)
     if (before := math.isqrt(ema["pos_embed"].shape[1])) != sit.grid:
         changes.append(f"positions resampled from {before}x{before} to {sit.grid}x{sit.grid} tokens")
 
@@ -331,10 +328,3 @@ def fit_weights(ema: dict[str, Tensor], flags: dict, sit: SiT, enc_type: str) ->
 def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries whose keys start with `prefix`, which is removed."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def resample_positions(table: Tensor, grid: int) -> Tensor:
-    """Position table (1,T,D) of a square grid -> (1,grid²,D), bicubic with antialias; unchanged if T is grid²."""
-    from timm.layers import resample_abs_pos_embed
-
-    return resample_abs_pos_embed(table, [grid, grid], num_prefix_tokens=0)

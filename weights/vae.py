@@ -126,12 +126,12 @@ def hub_files(repository: str, offline: bool) -> tuple[Path, Path]:
     config = hub_file(what, repository, [folder + CONFIG for folder in SUBFOLDERS], offline, advice)
     folder = next(folder for folder in SUBFOLDERS if str(config).endswith(f"/{folder}{CONFIG}"))
     weights = hub_file(what, repository, [folder + name for name in DIFFUSERS_FILES], offline, advice)
-    for file in shards(weights):
+    for file in weight_files(weights):
         hub_file(what, repository, [folder + file.name], offline, advice)
     return config, weights
 
 
-def shards(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files beside an index of diffusers that it lists; `path` itself, if that is no index."""
     names = read_json(path)["weight_map"].values() if path.suffix == ".json" else [path.name]
     return [path.with_name(name) for name in sorted(set(names))]
@@ -148,7 +148,7 @@ def load_vae(source: VAESource) -> Autoencoder:
 
 def read_vae_state(path: Path, config: Architecture) -> dict[str, Tensor]:
     """The weights of a VAE under our keys, from a file in any published form."""
-    state = {key: value for file in shards(path) for key, value in read_weights(file, "VAE weights").items()}
+    state = {key: value for file in weight_files(path) for key, value in read_weights(file, "VAE weights").items()}
     if isinstance(state.get("vae"), dict):
         raise UserError(f"VAE weights {path}: a checkpoint of training; save_vae_weights.py extracts its VAE")
     for wrapper in ("model", "state_dict"):
@@ -188,7 +188,7 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
     """(C, h, w) of a VAE's latents; a UserError if the VAE's factor does not divide the `resolution` of images."""
     factor = source.config.downsampling
     if resolution % factor:
-        raise UserError(f"--resolution {resolution} is no multiple of {factor}, which --vae {source.name} needs")
+        raise UserError(f"images of {resolution} px are no multiple of {factor} px, which the VAE {source.name} needs")
     return source.config.z_channels, resolution // factor, resolution // factor
 
 
@@ -244,7 +244,7 @@ def read_latent_statistics(vae_weights: str | Path, channels: int) -> tuple[Tens
         UserError: the file is missing, or C is not `channels`.
     """
     path = vae_files(vae_weights).statistics
-    stats = read_checkpoint(path, "latent statistics", inert=False)
+    stats = read_checkpoint(path, "latent statistics")
     scale, bias = stats["latents_scale"].float(), stats["latents_bias"].float()
     if scale.numel() != channels:
         raise UserError(f"latent statistics {path}: of {scale.numel()} channels, expected {channels}; of another VAE?")
@@ -255,6 +255,6 @@ def load_discriminator(path: str | None) -> PatchDiscriminator:
     """The discriminator with the weights at `path`, or freshly initialised."""
     discriminator = PatchDiscriminator()
     if path is not None:
-        state = read_checkpoint(path, "discriminator weights", inert=False)
+        state = read_checkpoint(path, "discriminator weights")
         load_weights(discriminator, state, f"discriminator weights {path}")
     return discriminator
