@@ -83,7 +83,7 @@ def check_vae(latents, weights: str, statistics: tuple[Tensor, Tensor], args: ar
             raise UserError(what.format(f"other statistics ({key})"))
 
 
-def keep_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
+def set_normaliser(nets: TransformerNets, statistics: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
     """Set the normaliser of restored networks to the VAE's `statistics`, which their EMA must normalise by.
 
     The statistics of a joint run's VAE are those of its EMA; the statistics of its transformer are slightly newer.
@@ -106,7 +106,7 @@ def main() -> None:
     check_vae(data, weights, statistics, args)
     nets = build_transformer_nets(args, run, data.shape, statistics)
     identity = identity_of(args, source, nets, data=data.image_fingerprint, latents=data.fingerprint, vae=weights)
-    run.begin(nets, identity, check=lambda: keep_normaliser(nets, statistics, args))
+    run.begin(nets, identity, check=lambda: set_normaliser(nets, statistics, args))
     cfg = TransformerStepConfig(**transformer_step_options(args, run.device))
     measured = args.eval_steps and not args.eval_reference
     reference = open_images(args.data_dir, args.resolution) if measured else None

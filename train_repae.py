@@ -108,7 +108,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, run: Run, source: VAESource) -> JointNets:
-    torch.manual_seed(args.seed)
     vae_nets = build_vae_nets(args, run, source)
     statistics = known_statistics(source, run.print)
     transformer_nets = build_transformer_nets(args, run, latent_shape(source, args.resolution), statistics)

@@ -12,12 +12,12 @@ trains nothing: it measures the latents of a VAE on these images, and writes its
 
 import argparse
 
-import torch
 from torch import Tensor, nn
 
 from errors import Parser, UserError, run_script
 from flags import groups
 from flags.config import load_loss_config, parse_flags
+from metrics.statistics import ReadOptions
 from models.autoencoder import Autoencoder, pixels_to_image
 from models.numerics import autocast_factory
 from training.build import (
@@ -65,8 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def write_vae(args: argparse.Namespace, run: Run, vae: Autoencoder, discriminator: nn.Module | None, data) -> None:
     """Measure the latents' statistics over all images and write the VAE's files; also a discriminator, if any."""
-    rank = run.accelerator.process_index
-    statistics = latent_statistics(vae, data, run.micro_batch, args.num_workers, rank, run.world, run.device)
+    reading = ReadOptions(run.micro_batch, args.num_workers, run.accelerator.state)
+    statistics = latent_statistics(vae, data, reading)
     if run.is_main:
         files = vae_files(run.directory / f"{args.exp_name}.pt")
         parts = {files.weights: vae.state_dict(), files.statistics: statistics}
@@ -103,7 +103,6 @@ def main() -> None:
     if args.stats_only:
         measure(args, run, source, data)
         return
-    torch.manual_seed(args.seed)
     nets = build_vae_nets(args, run, source)
     run.begin(nets, identity_of(args, source, nets, data=data.fingerprint), loss)
     if source.weights is not None:

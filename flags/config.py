@@ -22,9 +22,7 @@ SCRIPTS = (
     *("preprocessing", "train_vae", "train_repae", "save_vae_weights", "cache_latents"),
     *("train_ldm_only", "generate", "evaluate"),
 )
-LAUNCHER = "accelerate launch"  # whose settings reach a script as environment variables
-# those that are flags here too, with the value that accelerate also sends where nothing was set
-SHARED = {"mixed_precision": "no", "gradient_accumulation_steps": "1"}
+LAUNCHER = "accelerate launch"  # whose settings, like its precision, reach a script as environment variables
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # each process would hold a part of the weights
 
 
@@ -45,15 +43,16 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
     del defaults["config"]
     words = {} if path is None else read_words(path, script, defaults)
     words = {name: part for name, part in words.items() if name not in given}
-    settings = {name: value for name, value in launcher_settings().items() if name in defaults}
-    free = settings.keys() - given.keys() - words.keys()
-    taken = {name: to_words(name, settings[name], defaults[name], LAUNCHER) for name in free}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()  # "no" also where nothing was set
+    is_set = "mixed_precision" in defaults and precision not in ("", "no")
+    taken = ["mixed_precision"] if is_set and "mixed_precision" not in {*given, *words} else []
     try:
-        args = parser.parse_args([word for part in (taken | words).values() for word in part] + argv)
+        shared = [f"--mixed-precision={precision}" for _ in taken]
+        args = parser.parse_args([*shared, *(word for part in words.values() for word in part), *argv])
     except UserError as error:
         if str(error) == complaint:
             raise
-        at_fault = any(f"argument {word.partition('=')[0]}:" in str(error) for (word,) in taken.values())
+        at_fault = taken and "argument --mixed-precision:" in str(error)
         raise UserError(f"{LAUNCHER if at_fault else f'--config {path}'}: {error}") from None
     del args.config
     if script.startswith("train_"):
@@ -64,16 +63,9 @@ def parse_flags(parser: Parser, argv: list[str] | None, script: str) -> argparse
             text = f"flags from {source}: " + "  ".join(f"{name}={getattr(args, name)}" for name in names)
             if names:
                 print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False), flush=True)
-        for name, value in settings.items():
-            if (ours := str(getattr(args, name))) != value:
-                print(f"{name}={ours} takes precedence over accelerate's {value}", flush=True)
+        if is_set and args.mixed_precision != precision:
+            print(f"mixed_precision={args.mixed_precision} takes precedence over accelerate's {precision}", flush=True)
     return args
-
-
-def launcher_settings() -> dict[str, str]:
-    """The flags of `SHARED` that accelerate sets, by name."""
-    found = {name: os.environ.get(f"ACCELERATE_{name.upper()}", unset).lower() for name, unset in SHARED.items()}
-    return {name: value for name, value in found.items() if value not in ("", SHARED[name])}
 
 
 def refuse_sharding() -> None:

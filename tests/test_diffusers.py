@@ -18,7 +18,7 @@ from hub import Hub, serving, use_hub
 from models.autoencoder import VAE_CONFIGS, AutoencoderKL, pixels_to_image
 from models.sit import SiT_models
 from scripts import TINY, TINY_SIT, equal, records, run
-from training.build import choose_patch
+from training.build import find_vae
 from weights.checkpoint_io import fingerprint, read_checkpoint, vae_files, write_atomically, write_new
 from weights.diffusers_layout import EARLIER_NAMES, from_diffusers_config, to_diffusers_state
 from weights.vae import diffusers_files, find_statistics, find_weights, known_statistics, load_vae, open_vae
@@ -300,6 +300,6 @@ def test_statistics_alone(flux, tiny_data, tmp_path, capsys):
 def test_a_model_without_a_patch_takes_it_from_the_vae():
     for vae, patch in (("f8d4", 2), ("flux-f8d16", 2), ("f16d32", 1), ("f4d4-tiny", 4)):
         args = train_repae.parse_args(["--exp-name", "x", "--model", "SiT-XL", "--vae", vae])
-        choose_patch(args, VAE_CONFIGS[vae])
+        find_vae(args)
         assert args.model == f"SiT-XL/{patch}"
         assert SiT_models[args.model].keywords["patch_size"] == patch

@@ -128,12 +128,8 @@ def test_precision_of_accelerate_holds_unless_ours_is_given(monkeypatch, tmp_pat
     assert capsys.readouterr().out == ""
 
 
-def test_accumulation_of_accelerate_is_taken_and_sampling_takes_its_precision(monkeypatch):
-    settings = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"}
-    args = under_accelerate(monkeypatch, **settings)
-    assert (args.mixed_precision, args.gradient_accumulation_steps) == ("bf16", 4)
-    assert under_accelerate(monkeypatch, "--gradient-accumulation-steps=2").gradient_accumulation_steps == 2
-    assert under_accelerate(monkeypatch, script="generate").mixed_precision == "bf16"
+def test_sampling_takes_the_precision_of_accelerate(monkeypatch):
+    assert under_accelerate(monkeypatch, script="generate", MIXED_PRECISION="bf16").mixed_precision == "bf16"
     assert under_accelerate(monkeypatch, "--mixed-precision=no", script="generate").mixed_precision == "no"
 
 
@@ -141,7 +137,6 @@ def test_accumulation_of_accelerate_is_taken_and_sampling_takes_its_precision(mo
     ("name", "value", "message"),
     [
         ("MIXED_PRECISION", "fp8", "accelerate launch: argument --mixed-precision: invalid choice: 'fp8'"),
-        ("GRADIENT_ACCUMULATION_STEPS", "auto", "accelerate launch: .* 'auto' is no integer"),
         ("USE_FSDP", "true", "accelerate's FSDP is not supported: every process holds all weights"),
         ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED is not supported"),
         ("USE_MEGATRON_LM", "true", "accelerate's MEGATRON_LM is not supported"),
@@ -154,8 +149,7 @@ def test_what_accelerate_cannot_have_is_one_line(monkeypatch, tmp_path, name, va
         with pytest.raises(UserError, match=f"^{message}"):
             under_accelerate(monkeypatch, *flags, **{name: value})
     monkeypatch.setenv(f"ACCELERATE_{name}", "false" if name.startswith("USE") else "NO")
-    if name != "GRADIENT_ACCUMULATION_STEPS":
-        under_accelerate(monkeypatch)
+    under_accelerate(monkeypatch)
 
 
 class OneProcess:

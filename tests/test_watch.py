@@ -178,6 +178,7 @@ def test_weights_that_are_not_finite_are_not_saved(started, monkeypatch):
     assert "error: step 4: model." in said
     assert "is not finite; training stopped. Last good checkpoint:" in said
     assert files_of(folder) == before
+    assert records(folder / "metrics.jsonl")[-1]["step"] == 4  # whose gradients' norms tell why
 
 
 def spoil_gradients(parameters, *_, **__) -> torch.Tensor:

@@ -11,7 +11,6 @@ from dataset import open_images
 from errors import UserError
 from loss.vae_loss import VAELossConfig
 from models.autoencoder import EVERYTHING
-from models.diffusers_vae import Architecture
 from models.discriminator import SMALLEST_IMAGE
 from models.encoder_table import encoder_specs
 from models.numerics import autocast_factory, compile_in_place
@@ -66,15 +65,9 @@ def continued_classes(run_folder: Path, elsewhere: str | None) -> int | None:
 def find_vae(args: argparse.Namespace) -> VAESource:
     """The VAE of --vae and --vae-ckpt, which also completes a --model without a patch size."""
     source = open_vae(args.vae, args.vae_ckpt, is_offline(args))
-    if "model" in args:
-        choose_patch(args, source.config)
+    if "model" in args and args.model not in SiT_models:  # a token is 16 x 16 pixels, as in most encoders
+        args.model = f"{args.model}/{max(16 // source.config.downsampling, 1)}"
     return source
-
-
-def choose_patch(args: argparse.Namespace, config: Architecture) -> None:
-    """Complete a --model without a patch size: a token is 16 x 16 pixels, as in most encoders."""
-    if args.model not in SiT_models:
-        args.model = f"{args.model}/{max(16 // config.downsampling, 1)}"
 
 
 def identity_of(args: argparse.Namespace, source: VAESource, nets, **fingerprints: str) -> dict:
@@ -132,6 +125,7 @@ def build_vae_nets(args: argparse.Namespace, run: Run, source: VAESource) -> VAE
     """The VAE, its discriminator, LPIPS and optimisers, on this process's device."""
     if args.resolution < SMALLEST_IMAGE:
         raise UserError(f"--resolution {args.resolution} is too small: the discriminator needs {SMALLEST_IMAGE}")
+    torch.manual_seed(args.seed)
     vae = load_vae(source)
     discriminator = load_discriminator(args.disc_pretrained_ckpt)
     lpips = load_lpips(args.lpips_vgg_ckpt, is_offline(args)).to(run.device)

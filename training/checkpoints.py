@@ -39,14 +39,14 @@ class TrainingState:
         self.optimizers = optimizers
         self.tensors = tensors
 
-    def to_dict(self, args: dict, step: int, identity: dict | None = None, classes: dict | None = None) -> dict:
+    def to_dict(self, args: dict, step: int, identity: dict, classes: dict | None) -> dict:
         """The checkpoint after `step` steps of a run with flags `args`, fingerprints `identity` and such `classes`."""
         return {
             **{name: network.state_dict() for name, network in self.networks.items()},
             **{name: optimizer.adamw.state_dict() for name, optimizer in self.optimizers.items()},
             "args": args,
             "steps": step,
-            "identity": identity or {},
+            "identity": identity,
             "classes": classes,
             "optimizer_extras": {name: optimizer.extra_state() for name, optimizer in self.optimizers.items()},
             "tensors": self.tensors,
@@ -131,7 +131,7 @@ class CheckpointFolder:
         if not resume_step or went_on:  # then resume_step is one of the other run's
             return self._newest_whole(candidates)
         read_checkpoint(chosen)
-        later = ", ".join(path.name for path in candidates if path > chosen)
+        later = ", ".join(path.name for path in candidates if int(path.stem) > resume_step)
         if later and folder == self.directory:
             hint = "delete them, or a start without --resume-step continues from the newest"
             self.log(f"warning: --resume-step {resume_step} leaves later checkpoints in {folder} ({later}); {hint}")

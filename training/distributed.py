@@ -106,15 +106,6 @@ def tensor_not_finite(tensors: dict[str, Tensor], device: torch.device) -> str |
     return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
-@torch.no_grad()
-def mean_over_processes(values: Tensor) -> Tensor:
-    """`values` averaged over all ranks, in place; unchanged without a process group."""
-    if distributed_world_size() > 1:
-        dist.all_reduce(values)
-        values /= distributed_world_size()
-    return values
-
-
 @contextmanager
 def gradient_sync(modules: Iterable[nn.Module], sync: bool) -> Iterator[None]:
     """Within, backward passes of DDP-wrapped `modules` average gradients over ranks only if `sync`."""

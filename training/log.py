@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import one_line
+from models.numerics import mean_over_batches
 from storage.files import replace_text, written_whole
-from training.distributed import mean_over_processes
 from weights.downloads import is_offline
 
 LOG_INTERVAL = 10  # steps between two times at which the host fetches the metrics from the device
@@ -44,8 +44,10 @@ class MetricsLog:
         self.clock = time.monotonic()  # start of the interval that images_per_second is measured over
 
     def open(self, step: int) -> None:
-        """Drop the records after `step`, which will be logged again, and start the tracker."""
-        if self.accelerator.is_main_process and self.file.exists():
+        """Drop the records after `step`, which will be logged again, and start the tracker; on rank 0 only."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.file.exists():
             if step == 0:
                 self.log(f"warning: no checkpoint to continue from; the records of {self.file} are dropped")
             truncate_log(self.file, step)
@@ -54,10 +56,10 @@ class MetricsLog:
         try:
             if not self.accelerator.log_with:
                 raise ModuleNotFoundError("the package is not installed")
-            if self.args.report_to == "wandb" and self.accelerator.is_main_process:
+            if self.args.report_to == "wandb":
                 self._start_wandb()
             else:
-                self._start_tracker({"purge_step": step + 1} if self.accelerator.is_main_process else {})
+                self._start_tracker({"purge_step": step + 1})
         except Exception as error:
             self._without_tracker(error)
 
@@ -143,7 +145,7 @@ class MetricsLog:
             return []
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack([metrics[name].float() for name in names]) for _, metrics in self.pending])
-        rows = mean_over_processes(values).tolist()
+        rows = mean_over_batches(values).tolist()
         elapsed, self.clock = time.monotonic() - self.clock, time.monotonic()
         speed = {"images_per_second": len(rows) * self.args.batch_size / elapsed}
         records = [

@@ -273,7 +273,7 @@ class Run:
             self.saved_at = time.monotonic()
         if stop:
             all_reduce_max([0], self.hosts)  # a barrier: a launcher that sees one process end ends the others
-            how = "The same command, without --resume-step," if self.args.resume_step else "The same command"
+            how = f"The same command with --resume-step {self.step}" if self.args.resume_step else "The same command"
             self.print(f"stopped by signal {self.agreed_signal} after step {self.step}. {how} continues from there")
             self.end()
             raise SystemExit(EXIT_INTERRUPTED)
@@ -299,10 +299,11 @@ class Run:
     def _fetch_and_check(self) -> None:
         """Fetch the metrics of all steps since the last call; raise a UserError if training cannot recover."""
         if (reason := self.watch.reason_to_stop(self.metrics.fetch())) is not None:
-            self.metrics.write(sync=False)
             self._stop(reason)
 
     def _stop(self, reason: str, advice: str = "") -> None:
+        if self.metrics.records:
+            self.metrics.write(sync=False)
         good = latest_checkpoint(self.checkpoints.directory)
         if not advice:
             source = f" with --continue-train-exp-dir {self.directory}" if good else ""

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from errors import UserError
 from models.numerics import distributed_world_size
 
-# flags that may differ between machines; the content of these files is in the checkpoint, or is compared
+# paths and settings of a machine, which may differ between machines
 PATH_FLAGS = {
     *("output_dir", "logging_dir", "data_dir", "eval_reference", "inception_weights"),
     *("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "vae_latents_name", "enc_ckpt", "wandb_history_path"),
     *("sit_ckpt", "num_workers", "offline", "continue_train_exp_dir"),
 }
-# flags that a run may change when it continues; any other would change the result
+# flags that a run may change when it continues; any other would change the steps to come
 RESUMABLE = PATH_FLAGS | {
     *("exp_name", "report_to", "max_train_steps", "epochs", "sampling_steps", "resume_step"),
     *("checkpointing_steps", "checkpointing_minutes", "keep_last", "check_ranks", "dry_run"),

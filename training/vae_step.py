@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Dataset
 
 from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, update_lecam, vae_loss
 from metrics.images import batch_psnr
+from metrics.statistics import ReadOptions, batches
 from models.autoencoder import Autoencoder, Posterior, pixels_to_image
 from models.numerics import distributed_world_size
-from progress import progress_bar
 from training.distributed import frozen_call
 from training.optimizer import Optimizer
 
@@ -103,13 +103,9 @@ class LatentMoments:
 
 
 @torch.no_grad()
-def latent_statistics(
-    vae: Autoencoder, data, batch_size: int, num_workers: int, rank: int, world: int, device: torch.device
-) -> dict[str, Tensor]:
+def latent_statistics(vae: Autoencoder, images: Dataset, reading: ReadOptions) -> dict[str, Tensor]:
     """Scale and bias of the latents of all images, as `LatentMoments` gives them; each rank reads its share."""
-    share = Subset(data, range(rank, len(data), world))
-    moments = LatentMoments(vae.config.z_channels, device)
-    loader = DataLoader(share, batch_size=batch_size, num_workers=num_workers)
-    for pixels, _ in progress_bar(loader, desc="latent statistics", unit="batch", disable=rank > 0):
-        moments.update(vae.encode(pixels_to_image(pixels.to(device))))
+    moments = LatentMoments(vae.config.z_channels, reading.state.device)
+    for _, pixels in batches(images, "latent statistics", reading):
+        moments.update(vae.encode(pixels_to_image(pixels)))
     return moments.statistics()
