@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -44,7 +43,7 @@ from metrics.statistics import (
 )
 from models.autoencoder import image_to_pixels, pixels_to_image
 from models.encoder_table import encoder_spec
-from models.numerics import AUTOCAST_DTYPES, autocast_factory, use_tf32
+from models.numerics import AUTOCAST_DTYPES, autocast_factory, sum_over_processes, use_tf32
 from storage.files import replace_text
 from storage.image_sets import open_image_set, size_text
 from storage.sample_files import MANIFEST_FORMAT
@@ -216,8 +215,7 @@ def evaluate_reconstruction(args: argparse.Namespace, state, log) -> dict:
         for network, original, reconstructed in zip(networks, originals, recons, strict=True):
             original.update(indices, extract_features(network.module, pixels))
             reconstructed.update(indices, extract_features(network.module, recon))
-    if state.num_processes > 1:
-        dist.all_reduce(sums)
+    sum_over_processes(sums)
     values = dict(zip(("psnr", "ssim", "lpips"), (sums / len(data)).tolist(), strict=True))
     for network, original, reconstructed in zip(networks, originals, recons, strict=True):
         moments = original.over_processes().moments(network.name)

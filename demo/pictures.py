@@ -4,16 +4,15 @@ import io
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image
 
-from models.autoencoder import AutoencoderKL, image_to_pixels, pixels_to_image  # noqa: E402
+plt.switch_backend("Agg")
 
 SMOOTHING = 0.9
 # panel title -> metric -> suffix of its label

@@ -65,7 +65,7 @@ def stages(plan: Plan) -> list[Stage]:
             "vae",
             "Train a VAE from scratch",
             f"""train_vae.py --exp-name vae {run} {data} --vae f4d4-small {vae_loss} --vae-learning-rate 1e-3
-                --max-train-steps {plan.vae_steps} --sampling-steps {plan.vae_steps}""",
+                --max-train-steps {plan.vae_steps}""",
         ),
         Stage(
             "joint",
@@ -73,7 +73,7 @@ def stages(plan: Plan) -> list[Stage]:
             f"""train_repae.py --exp-name joint {run} {data} --vae f4d4-small --vae-ckpt {FOLDER}/vae/vae.pt
                 --disc-pretrained-ckpt {FOLDER}/vae/vae-discriminator-ckpt.pt {vae_loss} {transformer}
                 --vae-learning-rate 3e-4 --ema-decay 0.98
-                --max-train-steps {plan.joint_steps} --sampling-steps {plan.joint_steps}""",
+                --max-train-steps {plan.joint_steps}""",
         ),
         Stage(
             "extract",
@@ -92,7 +92,7 @@ def stages(plan: Plan) -> list[Stage]:
             "Train a transformer on the frozen tuned VAE",
             f"""train_ldm_only.py --exp-name frozen {run} {data} --vae f4d4-small --vae-ckpt {tuned}
                 --vae-latents-name e2e-vae {transformer} --ema-decay 0.99
-                --max-train-steps {plan.frozen_steps} --sampling-steps {plan.frozen_steps}""",
+                --max-train-steps {plan.frozen_steps}""",
         ),
         *(
             Stage(

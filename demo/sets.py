@@ -12,16 +12,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dataset import open_images  # noqa: E402
 from demo.run import COMPARED  # noqa: E402
+from diffusion.previews import evenly_spaced  # noqa: E402
 
 
 def main() -> None:
     """Write held-out.npz, evenly spaced over the classes, and noise.npz."""
     data_dir, folder = map(Path, sys.argv[1:])
     images = open_images(data_dir)
-    chosen = [images[i * len(images) // COMPARED][0].permute(1, 2, 0).numpy() for i in range(COMPARED)]
-    noise = np.random.RandomState(0).randint(0, 256, (COMPARED, *chosen[0].shape)).astype(np.uint8)
+    chosen = evenly_spaced(images, COMPARED).permute(0, 2, 3, 1).numpy()
+    noise = np.random.RandomState(0).randint(0, 256, chosen.shape).astype(np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "held-out.npz", arr_0=np.stack(chosen))
+    np.savez(folder / "held-out.npz", arr_0=chosen)
     np.savez(folder / "noise.npz", arr_0=noise)
     print(f"{COMPARED} held-out images and {COMPARED} of noise in {folder}")
 

@@ -4,23 +4,25 @@ import json
 from pathlib import Path
 from string import Template
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from dataset import open_images  # noqa: E402
-from demo.pictures import latent_colors, read_metrics, reconstruct, strip  # noqa: E402
-from demo.runner import Record  # noqa: E402
-from errors import UserError  # noqa: E402
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, VAE_ARCH, Settings, samples_file  # noqa: E402
-from storage.files import replace_text  # noqa: E402
-from weights.vae import load_vae, open_vae  # noqa: E402
+from dataset import open_images
+from demo.pictures import latent_colors, read_metrics, reconstruct, strip
+from demo.runner import Record
+from diffusion.previews import evenly_spaced
+from errors import UserError
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, VAE_ARCH, Settings, samples_file
+from storage.files import replace_text
+from weights.vae import load_vae, open_vae
 
 VAE = "vae"  # the name under which the VAE that arms start from has its results
-CURVES = ("denoising_loss", "proj_loss", "bn_std_drift")
+CURVES = {
+    "denoising_loss": "diffusion loss",
+    "proj_loss": "alignment loss",
+    "bn_std_drift": "drift of latents' std",
+}
 POINTS = 25  # of a curve; each is a mean over steps
 SHOWN = 20  # images a row of the pictures
 # title -> (metric, digits)
@@ -128,11 +130,6 @@ def spread(of_seeds: dict[str, dict], metric: str, digits: int) -> str:
 
 def draw_curves(results: dict, target: Path) -> None:
     """Denoising and alignment loss and the latents' drift against steps, and against time, of every seed."""
-    titles = {
-        "denoising_loss": "diffusion loss",
-        "proj_loss": "alignment loss",
-        "bn_std_drift": "drift of latents' std",
-    }
     figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 7.5), constrained_layout=True)
     for row, along in zip(axes, ("step", "minutes"), strict=True):
         for ax, metric in zip(row, CURVES, strict=True):
@@ -141,7 +138,7 @@ def draw_curves(results: dict, target: Path) -> None:
                 for j, curve in enumerate(found):
                     label = ARMS[name].title if j == 0 else None
                     ax.plot(curve[along], curve[metric], color=f"C{i}", label=label, linewidth=1.4, alpha=0.85)
-            ax.set(xlabel=along, title=titles[metric])
+            ax.set(xlabel=along, title=CURVES[metric])
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", linewidth=0.6, alpha=0.4)
     axes[0, 0].legend(frameon=False, fontsize=8)
@@ -163,7 +160,7 @@ def draw_pictures(settings: Settings, output_dir: Path, seed: int, page_dir: Pat
     if rows:
         draw_rows(rows, page_dir / "replication-samples.png")
     data = open_images(output_dir / "data/held-out")
-    pixels = torch.stack([data[i * len(data) // SHOWN][0] for i in range(SHOWN)])
+    pixels = evenly_spaced(data, SHOWN)
     rows = {"held-out photographs": pixels}
     files = {"before": folder / "vae/vae.pt"}
     files |= {ARMS[name].title: folder / f"{name}-vae/{name}-vae.pt" for name in (REPAE, "naive")}

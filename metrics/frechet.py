@@ -1,10 +1,9 @@
 """The Fréchet distance between two sets of features (FID, Heusel et al., arXiv 1706.08500), from streamed moments."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from models.numerics import distributed_world_size
+from models.numerics import sum_over_processes
 
 
 class Moments:
@@ -23,9 +22,7 @@ class Moments:
 
     def over_processes(self) -> None:
         """Add the sums of all other processes; call once, after the last batch."""
-        if distributed_world_size() > 1:
-            for total in (self.count, self.sum, self.outer):
-                dist.all_reduce(total)
+        sum_over_processes(self.count, self.sum, self.outer)
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and unbiased covariance (D,D) of at least two features, float64 on the CPU."""

@@ -4,10 +4,9 @@ in metrics/statistics.py.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from models.numerics import distributed_world_size
+from models.numerics import sum_over_processes
 
 SPLIT = 5000  # images of one split of the Inception Score
 NEIGHBOURS = 3
@@ -39,9 +38,8 @@ class InceptionScore:
 
     def over_processes(self) -> None:
         """Add the sums of all other processes; call once, after the last batch."""
-        if self.marginal is not None and distributed_world_size() > 1:
-            for total in (self.negentropy, self.marginal):
-                dist.all_reduce(total)
+        if self.marginal is not None:
+            sum_over_processes(self.negentropy, self.marginal)
 
     def score(self) -> float:
         """The mean over splits."""

@@ -80,7 +80,8 @@ def metric_name(metric: str, network: str) -> str:
     if network == "inception":
         return {"is": "inception_score"}.get(metric, metric)
     own = "".join(letter if letter.isalnum() else "_" for letter in network)
-    return f"{ {'fid': 'fd', 'kid': 'kd'}.get(metric, metric) }_{own}"
+    prefix = {"fid": "fd", "kid": "kd"}.get(metric, metric)
+    return f"{prefix}_{own}"
 
 
 def compare(

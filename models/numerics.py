@@ -33,6 +33,13 @@ def distributed_world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def sum_over_processes(*totals: Tensor) -> None:
+    """Add the totals of all other processes, in place."""
+    if distributed_world_size() > 1:
+        for total in totals:
+            dist.all_reduce(total)
+
+
 class SumOverProcesses(torch.autograd.Function):
     """All-reduce whose gradient is all-reduced too, as the loss of every process depends on the input of every one."""
 

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -13,7 +12,7 @@ from loss.vae_loss import VAELossConfig, discriminator_loss, first_gan_step, upd
 from metrics.images import batch_psnr
 from metrics.statistics import ReadOptions, batches
 from models.autoencoder import Autoencoder, Posterior, pixels_to_image
-from models.numerics import distributed_world_size
+from models.numerics import sum_over_processes
 from training.distributed import frozen_call
 from training.optimizer import Optimizer
 
@@ -94,9 +93,7 @@ class LatentMoments:
 
     def statistics(self) -> dict[str, Tensor]:
         """Scale 1/sqrt(var) and bias mean, (1,C,1,1) float32 each, over all ranks; call once."""
-        if distributed_world_size() > 1:
-            dist.all_reduce(self.sums)
-            dist.all_reduce(self.count)
+        sum_over_processes(self.sums, self.count)
         mean, square = (self.sums / self.count).cpu()
         scale = torch.rsqrt(square - mean.square())
         return {"latents_scale": scale.float().reshape(1, -1, 1, 1), "latents_bias": mean.float().reshape(1, -1, 1, 1)}
