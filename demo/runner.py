@@ -77,7 +77,7 @@ def run_stage(stage: Stage, record: Record, again: str) -> None:
     seconds = time.monotonic() - started
     record.add(stage, seconds, done=code == 0)
     if code:
-        print(f"stopped: {stage.title} exited with {code}; `{again}` continues from here", file=sys.stderr)
+        print(f"stopped: {stage.title!r} failed with exit code {code}; `{again}` continues from here", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
     print(f"-- {seconds:.0f} s", flush=True)
 

@@ -9,6 +9,7 @@ ENCODER = "efficientnet-lite0"
 VAE_ARCH = "f4d4-small"
 FEATURES = f"{ENCODER},vgg16"
 REPAE = "repae"
+NEVER = 10**9  # pictures of a run, because the study draws its own
 
 
 class Settings(NamedTuple):
@@ -139,8 +140,8 @@ def samples_file(name: str, settings: Settings, folder: Path) -> Path:
 def run_flags(steps: int, settings: Settings, seed: int, data: Path, folder: Path) -> str:
     """Flags of every training run."""
     return f"""--output-dir {folder} --report-to none --seed {seed} --mixed-precision bf16 --checkpointing-steps {steps}
-        --checkpointing-minutes 5 --max-train-steps {steps} --data-dir {data}/train --resolution 32
-        --batch-size {settings.batch} --num-workers 1 --vae {VAE_ARCH}"""
+        --checkpointing-minutes 5 --max-train-steps {steps} --sampling-steps {NEVER} --data-dir {data}/train
+        --resolution 32 --batch-size {settings.batch} --num-workers 1 --vae {VAE_ARCH}"""
 
 
 def vae_loss_flags(data: Path) -> str:

@@ -21,7 +21,7 @@ def one_of(what: str, known: Iterable[str]):
     return check
 
 
-def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf):
+def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
     """An argparse type: an int or float within bounds; NaN is refused."""
 
     def check(text: str):
@@ -33,8 +33,8 @@ def number(kind: type, at_least: float = -math.inf, above: float = -math.inf, at
             raise argparse.ArgumentTypeError(f"{text} is too small, expected at least {at_least}")
         if value <= above:
             raise argparse.ArgumentTypeError(f"{text} is too small, expected more than {above}")
-        if not value <= at_most:  # NaN too
-            raise argparse.ArgumentTypeError(f"{text} is too large, expected at most {at_most}")
+        if not value < below:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is too large, expected less than {below:g}")
         return value
 
     return check
@@ -115,4 +115,5 @@ POSITIVE = number(int, at_least=1)
 COUNT = number(int, at_least=0)
 RATE = number(float, above=0)
 WEIGHT = number(float, at_least=0)
-DECAY = PROBABILITY = number(float, at_least=0, at_most=1)
+DECAY = number(float, at_least=0, below=1)
+PROBABILITY = number(float, at_least=0, below=1 + 1e-9)

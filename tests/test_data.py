@@ -101,7 +101,7 @@ def test_the_index_holds_the_vaes_fingerprint_and_statistics_which_training_chec
 
 
 def test_numbers_of_images_are_no_part_of_the_fingerprint():
-    """By which caching and training know latents again."""
+    """Caching and training recognise latents by the fingerprint."""
     assert len({fingerprint_of({"format": LATENT_FORMAT, **part}) for part in ({}, {"class_counts": [1]})}) == 1
 
 

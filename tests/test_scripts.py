@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_repae
 from forked import run_ranks
 from images import make_data
 from models.autoencoder import VAE_CONFIGS
@@ -94,7 +95,7 @@ def test_interrupted_equals_uninterrupted(joint, whole_run):
     assert_same_run(whole_run, output / "interrupted")
 
 
-def test_resume_step_and_another_runs_folder(joint, whole_run):
+def test_resume_step_and_another_runs_folder(joint, whole_run, monkeypatch):
     output, flags = joint
     arguments = ("--exp-name", "branch", "--checkpointing-steps", 1, "--continue-train-exp-dir", whole_run)
     failed = run("train_repae.py", *flags, *arguments, "--resume-step", LAST - 1, code=2)
@@ -108,6 +109,21 @@ def test_resume_step_and_another_runs_folder(joint, whole_run):
     done = run("train_repae.py", *flags, *arguments, "--resume-step", LAST + 1, "--max-train-steps", LAST + 2)
     assert f"continuing after step {LAST + 1} from {output / 'branch'}" in done.stdout + done.stderr
     assert [record["step"] for record in records(output / "branch/metrics.jsonl")] == [LAST + 1, LAST + 2]
+    # a signal in its next step
+    monkeypatch.setattr(train_repae, "repae_step", signalled(train_repae.repae_step))
+    more = ("--resume-step", LAST + 1, "--max-train-steps", LAST + 9)
+    said = run("train_repae.py", *flags, *arguments, *more, code=75).stdout
+    assert f"The same command with --resume-step {LAST + 2} continues from there" in said
+
+
+def signalled(step):
+    """`step`, during which SIGTERM arrives."""
+
+    def run_step(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    return run_step
 
 
 def test_a_run_with_scheduled_learning_rates_and_flips_resumes_exactly(joint, whole_run):

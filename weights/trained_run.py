@@ -100,13 +100,15 @@ def load_experiment(
         raise UserError(f"--vae-ckpt {vae_ckpt}: {path} holds the VAE it was trained with; leave the flag out")
     weights = None if is_joint else vae_ckpt or flags.get("vae_ckpt")
     source = open_vae(str(flags["vae"]), weights, offline, stated_architecture(checkpoint))
-    if not is_joint and (source.weights is None or not source.weights.is_file()):
-        missing = f"the run was trained on the VAE {source.weights or 'that its flags do not name'}, which is not there"
-        raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
     if is_joint:
         vae = source.config.build()
         load_weights(vae, checkpoint["vae"], f"{path}: vae")
         refuse_not_finite(vae, f"{path}: vae")
+    elif source.weights is None:
+        raise UserError(f"{path}: its flags do not name the weights of its VAE; name them by --vae-ckpt FILE")
+    elif not source.weights.is_file():
+        missing = f"the run was trained on the VAE {source.weights}, which is not there"
+        raise UserError(f"{missing}; say where it lies by --vae-ckpt FILE")
     else:
         vae = load_frozen_vae(source, checkpoint, ema, str(path), log)
     sit = load_transformer(ema, flags, latent_shape(source, flags["resolution"]), f"{path}: {taken}")
@@ -233,11 +235,12 @@ def load_transformer(ema: dict[str, Tensor], flags: dict, latent: tuple[int, int
 
 
 def load_frozen_vae(source: VAESource, checkpoint: dict, ema: dict, where: str, log: Log) -> Autoencoder:
-    """The VAE of a transformer that was trained on a frozen one. A published transformer, whose weights `ema` have no
-    statistics of latents, gets `assumed_statistics`.
+    """The VAE of a transformer that was trained on a frozen one. If the transformer's weights `ema` have no statistics
+    of latents, as published ones, `assumed_statistics` are added to them.
 
     Raises:
-        UserError: the VAE's weights or the statistics beside them are not those that the transformer was trained with.
+        UserError: the VAE's weights, or the statistics beside them, are missing, not finite, or not those that the
+            transformer was trained with.
     """
     path, vae = source.weights, load_vae(source)
     refuse_not_finite(vae, f"VAE {path}")

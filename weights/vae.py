@@ -188,7 +188,8 @@ def latent_shape(source: VAESource, resolution: int) -> tuple[int, int, int]:
     """(C, h, w) of a VAE's latents; a UserError if the VAE's factor does not divide the `resolution` of images."""
     factor = source.config.downsampling
     if resolution % factor:
-        raise UserError(f"images of {resolution} px are no multiple of {factor} px, which the VAE {source.name} needs")
+        what = f"no multiple of {factor}, which the VAE {source.name} needs"
+        raise UserError(f"the side of images, {resolution} px, is {what}")
     return source.config.z_channels, resolution // factor, resolution // factor
 
 
