@@ -38,14 +38,14 @@ def simulated_gpu(*sizes: object) -> Iterator[JointNets]:
     """
     with torch.device("meta"):
         nets = build_nets(*sizes)
-    with FakeTensorMode(), CUDA, ExitStack() as stack:
+    with FakeTensorMode(), ExitStack() as stack:
         for name, answer in HAS_GPU.items():
             stack.enter_context(patch(name, lambda *_, answer=answer: answer))
         for network in (nets.vae, nets.discriminator, nets.lpips, nets.sit, nets.ema, *nets.encoders):
             for module in network.modules():
                 for tensors in (module._parameters, module._buffers):
                     tensors.update({name: on_gpu(x) for name, x in tensors.items() if x is not None})
-        nets.lecam = torch.zeros(2)
+        nets.lecam = torch.zeros(2, device=CUDA)
         yield nets
 
 
@@ -135,15 +135,17 @@ def main() -> None:
     args = parser.parse_args()
     with simulated_gpu(args.vae, args.model, args.enc_type, args.resolution, args.encoder_depth) as nets:
         nets.vae.recompute(args.recompute_levels)
-        one, two = (
-            kept_bytes(nets, *build_batch(args.vae, args.resolution, images), args.mixed_precision) for images in (1, 2)
-        )
+        with CUDA:
+            batches = [build_batch(args.vae, args.resolution, images) for images in (1, 2)]
+        one, two = (kept_bytes(nets, *batch, args.mixed_precision) for batch in batches)
         an_image = Counter({name: two[name] - one[name] for name in two})
         casts = one.total() - an_image.total()
         for name, size in {**fixed_bytes(nets), "casts of weights": casts}.items():
             print(f"{name}: {size / 1e9:,.2f} GB")
         for name, size in an_image.most_common():
             print(f"{name}: {size / 1e6:,.0f} MB an image")
+        for_vae = an_image.total() - an_image["transformer's update"]  # which comes after the VAE's backward pass
+        print(f"all but the transformer's update: {for_vae / 1e6:,.0f} MB an image")
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def add_vae_loss_flags(parser: Parser) -> None:
     group.add_argument("--disc-pretrained-ckpt", help="discriminator weights (default: fresh)")
     warmup = "train the discriminator for N steps before its term enters the VAE's loss"
     add(group, "--disc-warmup-steps", 0, COUNT, warmup, metavar="N")
-    levels = "recompute the VAE's N finest levels in the backward pass, for less memory (1 saves most)"
+    levels = "recompute the VAE's N finest levels in the backward pass (all of a diffusers: one): 1 saves most memory"
     add(group, "--recompute-levels", 0, COUNT, levels, metavar="N")
     add(group, "--vae-learning-rate", 1e-4, RATE)
     add(group, "--disc-learning-rate", 1e-4, RATE)

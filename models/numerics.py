@@ -154,7 +154,7 @@ def compile_in_place(modules: Iterable[nn.Module], wanted: bool, device: torch.d
     """
     compiled = wanted and device.type == "cuda"
     if compiled:
-        # DDP's graph splits, at the borders of its buckets, are for networks that are compiled whole
+        # else DDP splits every graph at the borders of its buckets, also those of single blocks
         torch._dynamo.config.optimize_ddp = False
         for module in modules:
             module.compile(dynamic=False)  # previews and guided batches get graphs of their own
@@ -185,7 +185,8 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> tuple[Tensor, 
 
 def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
     """`tensor` as an array on the host, and a function that waits, in any thread, until its values are complete."""
-    if tensor.device.type != "cuda":
+    device = tensor.device
+    if device.type != "cuda":
         return tensor.contiguous().numpy(), lambda: None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor.contiguous(), non_blocking=True)
@@ -193,7 +194,7 @@ def to_host(tensor: Tensor) -> tuple[np.ndarray, Callable[[], None]]:
     arrived.record()
 
     def wait() -> None:
-        torch.cuda.set_device(tensor.device)  # of this thread, which would otherwise wake the first GPU
+        torch.cuda.set_device(device)  # of this thread, which would otherwise wake the first GPU
         arrived.synchronize()
 
     return host.numpy(), wait

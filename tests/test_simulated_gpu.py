@@ -29,7 +29,8 @@ def test_steps_leave_their_values_on_the_device(precision):
     cfg = replace(CONFIG, autocast=autocast_factory(CUDA, precision), vae_diffusion_coeff=0.5)
     with simulated_gpu(*SIZES) as nets:
         nets.opt_vae = nets.opt_disc = nets.opt_sit = ForwardOnly()
-        batch, draws = build_batch(SIZES[0], SIZES[3])
+        with CUDA:
+            batch, draws = build_batch(SIZES[0], SIZES[3])
         metrics = repae_step(nets, batch, draws, cfg) | ldm_step(nets, batch, draws, cfg)
     assert {"vae_align_loss", "proj_loss", "denoising_loss", "d_weight"} & metrics.keys()
     assert {(value.device, value.dtype, value.shape) for value in metrics.values()} == {(CUDA, torch.float32, ())}
@@ -40,7 +41,9 @@ def test_memory_that_the_backward_pass_needs():
     with simulated_gpu(*SIZES) as nets:
 
         def an_image(precision: str) -> dict[str, int]:
-            one, two = (kept_bytes(nets, *build_batch(SIZES[0], SIZES[3], images), precision) for images in (1, 2))
+            with CUDA:
+                batches = [build_batch(SIZES[0], SIZES[3], images) for images in (1, 2)]
+            one, two = (kept_bytes(nets, *batch, precision) for batch in batches)
             return {name: two[name] - one[name] for name in two}
 
         wide, half = an_image("no"), an_image("bf16")
