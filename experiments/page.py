@@ -100,6 +100,7 @@ def write_page(content: dict, page_dir: Path) -> None:
         machine=", ".join(sorted(machines)),
         hours=spread(results[VAE], "hours", 1),
         seeds=", ".join(sorted(seeds, key=int)),
+        count=len(seeds),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
         ablations=table(results, [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class DiffusersConfig:
         """The architecture as plain data: DiffusersConfig(**described) is equal to this one."""
         return {"settings": self.settings}
 
-    @property
+    @cached_property
     def probe(self) -> Probe:
         """Found by a pass of one image and its gradients, on tensors without memory."""
         return probe_of(json.dumps(self.settings, sort_keys=True))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusion.samplers import Guidance, sample_ode, sample_sde
+from errors import UserError
 from golden_weights import assert_close, filled, golden
 from models.autoencoder import VAE_CONFIGS
 from models.sit import SiT_models, sincos_pos_embed
@@ -81,6 +82,8 @@ def test_a_runs_folder_is_normalised_as_the_file_is(folder, tmp_path):
     (tmp_path / "repa/checkpoints").mkdir(parents=True)
     shutil.copy(folder / "repa.pt", tmp_path / "repa/checkpoints/0000005.pt")
     (tmp_path / "repa/args.json").write_text(json.dumps({"model": "SiT-S/2", "vae": "f8d4", "resolution": 64}))
+    with pytest.raises(UserError, match="its flags do not name the weights of its VAE; name them by --vae-ckpt FILE"):
+        load_experiment(tmp_path / "repa", offline=True)
     run = load_experiment(tmp_path / "repa", None, vae, offline=True)
     for found, expected in zip(
         run.sit.latent_statistics(), loaded(folder, "repa").sit.latent_statistics(), strict=True

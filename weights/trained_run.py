@@ -181,6 +181,7 @@ def normaliser_weights(scale: Tensor, bias: Tensor) -> dict[str, Tensor]:
 
 
 def find_checkpoint(exp_path: Path, step: int | str | None) -> Path:
+    """The checkpoint of `step`, "best", or None for the latest; a UserError if the run's folder has none."""
     if not exp_path.is_dir():
         raise UserError(f"--exp-path {exp_path}: no such folder")
     folder = exp_path / "checkpoints"
