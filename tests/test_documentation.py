@@ -180,6 +180,13 @@ def test_the_readme_shows_the_results_of_the_study():
     """Means and deviations over the seeds that docs/replication.json holds."""
     results = json.loads((ROOT / "docs/replication.json").read_text(encoding="utf8"))["results"]
     text = PAGES[0].read_text(encoding="utf8")
+
+    def mean(name: str, metric: str) -> float:
+        return np.mean([found[metric] for found in results[name].values()])
+
     for name in MAIN_ARMS:
         inside, outside = spread(results[name], "fd_efficientnet_lite0", 1), spread(results[name], "fd_vgg16", 2)
-        assert f" | {inside} | {outside} | " in text, name
+        (row,) = re.findall(rf"\| {re.escape(f'{inside} | {outside}')} \| (.*) \|\n", text)
+        assert row.endswith(f" | {mean(name, 'minutes'):.1f}"), name
+        if "psnr" in results[name]["0"]:
+            assert row.startswith(f"{mean(name, 'psnr'):.2f} dB, {mean(name, 'lpips'):.3f} |"), name
