@@ -103,10 +103,17 @@ def write_page(content: dict, page_dir: Path) -> None:
         count=len(seeds),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
-        ablations=table(results, [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),
+        ablations=table(with_ablations(results), [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),
     )
     replace_text(page_dir / "replication.md", page)
     draw_curves({name: results[name] for name in MAIN_ARMS if name in results}, page_dir / "replication.png")
+
+
+def with_ablations(results: dict) -> dict:
+    """The ablations' results, and REPA-E's of the seeds that have one: another seed is another VAE to start from."""
+    ablations = {name: results[name] for name in ABLATIONS if name in results}
+    seeds = {seed for of_seeds in ablations.values() for seed in of_seeds}
+    return {REPAE: {seed: found for seed, found in results.get(REPAE, {}).items() if seed in seeds}, **ablations}
 
 
 def table(results: dict, names, columns: dict[str, tuple[str, int]]) -> str:
@@ -114,7 +121,7 @@ def table(results: dict, names, columns: dict[str, tuple[str, int]]) -> str:
     titles = {VAE: "VAE that all start from"} | {name: arm.title for name, arm in ARMS.items()}
     lines = [["arm", "seeds", *columns], ["---"] * (2 + len(columns))]
     for name in names:
-        if name in results:
+        if results.get(name):
             cells = [spread(results[name], *column) for column in columns.values()]
             lines.append([titles[name], str(len(results[name])), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -107,6 +107,12 @@ def test_an_arm_on_the_tuned_vae_brings_the_joint_one():
     assert replicate.arm_list("main") == list(MAIN_ARMS)
 
 
+def test_ablations_are_compared_with_repae_on_their_own_seeds():
+    results = {"repae": {"0": {"fd": 1.0}, "2": {"fd": 3.0}}, "depth-1": {"2": {"fd": 4.0}}, "repa": {"0": {"fd": 2.0}}}
+    assert page.with_ablations(results) == {"repae": {"2": {"fd": 3.0}}, "depth-1": {"2": {"fd": 4.0}}}
+    assert page.with_ablations({"repae": {"0": {"fd": 1.0}}}) == {"repae": {}}
+
+
 def test_a_cell_is_the_mean_and_deviation_over_seeds():
     of_seeds = {"0": {"fd": 1.0}, "1": {"fd": 2.0}, "2": {"fd": 6.0}}
     assert page.spread(of_seeds, "fd", 1) == "3.0 ± 2.6"
