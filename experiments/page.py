@@ -13,7 +13,7 @@ from demo.pictures import latent_colors, read_metrics, reconstruct, strip
 from demo.runner import Record
 from diffusion.previews import evenly_spaced
 from errors import UserError
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, VAE_ARCH, Settings, samples_file
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, VAE_ARCH, Settings, samples_file, tuned_vae
 from storage.files import replace_text
 from weights.vae import load_vae, open_vae
 
@@ -26,11 +26,13 @@ CURVES = {
 POINTS = 25  # of a curve; each is a mean over steps
 SHOWN = 20  # images a row of the pictures
 # title -> (metric, digits)
-SAMPLE_COLUMNS = {
+DISTANCES = {
     "FD, EfficientNet": ("fd_efficientnet_lite0", 1),
     "FD, VGG16": ("fd_vgg16", 2),
     "KD, EfficientNet": ("kd_efficientnet_lite0", 1),
     "KD, VGG16": ("kd_vgg16", 4),
+}
+SAMPLE_COLUMNS = DISTANCES | {
     "diffusion loss": ("denoising_loss", 3),
     "alignment loss": ("proj_loss", 3),
     "minutes": ("minutes", 1),
@@ -41,6 +43,7 @@ VAE_COLUMNS = {
     "rFD, EfficientNet": ("rfd_efficientnet_lite0", 1),
     "rFD, VGG16": ("rfd_vgg16", 2),
     "drift of std": ("bn_std_drift", 2),
+    "minutes": ("minutes", 1),
 }
 
 
@@ -90,30 +93,45 @@ def results_of(name: str, folder: Path, batch: int) -> dict:
 
 
 def write_page(content: dict, page_dir: Path) -> None:
-    """Write replication.json, replication.md from its template, and replication.png, the curves."""
+    """Write replication.json, replication.md, and replication.png, the curves."""
     replace_text(page_dir / "replication.json", json.dumps(content, indent=1) + "\n")
+    replace_text(page_dir / "replication.md", page_text(content, page_dir / "replication-findings.md"))
+    draw_curves(content["results"], page_dir / "replication.png")
+
+
+def page_text(content: dict, findings: Path) -> str:
+    """The page from its template; `findings` is what somebody wrote about these results, or no file."""
     results = content["results"]
-    found = [(seed, one["machine"]) for of_arm in results.values() for seed, one in of_arm.items()]
-    seeds, machines = map(set, zip(*found, strict=True))
-    page = Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
+    cost = (f"seed {seed}: {found['hours']:.1f} hours, {found['machine']}" for seed, found in results[VAE].items())
+    return Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
         content["settings"],
-        machine=", ".join(sorted(machines)),
-        hours=spread(results[VAE], "hours", 1),
-        seeds=", ".join(sorted(seeds, key=int)),
-        count=len(seeds),
+        cost="; ".join(cost),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
+        differences=table(differences(results, "repa"), [*MAIN_ARMS, "tuned-align-0"], DISTANCES),
+        findings=findings.read_text(encoding="utf8") if findings.is_file() else "",
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
-        ablations=table(with_ablations(results), [REPAE, *ABLATIONS], {**SAMPLE_COLUMNS, **VAE_COLUMNS}),
+        ablations=table(
+            differences(results, REPAE), [name for name in ABLATIONS if ARMS[name].joint], SAMPLE_COLUMNS | VAE_COLUMNS
+        ),
     )
-    replace_text(page_dir / "replication.md", page)
-    draw_curves({name: results[name] for name in MAIN_ARMS if name in results}, page_dir / "replication.png")
 
 
-def with_ablations(results: dict) -> dict:
-    """The ablations' results, and REPA-E's of the seeds that have one: another seed is another VAE to start from."""
-    ablations = {name: results[name] for name in ABLATIONS if name in results}
-    seeds = {seed for of_seeds in ablations.values() for seed in of_seeds}
-    return {REPAE: {seed: found for seed, found in results.get(REPAE, {}).items() if seed in seeds}, **ablations}
+def differences(results: dict, base: str) -> dict:
+    """Metrics of the other arms less those of the arm `base` of the same seed: a seed's arms share VAE and noise."""
+    of_base = results.get(base, {})
+    return {
+        name: {
+            seed: {
+                key: value - of_base[seed][key]
+                for key, value in found.items()
+                if isinstance(of_base[seed].get(key), float)
+            }
+            for seed, found in of_seeds.items()
+            if seed in of_base
+        }
+        for name, of_seeds in results.items()
+        if name != base
+    }
 
 
 def table(results: dict, names, columns: dict[str, tuple[str, int]]) -> str:
@@ -141,14 +159,15 @@ def draw_curves(results: dict, target: Path) -> None:
     figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 7.5), constrained_layout=True)
     for row, along in zip(axes, ("step", "minutes"), strict=True):
         for ax, metric in zip(row, CURVES, strict=True):
-            for i, (name, of_seeds) in enumerate(results.items()):
-                found = [one["curves"] for one in of_seeds.values() if metric in one["curves"]]
+            for i, name in enumerate(MAIN_ARMS):
+                found = [one["curves"] for one in results.get(name, {}).values() if metric in one["curves"]]
                 for j, curve in enumerate(found):
                     label = ARMS[name].title if j == 0 else None
                     ax.plot(curve[along], curve[metric], color=f"C{i}", label=label, linewidth=1.4, alpha=0.85)
             ax.set(xlabel=along, title=CURVES[metric])
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", linewidth=0.6, alpha=0.4)
+        row[0].set_ylim(0.95, 1.35)  # that of the naive arm falls far below
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(target, dpi=90, facecolor="white")
     plt.close(figure)
@@ -164,14 +183,14 @@ def draw_pictures(settings: Settings, output_dir: Path, seed: int, page_dir: Pat
     for name in MAIN_ARMS:
         if (path := samples_file(name, settings, folder)).is_file():
             samples = np.load(path, mmap_mode="r")["arr_0"][:SHOWN]
-            rows[ARMS[name].title] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
+            rows[f"{ARMS[name].title}, seed {seed}"] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
     if rows:
         draw_rows(rows, page_dir / "replication-samples.png")
     data = open_images(output_dir / "data/held-out")
     pixels = evenly_spaced(data, SHOWN)
-    rows = {"held-out photographs": pixels}
+    rows = {f"held-out photographs, seed {seed}": pixels}
     files = {"before": folder / "vae/vae.pt"}
-    files |= {ARMS[name].title: folder / f"{name}-vae/{name}-vae.pt" for name in (REPAE, "naive")}
+    files |= {ARMS[name].title: tuned_vae(name, folder) for name in (REPAE, "naive")}
     for title, path in files.items():
         if path.is_file():
             latents, recon = reconstruct(load_vae(open_vae(VAE_ARCH, str(path), offline=True)).eval(), pixels)
@@ -181,10 +200,10 @@ def draw_pictures(settings: Settings, output_dir: Path, seed: int, page_dir: Pat
 
 def draw_rows(rows: dict[str, torch.Tensor], target: Path) -> None:
     """Labelled rows of images, uint8 (N,3,R,R)."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.85 * len(rows)), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.9 * len(rows)), constrained_layout=True, squeeze=False)
     for ax, (title, pixels) in zip(axes.flat, rows.items(), strict=True):
         ax.imshow(strip(pixels, 64))
-        ax.set_title(title, fontsize=8, loc="left")
+        ax.set_title(title, fontsize=11, loc="left")
         ax.axis("off")
     figure.savefig(target, dpi=110, facecolor="white")
     plt.close(figure)

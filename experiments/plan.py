@@ -28,7 +28,7 @@ class Arm(NamedTuple):
     title: str
     joint: bool
     flags: str
-    tuned: bool = False  # the frozen VAE is the one that the arm REPAE tuned
+    tuned_by: str = ""  # the joint arm whose VAE it takes, instead of the one that all start from
 
 
 ALIGNED = f"--enc-type {ENCODER} --encoder-depth 3"
@@ -38,11 +38,12 @@ MAIN_ARMS = {
     "repa": Arm("REPA, frozen VAE", False, ALIGNED),
     REPAE: Arm("REPA-E, joint", True, ALIGNED),
     "naive": Arm("naive end-to-end", True, f"{NONE} --vae-diffusion-coeff 1"),
-    "tuned": Arm("REPA, frozen VAE that REPA-E tuned", False, ALIGNED, tuned=True),
+    "tuned": Arm("REPA, frozen VAE that REPA-E tuned", False, ALIGNED, tuned_by=REPAE),
 }
 ABLATIONS = {
     "fixed-normaliser": Arm("running statistics not updated", True, f"{ALIGNED} --bn-momentum 0"),
     "align-0": Arm("alignment of the VAE 0", True, f"{ALIGNED} --vae-align-proj-coeff 0"),
+    "tuned-align-0": Arm("REPA, frozen VAE tuned with alignment 0", False, ALIGNED, tuned_by="align-0"),
     "align-0.5": Arm("alignment of the VAE 0.5", True, f"{ALIGNED} --vae-align-proj-coeff 0.5"),
     "align-5": Arm("alignment of the VAE 5", True, f"{ALIGNED} --vae-align-proj-coeff 5"),
     "depth-1": Arm("alignment at block 1", True, f"--enc-type {ENCODER} --encoder-depth 1"),
@@ -82,7 +83,7 @@ def vae_stages(settings: Settings, seed: int, data: Path, folder: Path) -> list[
         {vae_loss_flags(data)} --vae-learning-rate 1e-3"""
     return [
         Stage(f"{folder.name}/vae", f"Train a VAE, seed {seed}", train),
-        cache_stage(f"vae-{seed}", folder / "vae/vae.pt", data, folder),
+        cache_stage(folder / "vae/vae.pt", seed, data, folder),
         reconstruction_stage("vae", folder / "vae/vae.pt", data, folder),
     ]
 
@@ -90,8 +91,8 @@ def vae_stages(settings: Settings, seed: int, data: Path, folder: Path) -> list[
 def arm_stages(name: str, settings: Settings, seed: int, data: Path, folder: Path) -> list[Stage]:
     """Training, samples and metrics of an arm; of a joint one also its VAE."""
     arm, step = ARMS[name], settings.steps
-    script, vae = "train_ldm_only.py", folder / (f"{REPAE}-vae/{REPAE}-vae.pt" if arm.tuned else "vae/vae.pt")
-    latents = f"--vae-latents-name {f'{REPAE}-{seed}' if arm.tuned else f'vae-{seed}'}"
+    vae = tuned_vae(arm.tuned_by, folder) if arm.tuned_by else folder / "vae/vae.pt"
+    script, latents = "train_ldm_only.py", f"--vae-latents-name {vae.stem}-{seed}"
     if arm.joint:
         script = "train_repae.py"
         latents = f"""{vae_loss_flags(data)} --vae-learning-rate 3e-4
@@ -118,7 +119,6 @@ def arm_stages(name: str, settings: Settings, seed: int, data: Path, folder: Pat
         ),
     ]
     if arm.joint:
-        tuned = folder / f"{name}-vae/{name}-vae.pt"
         stages += [
             Stage(
                 f"{folder.name}/{name}-vae",
@@ -126,11 +126,14 @@ def arm_stages(name: str, settings: Settings, seed: int, data: Path, folder: Pat
                 f"""save_vae_weights.py --repae-ckpt {folder}/{name}/checkpoints/{step:07d}.pt --vae-name {name}-vae
                     --save-dir {folder}""",
             ),
-            reconstruction_stage(name, tuned, data, folder),
+            reconstruction_stage(name, tuned_vae(name, folder), data, folder),
         ]
-    if name == REPAE:
-        stages.append(cache_stage(f"{REPAE}-{seed}", tuned, data, folder))
-    return stages
+    return [cache_stage(vae, seed, data, folder), *stages] if arm.tuned_by else stages
+
+
+def tuned_vae(name: str, folder: Path) -> Path:
+    """Where a joint arm's VAE is extracted to."""
+    return folder / f"{name}-vae/{name}-vae.pt"
 
 
 def samples_file(name: str, settings: Settings, folder: Path) -> Path:
@@ -152,8 +155,8 @@ def feature_flags(data: Path) -> str:
     return f"--features {FEATURES} --enc-ckpt vgg16={data}/vgg16.pt --mixed-precision bf16 --num-workers 1"
 
 
-def cache_stage(name: str, vae: Path, data: Path, folder: Path) -> Stage:
-    line = f"""cache_latents.py --vae-arch {VAE_ARCH} --vae-ckpt-path {vae} --vae-latents-name {name}
+def cache_stage(vae: Path, seed: int, data: Path, folder: Path) -> Stage:
+    line = f"""cache_latents.py --vae-arch {VAE_ARCH} --vae-ckpt-path {vae} --vae-latents-name {vae.stem}-{seed}
         --data-dir {data}/train --output-dir {data}/train --num-workers 1"""
     return Stage(f"{folder.name}/{vae.stem}-latents", "Cache latents", line)
 

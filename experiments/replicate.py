@@ -4,15 +4,16 @@
 
 trains every arm of experiments/plan.py from each seed by the scripts' command lines, and writes replication.md, its
 pictures and replication.json to --page-dir; docs/ is the published page. It continues where it was stopped. Seeds may
-be measured in parts, also on several machines: the results that --page-dir already has are kept.
+be measured in parts, also on several machines: the results that --page-dir already has are kept. All arms of a seed
+need the same --output-dir, because they start from the VAE that is trained there.
 """
 
 from pathlib import Path
 
 from demo.runner import Record, run_stage
 from errors import Parser, run_script
-from experiments.page import VAE, add_results, draw_pictures, open_page, write_page
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, REPAE, Settings, arm_stages, data_stages, vae_stages
+from experiments.page import add_results, draw_pictures, open_page, write_page
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, Settings, arm_stages, data_stages, vae_stages
 from flags.types import COUNT, POSITIVE, number, one_of
 
 SAMPLING_STEPS = 25
@@ -27,9 +28,9 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--seeds", type=POSITIVE, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--first-seed", type=COUNT, default=0, help="(default: %(default)s)")
     parser.add_argument(
-        "--steps", type=POSITIVE, default=500, help="of every arm; the VAE trains for 1.2 times as many"
+        "--steps", type=POSITIVE, default=600, help="of every arm; the VAE trains for 1.2 times as many"
     )
-    parser.add_argument("--batch-size", type=POSITIVE, default=64, help="of every arm (default: %(default)s)")
+    parser.add_argument("--batch-size", type=POSITIVE, default=32, help="of every arm (default: %(default)s)")
     parser.add_argument("--samples", type=number(int, at_least=2), default=5000, help="of every arm (default: 5000)")
     arms = f"joined by commas, of {', '.join(ARMS)}, or main or ablations (default: %(default)s)"
     parser.add_argument("--arms", type=arm_list, default="main,ablations", help=arms)
@@ -41,8 +42,7 @@ def arm_list(text: str) -> list[str]:
     groups = {"main": list(MAIN_ARMS), "ablations": list(ABLATIONS)}
     check = one_of("arm", {**ARMS, **groups})
     named = {arm for name in text.split(",") for arm in groups.get(check(name), [name])}
-    if any(ARMS[name].tuned for name in named):
-        named.add(REPAE)
+    named |= {ARMS[name].tuned_by for name in named}
     return [name for name in ARMS if name in named]
 
 
@@ -70,7 +70,7 @@ def main() -> None:
         content = open_page(page_dir, settings)  # now, because another machine may have added results meanwhile
         add_results(content, record, settings, seed, folder)
         write_page(content, page_dir)
-        if seed == min(map(int, content["results"][VAE])):
+        if set(MAIN_ARMS) <= set(args.arms):
             draw_pictures(settings, args.output_dir, seed, page_dir)
 
 

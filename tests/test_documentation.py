@@ -72,7 +72,7 @@ def test_files_and_flags_that_the_pages_mention_exist(page):
     text, known = page.read_text(encoding="utf8"), set(OTHERS_FLAGS)
     for file in re.findall(r"`([\w/]+\.(?:py|yaml|sbatch))`", text):
         assert (ROOT / file).exists(), f"{page.name} mentions {file}"
-    for source in (*ROOT.glob("*.py"), *ROOT.glob("flags/*.py")):
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("flags/*.py"), ROOT / "experiments/replicate.py"):
         known |= set(re.findall(r'"--([a-z0-9-]+)"', source.read_text(encoding="utf8")))
     for flag in re.findall(r"`--([a-z][a-z0-9_-]+)", text):
         assert flag in known or flag.removeprefix("no-") in known, f"{page.name} mentions --{flag}"
@@ -186,7 +186,8 @@ def test_the_readme_shows_the_results_of_the_study():
 
     for name in MAIN_ARMS:
         inside, outside = spread(results[name], "fd_efficientnet_lite0", 1), spread(results[name], "fd_vgg16", 2)
-        (row,) = re.findall(rf"\| {re.escape(f'{inside} | {outside}')} \| (.*) \|\n", text)
+        cells = re.escape(f"{MAIN_ARMS[name].title} | {inside} | {outside}")
+        (row,) = re.findall(rf"\| {cells} \| (.*) \|\n", text)
         assert row.endswith(f" | {mean(name, 'minutes'):.1f}"), name
         if "psnr" in results[name]["0"]:
             assert row.startswith(f"{mean(name, 'psnr'):.2f} dB, {mean(name, 'lpips'):.3f} |"), name

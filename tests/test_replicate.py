@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from errors import UserError
 from experiments import page, plan, replicate
 from experiments.plan import ARMS, MAIN_ARMS
 from images import make_tree
+from scripts import ROOT
 from training import build
 
 
@@ -104,13 +106,34 @@ def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
 
 def test_an_arm_on_the_tuned_vae_brings_the_joint_one():
     assert replicate.arm_list("tuned,depth-1") == ["repae", "tuned", "depth-1"]
+    assert replicate.arm_list("tuned-align-0") == ["align-0", "tuned-align-0"]
     assert replicate.arm_list("main") == list(MAIN_ARMS)
 
 
-def test_ablations_are_compared_with_repae_on_their_own_seeds():
-    results = {"repae": {"0": {"fd": 1.0}, "2": {"fd": 3.0}}, "depth-1": {"2": {"fd": 4.0}}, "repa": {"0": {"fd": 2.0}}}
-    assert page.with_ablations(results) == {"repae": {"2": {"fd": 3.0}}, "depth-1": {"2": {"fd": 4.0}}}
-    assert page.with_ablations({"repae": {"0": {"fd": 1.0}}}) == {"repae": {}}
+@pytest.mark.parametrize(("arm", "vae"), [("repa", "vae"), ("tuned", "repae-vae"), ("tuned-align-0", "align-0-vae")])
+def test_a_frozen_arm_trains_on_the_latents_of_its_vae(arm, vae):
+    stages = plan.arm_stages(arm, plan.Settings(2, 3, 4, 5, 6), 7, Path("data"), Path("seed-7"))
+    lines = {stage.name: stage.line for stage in stages}
+    assert f"--vae-ckpt seed-7/{vae}/{vae}.pt" in lines[f"seed-7/{arm}"]
+    assert f"--vae-latents-name {vae}-7" in lines[f"seed-7/{arm}"]
+    if arm != "repa":
+        cached = lines[f"seed-7/{vae}-latents"]
+        assert f"--vae-ckpt-path seed-7/{vae}/{vae}.pt --vae-latents-name {vae}-7" in cached
+
+
+def test_arms_are_compared_with_the_arm_of_their_own_seed():
+    results = {
+        "repa": {"0": {"fd": 1.0, "machine": "a"}, "2": {"fd": 3.0}},
+        "tuned": {"2": {"fd": 5.0, "psnr": 1.0, "machine": "a"}, "3": {"fd": 4.0}},
+    }
+    assert page.differences(results, "repa") == {"tuned": {"2": {"fd": 2.0}}}
+    assert page.differences(results, "naive") == {"repa": {}, "tuned": {}}
+
+
+def test_the_published_page_is_that_of_its_numbers():
+    content = json.loads((ROOT / "docs/replication.json").read_text(encoding="utf8"))
+    text = page.page_text(content, ROOT / "docs/replication-findings.md")
+    assert (ROOT / "docs/replication.md").read_text(encoding="utf8") == text
 
 
 def test_a_cell_is_the_mean_and_deviation_over_seeds():
