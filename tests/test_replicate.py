@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -21,29 +22,32 @@ from training import build
 def study(tmp_path, monkeypatch):
     """Runs the study on a few pictures, with pages into a folder of their own.
 
-    The scripts run in this process, load the networks of features and LPIPS once, and take distances in VGG16's 512
-    features only: those in 1280 features take seconds each.
+    The scripts run in this process, load the networks of features and LPIPS once, have narrow projectors, and take
+    distances in VGG16's 512 features only: those in 1280 features take seconds each.
     """
     for split in ("train", "held-out"):
         make_tree(tmp_path / "pictures" / split, per_class=4)
     (tmp_path / "pictures/complete").touch()
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr("diffusion.previews.STEPS", 2)
+    monkeypatch.setattr("models.sit.PROJECTOR_WIDTH", 64)
     monkeypatch.setattr(replicate, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(plan, "FEATURES", "vgg16")
     for module in (page, plan):
         monkeypatch.setattr(module, "VAE_ARCH", "f4d4-tiny")
     for module, name in ((evaluate, "load_feature_networks"), (evaluate, "load_lpips"), (build, "load_lpips")):
         monkeypatch.setattr(module, name, called_once(getattr(module, name)))
-    as_process, started = runner.run_script, []
+    started = []
 
     def run_here(arguments: list[str]) -> int:
-        script = arguments[0]
-        started.append(script)
-        if "/" in script or not script.endswith(".py"):
-            return as_process(arguments)
+        arguments = arguments[arguments[0] == "-m" :]
+        module = arguments[0].removesuffix(".py").replace("/", ".")
+        started.append(module)
         monkeypatch.setattr("sys.argv", arguments)
-        importlib.import_module(script.removesuffix(".py")).main()
+        if "." in module:
+            runpy.run_module(module, run_name="__main__")
+        else:
+            importlib.import_module(module).main()
         return 0
 
     def run_study(output, *flags):
@@ -97,7 +101,7 @@ def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
     found, started = study("other", "--seeds", 1, "--first-seed", 1, *sizes, "--arms", "diffusion")
     assert found["results"]["diffusion"].keys() == {"0", "1"}
     assert found["results"]["repae"].keys() == {"0"}
-    assert "train_repae.py" not in started
+    assert "train_repae" not in started
     with pytest.raises(SystemExit, match="was begun with"):
         study("other", *sizes, "--steps", 3)
     with pytest.raises(UserError, match="is of .*'steps': 2.*; take these, or another --page-dir"):
