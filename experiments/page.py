@@ -102,17 +102,16 @@ def write_page(content: dict, page_dir: Path) -> None:
 def page_text(content: dict, findings: Path) -> str:
     """The page from its template; `findings` is what somebody wrote about these results, or no file."""
     results = content["results"]
-    cost = (f"seed {seed}: {found['hours']:.1f} hours, {found['machine']}" for seed, found in results[VAE].items())
+    seeds = sorted(results[VAE].items(), key=lambda item: int(item[0]))
+    columns = {title: column for title, column in (SAMPLE_COLUMNS | VAE_COLUMNS).items() if title != "minutes"}
     return Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
         content["settings"],
-        cost="; ".join(cost),
+        cost="; ".join(f"seed {seed}, {found['hours']:.1f} hours on {found['machine']}" for seed, found in seeds),
         main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
         differences=table(differences(results, "repa"), [*MAIN_ARMS, "tuned-align-0"], DISTANCES),
         findings=findings.read_text(encoding="utf8") if findings.is_file() else "",
         vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
-        ablations=table(
-            differences(results, REPAE), [name for name in ABLATIONS if ARMS[name].joint], SAMPLE_COLUMNS | VAE_COLUMNS
-        ),
+        ablations=table(differences(results, REPAE), [name for name in ABLATIONS if ARMS[name].joint], columns),
     )
 
 
@@ -156,6 +155,8 @@ def spread(of_seeds: dict[str, dict], metric: str, digits: int) -> str:
 
 def draw_curves(results: dict, target: Path) -> None:
     """Denoising and alignment loss and the latents' drift against steps, and against time, of every seed."""
+    others = [one["curves"] for name in MAIN_ARMS if name != "naive" for one in results.get(name, {}).values()]
+    shown = [loss for curves in others for loss in curves["denoising_loss"]]
     figure, axes = plt.subplots(2, len(CURVES), figsize=(15, 7.5), constrained_layout=True)
     for row, along in zip(axes, ("step", "minutes"), strict=True):
         for ax, metric in zip(row, CURVES, strict=True):
@@ -167,34 +168,30 @@ def draw_curves(results: dict, target: Path) -> None:
             ax.set(xlabel=along, title=CURVES[metric])
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="y", linewidth=0.6, alpha=0.4)
-        row[0].set_ylim(0.95, 1.35)  # that of the naive arm falls far below
+        row[0].set_ylim(*np.quantile(shown or [1.0], [0, 0.95]))  # the naive arm's falls far below
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(target, dpi=90, facecolor="white")
     plt.close(figure)
 
 
 def draw_pictures(settings: Settings, output_dir: Path, seed: int, page_dir: Path) -> None:
-    """Samples of every main arm from the same noise, and reconstructions and latents before and after joint training.
+    """Draw samples of the main arms from the same noise; reconstructions and latents before and after joint training.
 
-    Written to replication-samples.png and replication-vaes.png.
+    All main arms of the seed must be done. Written to replication-samples.png and replication-vaes.png.
     """
     folder = output_dir / f"seed-{seed}"
     rows = {}
     for name in MAIN_ARMS:
-        if (path := samples_file(name, settings, folder)).is_file():
-            samples = np.load(path, mmap_mode="r")["arr_0"][:SHOWN]
-            rows[f"{ARMS[name].title}, seed {seed}"] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
-    if rows:
-        draw_rows(rows, page_dir / "replication-samples.png")
-    data = open_images(output_dir / "data/held-out")
-    pixels = evenly_spaced(data, SHOWN)
-    rows = {f"held-out photographs, seed {seed}": pixels}
-    files = {"before": folder / "vae/vae.pt"}
-    files |= {ARMS[name].title: tuned_vae(name, folder) for name in (REPAE, "naive")}
+        samples = np.load(samples_file(name, settings, folder), mmap_mode="r")["arr_0"][:SHOWN]
+        rows[f"{ARMS[name].title}, seed {seed}"] = torch.from_numpy(samples.copy()).permute(0, 3, 1, 2)
+    draw_rows(rows, page_dir / "replication-samples.png")
+    pixels = evenly_spaced(open_images(output_dir / "data/held-out"), SHOWN)
+    rows = {"held-out photographs": pixels}
+    files = {f"before, seed {seed}": folder / "vae/vae.pt"}
+    files |= {f"{ARMS[name].title}, seed {seed}": tuned_vae(name, folder) for name in (REPAE, "naive")}
     for title, path in files.items():
-        if path.is_file():
-            latents, recon = reconstruct(load_vae(open_vae(VAE_ARCH, str(path), offline=True)).eval(), pixels)
-            rows |= {f"reconstructions, {title}": recon, f"latents (PCA), {title}": latent_colors(latents)}
+        latents, recon = reconstruct(load_vae(open_vae(VAE_ARCH, str(path), offline=True)).eval(), pixels)
+        rows |= {f"reconstructions, {title}": recon, f"latents (PCA), {title}": latent_colors(latents)}
     draw_rows(rows, page_dir / "replication-vaes.png")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from demo.runner import Record, run_stage
 from errors import Parser, run_script
 from experiments.page import add_results, draw_pictures, open_page, write_page
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, Settings, arm_stages, data_stages, vae_stages
+from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, Settings, arm_stages, data_stages, samples_file, vae_stages
 from flags.types import COUNT, POSITIVE, number, one_of
 
 SAMPLING_STEPS = 25
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 def arm_list(text: str) -> list[str]:
-    """An argparse type: names of arms, in the order of `ARMS`; what stands on the tuned VAE needs the arm of REPA-E."""
+    """An argparse type: names of arms, in the order of `ARMS`, with those that tune the VAEs of others."""
     groups = {"main": list(MAIN_ARMS), "ablations": list(ABLATIONS)}
     check = one_of("arm", {**ARMS, **groups})
     named = {arm for name in text.split(",") for arm in groups.get(check(name), [name])}
@@ -70,7 +70,7 @@ def main() -> None:
         content = open_page(page_dir, settings)  # now, because another machine may have added results meanwhile
         add_results(content, record, settings, seed, folder)
         write_page(content, page_dir)
-        if set(MAIN_ARMS) <= set(args.arms):
+        if all(samples_file(name, settings, folder).is_file() for name in MAIN_ARMS):
             draw_pictures(settings, args.output_dir, seed, page_dir)
 
 

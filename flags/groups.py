@@ -179,7 +179,7 @@ def add_joint_flags(parser: Parser) -> None:
     group = parser.add_argument_group("joint training")
     add(group, "--bn-momentum", 0.1, PROBABILITY, "of the latent normaliser")
     add(group, "--vae-align-proj-coeff", 1.5, WEIGHT, "weight of the VAE's alignment")
-    naive = "weight of the diffusion loss in the VAE's; it ruins the VAE, and is only for showing that"
+    naive = "weight of the diffusion loss in the VAE's; it degrades the VAE, and is only for showing that"
     add(group, "--vae-diffusion-coeff", 0.0, WEIGHT, naive)
 
 

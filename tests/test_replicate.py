@@ -93,12 +93,15 @@ def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
     assert joint["curves"]["step"] == [1, 2]
     text = (tmp_path / "docs/replication.md").read_text()
     assert all(f"| {arm.title} | 1 |" in text for arm in ARMS.values())
-    for picture in ("replication.png", "replication-samples.png", "replication-vaes.png"):
-        assert (tmp_path / "docs" / picture).stat().st_size > 10000
+    pictures = [tmp_path / "docs" / f"replication{kind}.png" for kind in ("-samples", "-vaes", "")]
+    assert all(picture.stat().st_size > 10000 for picture in pictures)
     assert study("exps", "--seeds", 1, *sizes)[1] == []  # nothing is left to do
     # another machine's seed is added to the published ones, for the arms that it ran
     shutil.copytree(tmp_path / "exps/data", tmp_path / "other/data")
+    drawn = [picture.read_bytes() for picture in pictures]
     found, started = study("other", "--seeds", 1, "--first-seed", 1, *sizes, "--arms", "diffusion")
+    # the curves have another line; pictures need all main arms
+    assert [picture.read_bytes() == before for picture, before in zip(pictures, drawn, strict=True)] == [1, 1, 0]
     assert found["results"]["diffusion"].keys() == {"0", "1"}
     assert found["results"]["repae"].keys() == {"0"}
     assert "train_repae" not in started
