@@ -13,7 +13,17 @@ from pathlib import Path
 from demo.runner import Record, run_stage
 from errors import Parser, run_script
 from experiments.page import add_results, draw_pictures, open_page, write_page
-from experiments.plan import ABLATIONS, ARMS, MAIN_ARMS, Settings, arm_stages, data_stages, samples_file, vae_stages
+from experiments.plan import (
+    ABLATIONS,
+    ARMS,
+    MAIN_ARMS,
+    REPAE,
+    Settings,
+    arm_stages,
+    data_stages,
+    samples_file,
+    vae_stages,
+)
 from flags.types import COUNT, POSITIVE, number, one_of
 
 SAMPLING_STEPS = 25
@@ -38,11 +48,13 @@ def parse_args(argv: list[str] | None = None):
 
 
 def arm_list(text: str) -> list[str]:
-    """An argparse type: names of arms, in the order of `ARMS`, with those that tune the VAEs of others."""
+    """An argparse type: names of arms in the order of `ARMS`, with those that they stand on and are compared with."""
     groups = {"main": list(MAIN_ARMS), "ablations": list(ABLATIONS)}
     check = one_of("arm", {**ARMS, **groups})
     named = {arm for name in text.split(",") for arm in groups.get(check(name), [name])}
     named |= {ARMS[name].tuned_by for name in named}
+    if named & ABLATIONS.keys():
+        named |= {"repa", REPAE}
     return [name for name in ARMS if name in named]
 
 
