@@ -35,7 +35,6 @@ DISTANCES = {
 SAMPLE_COLUMNS = DISTANCES | {
     "diffusion loss": ("denoising_loss", 3),
     "alignment loss": ("proj_loss", 3),
-    "minutes": ("minutes", 1),
 }
 VAE_COLUMNS = {
     "PSNR, dB": ("psnr", 2),
@@ -43,8 +42,8 @@ VAE_COLUMNS = {
     "rFD, EfficientNet": ("rfd_efficientnet_lite0", 1),
     "rFD, VGG16": ("rfd_vgg16", 2),
     "drift of std": ("bn_std_drift", 2),
-    "minutes": ("minutes", 1),
 }
+MINUTES = {"minutes": ("minutes", 1)}
 
 
 def open_page(page_dir: Path, settings: Settings) -> dict:
@@ -103,15 +102,16 @@ def page_text(content: dict, findings: Path) -> str:
     """The page from its template; `findings` is what somebody wrote about these results, or no file."""
     results = content["results"]
     seeds = sorted(results[VAE].items(), key=lambda item: int(item[0]))
-    columns = {title: column for title, column in (SAMPLE_COLUMNS | VAE_COLUMNS).items() if title != "minutes"}
+    frozen = [name for name in ABLATIONS if not ARMS[name].joint]
+    joint = [name for name in ABLATIONS if ARMS[name].joint]
     return Template((Path(__file__).parent / "replication.md").read_text(encoding="utf8")).substitute(
         content["settings"],
         cost="; ".join(f"seed {seed}, {found['hours']:.1f} hours on {found['machine']}" for seed, found in seeds),
-        main=table(results, MAIN_ARMS, SAMPLE_COLUMNS),
-        differences=table(differences(results, "repa"), [*MAIN_ARMS, "tuned-align-0"], DISTANCES),
+        main=table(results, MAIN_ARMS, SAMPLE_COLUMNS | MINUTES),
+        differences=table(differences(results, "repa"), [*MAIN_ARMS, *frozen], DISTANCES),
         findings=findings.read_text(encoding="utf8") if findings.is_file() else "",
-        vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS),
-        ablations=table(differences(results, REPAE), [name for name in ABLATIONS if ARMS[name].joint], columns),
+        vaes=table(results, [VAE, REPAE, "naive"], VAE_COLUMNS | MINUTES),
+        ablations=table(differences(results, REPAE), joint, SAMPLE_COLUMNS | VAE_COLUMNS),
     )
 
 

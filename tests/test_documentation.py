@@ -14,7 +14,7 @@ import pytest
 
 from dataset import open_images
 from errors import UserError
-from experiments.page import spread
+from experiments.page import differences, spread
 from experiments.plan import MAIN_ARMS
 from scripts import ROOT
 from training.log import Watch
@@ -184,6 +184,8 @@ def test_the_readme_shows_the_results_of_the_study():
     def mean(name: str, metric: str) -> float:
         return np.mean([found[metric] for found in results[name].values()])
 
+    gain = spread(differences(results, "repa")["tuned"], "fd_efficientnet_lite0", 1)
+    assert f"FD of the last row less that of REPA is {gain} over the seeds" in text
     for name in MAIN_ARMS:
         inside, outside = spread(results[name], "fd_efficientnet_lite0", 1), spread(results[name], "fd_vgg16", 2)
         cells = re.escape(f"{MAIN_ARMS[name].title} | {inside} | {outside}")
