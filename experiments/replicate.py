@@ -53,8 +53,7 @@ def arm_list(text: str) -> list[str]:
     check = one_of("arm", {**ARMS, **groups})
     named = {arm for name in text.split(",") for arm in groups.get(check(name), [name])}
     named |= {ARMS[name].tuned_by for name in named}
-    if named & ABLATIONS.keys():
-        named |= {"repa", REPAE}
+    named |= {REPAE if ARMS[name].joint else "repa" for name in named & ABLATIONS.keys()}
     return [name for name in ARMS if name in named]
 
 

@@ -113,6 +113,7 @@ def test_the_whole_plan_at_two_steps_an_arm(study, tmp_path):
 
 def test_an_arm_brings_those_that_tune_its_vae_and_that_it_is_compared_with():
     assert replicate.arm_list("tuned") == ["repae", "tuned"]
+    assert replicate.arm_list("depth-1") == ["repae", "depth-1"]
     assert replicate.arm_list("tuned-align-0") == ["repa", "repae", "align-0", "tuned-align-0"]
     assert replicate.arm_list("main") == list(MAIN_ARMS)
 
