@@ -61,25 +61,22 @@ def open_page(page_dir: Path, settings: Settings) -> dict:
     return content
 
 
-def add_results(content: dict, record: Record, settings: Settings, seed: int, folder: Path) -> None:
-    """Add the results of the arms of a seed that are done."""
-    for name in (VAE, *ARMS):
-        if found := results_of(name, folder, settings.batch):
-            content["results"].setdefault(name, {})[str(seed)] = {**found, "machine": record.content["machine"]}
+def add_results(content: dict, record: Record, settings: Settings, seed: int, folder: Path, arms: list[str]) -> None:
+    """Add the results of a seed's VAE and `arms`, all of which are done."""
+    for name in (VAE, *arms):
+        found = results_of(name, folder, settings.batch)
+        content["results"].setdefault(name, {})[str(seed)] = {**found, "machine": record.content["machine"]}
     stages = record.content["stages"]
     seconds = sum(entry["seconds"] for stage, entry in stages.items() if stage.startswith(f"{folder.name}/"))
     content["results"][VAE][str(seed)]["hours"] = seconds / 3600
 
 
 def results_of(name: str, folder: Path, batch: int) -> dict:
-    """What the files of an arm, or of the VAE, say; empty if it is not done."""
+    """What the files of an arm, or of the VAE, say."""
     kinds = ["vae"] if name == VAE else ["samples", "vae"] if ARMS[name].joint else ["samples"]
-    paths = [folder / f"{name}-{kind}.json" for kind in kinds]
-    if not all(path.is_file() for path in paths):
-        return {}
     found = {}
-    for path in paths:
-        found |= json.loads(path.read_text(encoding="utf8"))["metrics"]
+    for kind in kinds:
+        found |= json.loads((folder / f"{name}-{kind}.json").read_text(encoding="utf8"))["metrics"]
     log = read_metrics(folder / name / "metrics.jsonl")
     minutes = np.cumsum([batch / record["images_per_second"] / 60 for record in log])
     parts = np.array_split(np.arange(len(log)), min(POINTS, len(log)))
@@ -149,7 +146,7 @@ def spread(of_seeds: dict[str, dict], metric: str, digits: int) -> str:
     values = [found[metric] for found in of_seeds.values() if metric in found]
     if not values:
         return ""
-    mean = f"{np.mean(values):.{digits}f}"
+    mean = f"{np.mean(values).round(digits) + 0.0:.{digits}f}"  # no -0.000
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 

@@ -21,7 +21,6 @@ from experiments.plan import (
     Settings,
     arm_stages,
     data_stages,
-    samples_file,
     vae_stages,
 )
 from flags.types import COUNT, POSITIVE, number, one_of
@@ -37,9 +36,8 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--page-dir", type=Path, help=page)
     parser.add_argument("--seeds", type=POSITIVE, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--first-seed", type=COUNT, default=0, help="(default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=POSITIVE, default=600, help="of every arm; the VAE trains for 1.2 times as many"
-    )
+    about_steps = "of every arm; the VAE trains for 1.2 times as many (default: %(default)s)"
+    parser.add_argument("--steps", type=POSITIVE, default=600, help=about_steps)
     parser.add_argument("--batch-size", type=POSITIVE, default=32, help="of every arm (default: %(default)s)")
     parser.add_argument("--samples", type=number(int, at_least=2), default=5000, help="of every arm (default: 5000)")
     arms = f"joined by commas, of {', '.join(ARMS)}, or main or ablations (default: %(default)s)"
@@ -78,10 +76,11 @@ def main() -> None:
         run(vae_stages(settings, seed, data, folder))
         for name in args.arms:
             run(arm_stages(name, settings, seed, data, folder))
+        done = [name for name in ARMS if all(map(record.is_done, arm_stages(name, settings, seed, data, folder)))]
         content = open_page(page_dir, settings)  # now, because another machine may have added results meanwhile
-        add_results(content, record, settings, seed, folder)
+        add_results(content, record, settings, seed, folder, done)
         write_page(content, page_dir)
-        if all(samples_file(name, settings, folder).is_file() for name in MAIN_ARMS):
+        if MAIN_ARMS.keys() <= set(done):
             draw_pictures(settings, args.output_dir, seed, page_dir)
 
 

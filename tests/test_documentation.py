@@ -184,8 +184,9 @@ def test_the_readme_shows_the_results_of_the_study():
     def mean(name: str, metric: str) -> float:
         return np.mean([found[metric] for found in results[name].values()])
 
-    gain = spread(differences(results, "repa")["tuned"], "fd_efficientnet_lite0", 1)
-    assert f"FD of the last row less that of REPA is {gain} over the seeds" in text
+    joint, tuned = (spread(differences(results, "repa")[arm], "fd_efficientnet_lite0", 1) for arm in ("repae", "tuned"))
+    assert f"is {joint} for REPA-E and {tuned} for the last row" in text
+    assert f"{len(results['repa'])} seeds (naive end-to-end: {len(results['naive'])})" in " ".join(text.split())
     for name in MAIN_ARMS:
         inside, outside = spread(results[name], "fd_efficientnet_lite0", 1), spread(results[name], "fd_vgg16", 2)
         cells = re.escape(f"{MAIN_ARMS[name].title} | {inside} | {outside}")

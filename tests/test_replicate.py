@@ -23,7 +23,7 @@ def study(tmp_path, monkeypatch):
     """Runs the study on a few pictures, with pages into a folder of their own.
 
     The scripts run in this process, load the networks of features and LPIPS once, have narrow projectors, and take
-    distances in VGG16's 512 features only: those in 1280 features take seconds each.
+    distances in VGG16's features only.
     """
     for split in ("train", "held-out"):
         make_tree(tmp_path / "pictures" / split, per_class=4)
